@@ -1,0 +1,1 @@
+"""Decisions: pure and synchronous. No I/O, no clock, no randomness, no logging."""

@@ -1,0 +1,59 @@
+"""ModelSwitchingConfig: what an operator decides once for all switches. Values only; workers/settings.py reads them."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+
+class ModelSwitchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The eleven fields of the seed design, with their defaults.
+
+    Attributes:
+        enable_dynamic_registry: versions may be registered while turnout runs; else only turnout.toml's are served.
+        max_cached_models: ready instances that no route uses, kept warm on each worker; 0 stops them once drained.
+        model_ttl_seconds: how long such an instance is kept at most.
+        default_switch_strategy: what a switch uses where none is named.
+        enable_health_checks: workers ask their ready engines a golden question regularly, and replace a hung one.
+        health_check_interval: seconds between two such questions.
+        max_transition_time: seconds from the request until the target must carry all its traffic.
+        enable_request_tracking: gateways keep a record of each running request (not only counts) and list them.
+        enable_metrics: processes answer ``/metrics``.
+        metrics_interval: seconds between two published samples.
+        alert_thresholds: ceilings; ``error_rate`` as a share, ``latency_p95`` in milliseconds.
+    """
+
+    enable_dynamic_registry: bool = True
+    max_cached_models: int = 5
+    model_ttl_seconds: float = 3600
+    default_switch_strategy: str = "immediate"
+    enable_health_checks: bool = True
+    health_check_interval: float = 30.0
+    max_transition_time: float = 300.0
+    enable_request_tracking: bool = True
+    enable_metrics: bool = True
+    metrics_interval: float = 60.0
+    alert_thresholds: dict[str, float] = msgspec.field(
+        default_factory=lambda: {"error_rate": 0.05, "latency_p95": 5000.0}
+    )
+
+    def problems(self, strategies: frozenset[str]) -> tuple[str, ...]:
+        """What can't be meant, one sentence each, naming the field. ``strategies``: the names that exist."""
+        found: list[str] = []
+        if self.max_cached_models < 0:
+            found.append(f"max_cached_models is {self.max_cached_models}: give 0 (keep none warm) or more")
+        for field in ("model_ttl_seconds", "health_check_interval", "max_transition_time", "metrics_interval"):
+            value: float = getattr(self, field)
+            if not (math.isfinite(value) and value > 0):
+                found.append(f"{field} is {value}: give a number of seconds above 0")
+        if self.default_switch_strategy not in strategies:
+            names = ", ".join(sorted(strategies))
+            found.append(f"default_switch_strategy is {self.default_switch_strategy!r}: choose one of {names}")
+        for name, value in self.alert_thresholds.items():
+            if name not in ("error_rate", "latency_p95"):
+                found.append(f"alert_thresholds has an unknown name {name!r}: known are error_rate and latency_p95")
+            elif not (math.isfinite(value) and value > 0) or (name == "error_rate" and value > 1):
+                unit = "a share between 0 and 1" if name == "error_rate" else "milliseconds above 0"
+                found.append(f"alert_thresholds.{name} is {value}: give {unit}")
+        return tuple(found)

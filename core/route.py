@@ -1,0 +1,71 @@
+"""Decisions of one model's routing table: revisions that only grow."""
+
+from __future__ import annotations
+
+import msgspec
+
+from turnout.core.decider import Rejected
+from turnout.events.route import RouteChanged, RouteEvent, Split
+
+
+class RouteState(msgspec.Struct, frozen=True):
+    """The newest revision, and for each version that left, the revision that it left with."""
+
+    model: str = ""
+    revision: int = 0
+    splits: tuple[Split, ...] = ()
+    salt: str = ""
+    drain_s: float = 0.0
+    left: dict[str, int] = {}
+
+    def names(self, instance: str) -> bool:
+        """Whether a gateway that routes by this revision may send to the instance."""
+        return any(endpoint.instance == instance for split in self.splits for endpoint in split.endpoints)
+
+
+initial = RouteState()
+
+
+def evolve(state: RouteState, event: RouteEvent) -> RouteState:
+    """State after the event. A revision that is not newer changes nothing."""
+    if event.revision <= state.revision:
+        return state
+    here = {split.version for split in event.splits}
+    left = {version: revision for version, revision in state.left.items() if version not in here}
+    for split in state.splits:
+        if split.version not in here:
+            left[split.version] = event.revision
+    return RouteState(event.model, event.revision, event.splits, event.salt, event.drain_s, left)
+
+
+class ChangeRoute(msgspec.Struct, frozen=True):
+    """Make this the table. ``revision`` is the one that it shall have: the newest plus one."""
+
+    model: str
+    revision: int
+    splits: tuple[Split, ...]
+    salt: str
+    drain_s: float
+    cause: str
+
+
+RouteCommand = ChangeRoute
+
+
+def decide(state: RouteState, command: RouteCommand) -> tuple[RouteEvent, ...] | Rejected:
+    """A new revision, if it says something new and was made from the newest."""
+    if command.splits == state.splits and command.salt == state.salt:
+        return ()
+    if command.revision != state.revision + 1:
+        return Rejected(
+            "revision_stale",
+            f"revision {command.revision} of {command.model} was made from an old table; the newest is "
+            f"{state.revision}",
+            "decide again from the newest revision",
+        )
+    total = sum(split.weight for split in command.splits)
+    if command.splits and abs(total - 100) > 1e-6:
+        return Rejected("weights_off", f"the weights of {command.model} add up to {total:g}", "make them add up to 100")
+    return (
+        RouteChanged(command.model, command.revision, command.splits, command.salt, command.drain_s, command.cause),
+    )

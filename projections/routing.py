@@ -1,0 +1,59 @@
+"""View ``route.<model>``: how a gateway routes one served name. Knows nothing of switches.
+
+There is one for every registered model, also while nothing serves it: a served name never disappears from
+``/v1/models`` because an engine is down.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from turnout.events.model import ModelRegistered
+from turnout.events.route import RouteChanged, Split
+
+if TYPE_CHECKING:
+    from turnout.events.envelope import Recorded
+
+
+class RouteView(msgspec.Struct, frozen=True):
+    """What a gateway applies between two requests.
+
+    Attributes:
+        model: the served name.
+        revision: 0 until there is a first route; a gateway never applies a lower one.
+        splits: see ``events.route.Split``; empty means that nothing serves the model (503).
+        salt: salt of the sticky split.
+        drain_s: seconds that requests on versions that this revision does not name may still run.
+    """
+
+    model: str
+    revision: int = 0
+    splits: tuple[Split, ...] = ()
+    salt: str = ""
+    drain_s: float = 0.0
+
+
+class Routing:
+    """Fold of ModelRegistered and RouteChanged."""
+
+    kind = "route"
+
+    def __init__(self) -> None:
+        self.routes: dict[str, RouteView] = {}
+        self.changed: set[str] = set()
+
+    def apply(self, recorded: Recorded) -> None:
+        """Take one event; others than its own are skipped."""
+        event = recorded.event
+        if type(event) is RouteChanged:
+            self.routes[event.model] = RouteView(event.model, event.revision, event.splits, event.salt, event.drain_s)
+            self.changed.add(event.model)
+        elif type(event) is ModelRegistered and event.model not in self.routes:
+            self.routes[event.model] = RouteView(event.model)
+            self.changed.add(event.model)
+
+    def view(self, id: str) -> RouteView | None:
+        """The view of one model."""
+        return self.routes.get(id)

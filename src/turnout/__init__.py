@@ -1,0 +1,1 @@
+"""turnout: switch the model behind a served name while requests are running."""

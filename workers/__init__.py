@@ -1,0 +1,1 @@
+"""Processes and adapters: everything that touches the world."""

@@ -1,0 +1,134 @@
+"""What processes need of the control plane, as ports. Adapters: workers/nats.py; simulated ones in tests/sim.
+
+Every method that can fail for want of the network raises ``Unavailable`` (events/store.py). Knows no transport.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from turnout.core.decider import Answer
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A command as it travels: ``{"id": …, "actor": …, "body": {…}}``.
+
+    ``id`` is made by whoever wants the command done, and stays the same however often it is sent.
+    """
+
+    id: str
+    actor: str
+    body: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class ViewEntry(msgspec.Struct, frozen=True, gc=False):
+    """One stored view: its key, its JSON, and its sequence in the bucket (grows with every write of any key)."""
+
+    key: str
+    value: bytes
+    sequence: int
+
+
+class Checkpoint(msgspec.Struct, frozen=True, gc=False):
+    """How far the views have come: they are the fold of the log up to ``sequence``. Stored last in each commit."""
+
+    sequence: int
+    created: str
+    epoch: int
+
+
+class Closeable(Protocol):
+    """Something that runs until it is closed."""
+
+    async def close(self) -> None:
+        """Stop; nothing is called back after it returns."""
+        ...
+
+
+class Bus(Protocol):
+    """Commands, asked and answered (request/reply on a queue group)."""
+
+    async def ask(self, role: str, verb: str, request: Request, timeout_s: float = 5.0) -> Answer:
+        """Send a command and wait for its answer. A missing answerer or a time-out raises Unavailable."""
+        ...
+
+    async def serve(self, handler: Callable[[str, str, Request], Awaitable[bytes]]) -> Closeable:
+        """Answer all commands: the handler gets role, verb and request, and returns the JSON of the answer."""
+        ...
+
+
+class Beats(Protocol):
+    """Signs of life, fire and forget."""
+
+    async def publish(self, kind: str, id: str, body: bytes) -> None:
+        """Say that worker or gateway ``id`` lives. Never raises: a lost beat is a missing beat."""
+        ...
+
+    async def listen(self, heard: Callable[[str, str, bytes], None]) -> Closeable:
+        """Call ``heard(kind, id, body)`` for every beat."""
+        ...
+
+
+class ViewReader(Protocol):
+    """Views, as gateways, workers and dashboards read them: a snapshot, then every change."""
+
+    async def watch(self, keys: tuple[str, ...], changed: Callable[[Mapping[str, ViewEntry], int], None]) -> Closeable:
+        """Keep the caller's copy of the keys true.
+
+        Args:
+            keys: key patterns, NATS wildcards allowed: ``route.*``, ``worker.w1``.
+            changed: called with the entries that changed (all of one commit together) and the log sequence that the
+                copy now stands for (the checkpoint's). First call: the whole snapshot. It is called again, with
+                nothing or little changed, whenever the checkpoint moves.
+
+        A lost message, a reconnect and a server restart end in a new snapshot, never in a missed change.
+        """
+        ...
+
+    async def snapshot(self, keys: tuple[str, ...]) -> tuple[Mapping[str, ViewEntry], Checkpoint | None]:
+        """The keys as they are now, and the checkpoint (None where nothing was ever projected)."""
+        ...
+
+
+class ViewWriter(Protocol):
+    """Views, as the projector writes them."""
+
+    async def checkpoint(self) -> tuple[Checkpoint | None, int]:
+        """The stored checkpoint and its bucket sequence (0 where there is none)."""
+        ...
+
+    async def commit(self, views: Mapping[str, bytes | None], checkpoint: Checkpoint, expected: int) -> int:
+        """Store views (None removes one) and the checkpoint atomically; returns the checkpoint's bucket sequence.
+
+        Raises:
+            Conflict: another projector has written since ``expected``.
+        """
+        ...
+
+
+class Grant(msgspec.Struct, frozen=True, gc=False):
+    """A held lease: the fencing epoch, and until when (on the local monotonic clock, seconds) it may be acted on."""
+
+    epoch: int
+    until: float
+
+
+class Lease(Protocol):
+    """Leadership with fencing."""
+
+    async def acquire(self, holder: str) -> Grant | None:
+        """Try once; None where somebody else holds it."""
+        ...
+
+    async def renew(self, holder: str, grant: Grant) -> Grant | None:
+        """Extend. None where it is lost for certain; Unavailable where it is not known (act only until ``until``)."""
+        ...
+
+    async def release(self, holder: str, grant: Grant) -> None:
+        """Let go early, so that another may lead at once."""
+        ...
