@@ -243,8 +243,6 @@ def _back(world: World, state: SwitchState, cause: str, reason: str, context: Co
             f"switch {state.switch} is {state.phase.replace('_', ' ')} already",
             f"to go back to the version before: turnout undo {state.model}",
         )
-    if state.phase == "rolling_back":
-        return ()
     if state.phase in UNTOUCHED:
         return (Write("switch", state.switch, AbortSwitch(state.switch, reason)), saga.close(state, "aborted"))
     if state.phase in FORWARD and not state.source:

@@ -29,19 +29,17 @@ DECIDERS: dict[str, ModuleType] = {
     "gateway": gateway,
 }
 
-#: What gateways report only grows, so it needs no memory of command ids, and there is most of it.
-_GATEWAYS = subjects.EVENTS + ".gateway."
-
 #: An instance that served this long was sound: its failure starts the back-off anew.
 SOUND_S = 60.0
 
 
 class Done(msgspec.Struct, frozen=True, gc=False):
-    """What a command has written: first subject, last sequence, number of events."""
+    """What a command has written: first subject, last sequence, number of events, and the switch it belongs to."""
 
     subject: str
     sequence: int
     events: int
+    switch: str
 
 
 class Failures(msgspec.Struct, frozen=True, gc=False):
@@ -123,17 +121,16 @@ class World:
         self.sequence = max(self.sequence, recorded.sequence)
         envelope = recorded.envelope
         self.epoch = max(self.epoch, envelope.epoch)
-        if not subject.startswith(_GATEWAYS):
-            done = self._done.get(envelope.command)
-            self._done[envelope.command] = (
-                Done(subject, recorded.sequence, 1)
-                if done is None
-                else Done(done.subject, max(done.sequence, recorded.sequence), done.events + 1)
+        aggregate, id = subjects.parse_event(subject)
+        if aggregate != "gateway":  # what gateways report only grows: it needs no memory of command ids
+            done = self._done.get(envelope.command, Done(subject, 0, 0, ""))
+            switch_id = id if aggregate == "switch" else done.switch
+            self._done[envelope.command] = Done(
+                done.subject, max(done.sequence, recorded.sequence), done.events + 1, switch_id
             )
         event = recorded.event
         if type(event) is Unknown:
             return True
-        aggregate, id = subjects.parse_event(subject)
         states = self._states.get(aggregate)
         if states is None:
             return True

@@ -24,6 +24,10 @@ _decoders = {name: msgspec.json.Decoder(t) for name, t in TYPES.items()}
 _current = {name: upcast.CURRENT.get(name, 1) for name in TYPES}
 
 
+class Damaged(msgspec.DecodeError):
+    """A stored event cannot be read; the message names its subject and sequence. ``turnout verify`` checks the log."""
+
+
 class Context(msgspec.Struct, frozen=True):
     """What the events of one command have in common. See :class:`Envelope` for the fields."""
 
@@ -59,7 +63,7 @@ def decode(subject: str, sequence: int, name: str, raw_envelope: bytes, body: by
     """Read one stored event, upcast to the current version of its type.
 
     Raises:
-        msgspec.DecodeError: the envelope or a known body is damaged; the message names subject and sequence.
+        Damaged: the envelope or a known body is damaged; the message names subject and sequence.
     """
     try:
         envelope = _envelope_decoder.decode(raw_envelope)
@@ -71,6 +75,6 @@ def decode(subject: str, sequence: int, name: str, raw_envelope: bytes, body: by
             event = msgspec.convert(upcast.upcast(name, envelope.version, msgspec.json.decode(body)), TYPES[name])
         else:
             event = decoder.decode(body)
-    except msgspec.MsgspecError as e:
-        raise msgspec.DecodeError(f"event {sequence} on {subject} ({name}) cannot be read: {e}") from e
+    except (msgspec.MsgspecError, LookupError, TypeError, ValueError) as e:  # an upcast of a damaged body may raise any
+        raise Damaged(f"event {sequence} on {subject} ({name}) cannot be read: {e}") from e
     return Recorded(subject, sequence, name, event, envelope, raw_envelope, body)

@@ -11,8 +11,11 @@ from typing import Protocol
 
 import msgspec
 
-from turnout.events.codec import Context
+from turnout.events.codec import Context, Damaged
 from turnout.events.envelope import Position, Recorded
+
+
+__all__ = ["Append", "Conflict", "Damaged", "EventStore", "LogReplaced", "StoreFull", "Tail", "Unavailable"]
 
 
 class Conflict(Exception):
@@ -46,6 +49,17 @@ class Append(msgspec.Struct, frozen=True):
     events: tuple[object, ...]
 
 
+def check_appends(appends: Sequence[Append]) -> None:
+    """Refuse what no adapter can store atomically: a subject named twice, or an expectation without an event.
+
+    Raises:
+        ValueError: a bug of the caller.
+    """
+    subjects = [a.subject for a in appends]
+    if not appends or len(set(subjects)) != len(subjects) or not all(a.events for a in appends):
+        raise ValueError(f"an append names each subject once, with at least one event; this one names {subjects}")
+
+
 class Tail(Protocol):
     """A running delivery."""
 
@@ -72,6 +86,15 @@ class EventStore(Protocol):
 
         Raises:
             Unavailable: no answer.
+            Damaged: an event cannot be read.
+        """
+        ...
+
+    async def identity(self) -> str:
+        """What tells this log from every other one: another log under the same name has another identity.
+
+        Raises:
+            Unavailable: no answer.
         """
         ...
 
@@ -83,10 +106,11 @@ class EventStore(Protocol):
         """
         ...
 
-    async def tail(self, after: int, deliver: Callable[[Recorded], None], lost: Callable[[LogReplaced], None]) -> Tail:
+    async def tail(self, after: int, deliver: Callable[[Recorded], None], lost: Callable[[Exception], None]) -> Tail:
         """Deliver every event with a sequence above ``after``, once, in order, and go on with new ones.
 
         Survives restarts of the server without a gap. ``lost`` is called once, instead of a wrong delivery, where the
-        log turns out to be another one than was read before.
+        tail cannot go on; nothing is delivered after it. It gets ``LogReplaced`` where the log turns out to be
+        another one than was read before, ``Damaged`` where an event cannot be read, or whatever ``deliver`` raised.
         """
         ...

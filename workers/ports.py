@@ -35,10 +35,14 @@ class ViewEntry(msgspec.Struct, frozen=True, gc=False):
 
 
 class Checkpoint(msgspec.Struct, frozen=True, gc=False):
-    """How far the views have come: they are the fold of the log up to ``sequence``. Stored last in each commit."""
+    """How far the views have come: they are the fold of the log up to ``sequence``. Stored last in each commit.
+
+    ``log`` is the digest of the log's first event, so that views of another log are never taken for this one's.
+    ``epoch`` is the fencing number of the leader that wrote it.
+    """
 
     sequence: int
-    created: str
+    log: str
     epoch: int
 
 

@@ -68,7 +68,7 @@ def main() -> None:
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     # Read by the libraries when they are imported. Offline: without it a missing file becomes a question to the hub.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
     v1, v2 = out / "smollm2-v1", out / "smollm2-v2"
     with only_one_run(out):
         make(v1, convert_gguf)

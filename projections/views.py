@@ -1,0 +1,116 @@
+"""All views together: one fold of the log, and which keys it has changed. Knows no bucket."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from turnout.events import subjects
+from turnout.projections.fleet import Gateways, Workers
+from turnout.projections.registry import Registry
+from turnout.projections.routing import Routing
+from turnout.projections.switches import Switches
+
+if TYPE_CHECKING:
+    from turnout.events.envelope import Recorded
+
+
+class Projection(Protocol):
+    """One kind of view. ``changed`` collects the ids that differ from what was stored."""
+
+    @property
+    def kind(self) -> str:
+        """First part of its keys."""
+        ...
+
+    @property
+    def changed(self) -> set[str]:
+        """Ids whose views have changed."""
+        ...
+
+    def apply(self, recorded: Recorded) -> None:
+        """Take one event; never raises."""
+        ...
+
+    def view(self, id: str) -> object | None:
+        """The view of one id, None where there is none."""
+        ...
+
+
+class Views:
+    """The fold of everything that is published. ``sequence``: how far it has come."""
+
+    def __init__(self) -> None:
+        self.registry = Registry()
+        self.routing = Routing()
+        self.switches = Switches()
+        self.workers = Workers()
+        self.gateways = Gateways()
+        self.sequence = 0
+        #: Digest of the log's first event: which log this is the fold of.
+        self.log = ""
+        self._dirty: dict[str, tuple[int, Projection, str]] = {}
+        self._by_aggregate: dict[str, tuple[Projection, ...]] = {
+            "model": (self.registry, self.routing),
+            "route": (self.routing,),
+            "switch": (self.switches,),
+            "instance": (self.workers,),
+            "worker": (self.workers,),
+            "gateway": (self.gateways,),
+        }
+        self._all: tuple[Projection, ...] = (
+            self.registry,
+            self.routing,
+            self.switches,
+            self.workers,
+            self.gateways,
+        )
+        self._start = len(subjects.EVENTS) + 1
+
+    def apply(self, recorded: Recorded) -> None:
+        """Take the log's next event."""
+        if not self.log:
+            self.log = recorded.digest
+        self.sequence = recorded.sequence
+        aggregate = recorded.subject[self._start :].partition(".")[0]
+        for projection in self._by_aggregate.get(aggregate, ()):
+            projection.apply(recorded)
+
+    def settle(self) -> None:
+        """Note what has changed up to here. Call it between two events, before ``take``."""
+        for projection in self._all:
+            if projection.changed:
+                for id in projection.changed:
+                    if id:
+                        self._dirty[subjects.view_key(projection.kind, id)] = (self.sequence, projection, id)
+                projection.changed.clear()
+
+    def take(self, after: int) -> dict[str, bytes | None]:
+        """Key → JSON of every view that events above ``after`` have changed; None where a view is gone.
+
+        What is taken (or older than ``after``, so stored by somebody else) is forgotten.
+        """
+        dirty, self._dirty = self._dirty, {}
+        changes: dict[str, bytes | None] = {}
+        for key, (sequence, projection, id) in dirty.items():
+            if sequence > after:
+                view = projection.view(id)
+                changes[key] = None if view is None else msgspec.json.encode(view)
+        return changes
+
+    def everything(self) -> dict[str, bytes]:
+        """Key → JSON of every view: what a rebuild from nothing would store."""
+        stores: tuple[tuple[str, dict[str, object]], ...] = (
+            ("model", dict(self.registry.models)),
+            ("route", dict(self.routing.routes)),
+            ("switch", dict(self.switches.switches)),
+            ("worker", dict(self.workers.workers)),
+            ("gateway", dict(self.gateways.gateways)),
+        )
+        return {
+            subjects.view_key(kind, id): msgspec.json.encode(view)
+            for kind, views in stores
+            for id, view in views.items()
+            if id
+        }

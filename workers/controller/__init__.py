@@ -1,0 +1,1 @@
+"""The controller process: answers commands, runs the sagas, projects the views. Several may run; one leads."""

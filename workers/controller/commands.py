@@ -1,0 +1,183 @@
+"""Command → decision → events → answer. The only place that appends to the log.
+
+A decision is made on this process's fold and stored under the positions that it was made from; where those have moved
+on, the fold is brought up to date and the decision made again. A time-out says nothing: the subjects are read again and
+searched for the command's id. Knows no transport and no saga.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from turnout.core.decider import Accepted, Answer, Failed, Rejected
+from turnout.core.handling import VERBS, Context, Defaults, Plan, Writes
+from turnout.core.world import DECIDERS, Done, World
+from turnout.events import subjects
+from turnout.events.codec import Context as EventContext
+from turnout.events.store import Append, Conflict, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from turnout.core.config import ModelSwitchingConfig
+    from turnout.core.sagas.owed import Owed
+    from turnout.workers.clock import Clock
+    from turnout.workers.controller.log import Log
+    from turnout.workers.ports import Request
+
+log = structlog.get_logger()
+
+#: Conflicts in a row before a command is given back to its sender: more than two writers can cause by racing.
+TRIES = 10
+
+
+class Deposed(Exception):
+    """Another leader has written with a higher epoch: this one must stop at once."""
+
+
+class Commands:
+    """Decides commands on the log's fold and appends what they make true."""
+
+    def __init__(self, log: Log, clock: Clock, config: ModelSwitchingConfig, defaults: Defaults) -> None:
+        self._log = log
+        self._clock = clock
+        self._config = config
+        self._defaults = defaults
+
+    async def handle(self, role: str, verb: str, request: Request) -> Answer | Plan:
+        """Answer a command from outside. Never raises: what goes wrong is an answer, too."""
+        known = VERBS.get((role, verb))
+        if known is None:
+            return Rejected(
+                "verb_unknown",
+                f"role {role!r} has no command {verb!r}",
+                "see docs/protocol.md for the commands of each role",
+            )
+        if not request.id:
+            return Rejected("request_invalid", "the command has no id", "make one and keep it for every retry")
+        body_type, handler = known
+        try:
+            body = msgspec.json.decode(request.body, type=body_type)
+        except msgspec.MsgspecError as e:
+            return Rejected("request_invalid", f"{verb}: {e}", "see docs/protocol.md for the fields of the command")
+        actor = f"{role}:{request.actor}" if request.actor else role
+
+        def plan(world: World) -> Writes | Rejected | Plan:
+            context = Context(request.id, request.actor, self._clock.now(), self._config, self._defaults)
+            return handler(world, body, context)
+
+        try:
+            return await self._settle(request.id, actor, plan)
+        except Unavailable as e:
+            return Failed(e.code, str(e), "send the same command again with the same id")
+        except Exception:
+            log.exception("bug_in_command", verb=verb, command=request.id)
+            return Failed(
+                "bug",
+                f"turnout failed to decide {verb}; nothing was written",
+                "this is a fault of turnout: report it with the controller's log",
+            )
+
+    async def carry_out(self, owed: Owed, epoch: int) -> bool:
+        """Append what a saga owes. False where the world has moved on: ask the saga again.
+
+        Raises:
+            Deposed: another leader has taken over.
+            Unavailable: the store gave no clear answer.
+        """
+        world = self._log.world
+        if world.done(owed.id) is not None:
+            return False
+        if world.epoch > epoch:
+            raise Deposed
+        decided = self._decide(world, owed.writes)
+        if isinstance(decided, Rejected):
+            log.error("owed_command_rejected", command=owed.id, code=decided.code, reason=decided.reason)
+            return False
+        if not decided:
+            return False
+        causation = world.last_event(decided[0].subject)
+        context = EventContext(owed.id, "controller", causation, owed.correlation, self._clock.now(), epoch)
+        try:
+            self._log.own(await self._log.store.append(decided, context))
+        except Conflict:
+            await self._reload(decided)
+            return False
+        except Unavailable:
+            await self._reload(decided)
+        return True
+
+    async def _settle(self, id: str, actor: str, plan: Callable[[World], Writes | Rejected | Plan]) -> Answer | Plan:
+        """Decide until it is stored, refused or true already."""
+        world = self._log.world
+        sure = False
+        trouble: Unavailable | None = None
+        for attempt in range(TRIES):
+            if done := world.done(id):
+                return _accepted(id, done)
+            planned = plan(world)
+            if isinstance(planned, Plan):
+                return planned
+            decided = planned if isinstance(planned, Rejected) else self._decide(world, planned)
+            if isinstance(decided, Rejected) or not decided:
+                if not sure:  # this fold may be a moment behind: look again before saying no
+                    await self._log.catch_up()
+                    sure = True
+                    continue
+                if isinstance(planned, Rejected):
+                    return planned
+                return decided if isinstance(decided, Rejected) else _true_already(world, planned)
+            context = EventContext(id, actor, id, _correlation(decided), self._clock.now())
+            try:
+                recorded = await self._log.store.append(decided, context)
+            except Conflict:
+                await self._reload(decided)
+            except Unavailable as e:
+                trouble = e
+                await asyncio.sleep(min(1.0, 0.05 * 2**attempt))
+                await self._reload(decided)
+            else:
+                self._log.own(recorded)
+                switches = [i for kind, i in (subjects.parse_event(a.subject) for a in decided) if kind == "switch"]
+                last = recorded[-1].sequence
+                return _accepted(id, Done(recorded[0].subject, last, len(recorded), switches[0] if switches else ""))
+        raise trouble or Unavailable(f"{TRIES} others wrote first; the command was not stored")
+
+    def _decide(self, world: World, writes: Writes) -> tuple[Append, ...] | Rejected:
+        """All writes' events under the positions that they were decided from; one refusal refuses all."""
+        appends: list[Append] = []
+        for write in writes:
+            events = DECIDERS[write.aggregate].decide(world.state(write.aggregate, write.id), write.command)
+            if isinstance(events, Rejected):
+                return events
+            if events:
+                subject = subjects.event(write.aggregate, write.id)
+                appends.append(Append(subject, world.position(subject), events))
+        return tuple(appends)
+
+    async def _reload(self, appends: tuple[Append, ...]) -> None:
+        """Bring the subjects of a decision up to date from the store."""
+        for append in appends:
+            self._log.own(await self._log.store.read(append.subject))
+
+
+def _accepted(id: str, done: Done) -> Accepted:
+    ids = (done.switch,) if done.switch else ()
+    return Accepted(done.subject, done.sequence, ids, tuple(f"{id}:{n}" for n in range(done.events)))
+
+
+def _true_already(world: World, writes: Writes) -> Accepted:
+    """The answer to a command that left nothing to write."""
+    first = writes[0]
+    subject = subjects.event(first.aggregate, first.id)
+    return Accepted(subject, world.position(subject).sequence, (first.id,) if first.aggregate == "switch" else ())
+
+
+def _correlation(appends: tuple[Append, ...]) -> str:
+    """The switch that the events belong to, else the aggregate's id."""
+    ids = dict(subjects.parse_event(a.subject) for a in appends)
+    return ids.get("switch") or next(iter(ids.values()))

@@ -1,0 +1,156 @@
+"""The controller: answers commands always, runs sagas and projector while it holds the lease. Ports only."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from turnout.events.store import Unavailable
+from turnout.workers.controller.commands import Commands, Deposed
+from turnout.workers.controller.liveness import Liveness
+from turnout.workers.controller.log import Log
+from turnout.workers.controller.projector import Projector
+from turnout.workers.controller.sagas import SagaRunner
+
+if TYPE_CHECKING:
+    from turnout.core.config import ModelSwitchingConfig
+    from turnout.core.handling import Defaults
+    from turnout.events.store import EventStore
+    from turnout.workers.clock import Clock
+    from turnout.workers.ports import Beats, Bus, Grant, Lease, Request, ViewReader, ViewWriter
+
+log = structlog.get_logger()
+
+#: Between two tries for the lease, seconds; with jitter, so that several candidates don't run in step.
+_POLL_S = 0.1
+
+
+class Controller:
+    """One controller process."""
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        store: EventStore,
+        bus: Bus,
+        beats: Beats,
+        reader: ViewReader,
+        writer: ViewWriter,
+        lease: Lease,
+        clock: Clock,
+        config: ModelSwitchingConfig,
+        defaults: Defaults,
+        renew_s: float = 0.5,
+    ) -> None:
+        self.id = id
+        self.log = Log(store, self._replaced)
+        self.commands = Commands(self.log, clock, config, defaults)
+        self._liveness = Liveness(clock)
+        self._projector = Projector(self.log, writer, reader)
+        self._sagas = SagaRunner(self.log, self.commands, self._liveness, clock, config)
+        self._bus, self._beats, self._lease, self._clock = bus, beats, lease, clock
+        self._renew_s = renew_s
+        self._lost_log: asyncio.Future[None] | None = None
+        #: Set while this process leads.
+        self.leading = asyncio.Event()
+        #: Set once commands are answered.
+        self.serving = asyncio.Event()
+
+    async def run(self) -> None:
+        """Follow, answer, and lead whenever the lease is free, until cancelled.
+
+        Raises:
+            LogReplaced: the log is another one than was read: the process must start again from nothing.
+            Unavailable: the store does not answer at the start.
+        """
+        self._lost_log = asyncio.get_running_loop().create_future()
+        await self.log.follow()
+        listening = await self._beats.listen(self._liveness.heard)
+        serving = await self._bus.serve(self._answer)
+        self.serving.set()
+        log.info("controller_serving", controller=self.id, sequence=self.log.sequence)
+        candidate = asyncio.create_task(self._candidate())
+        try:
+            await asyncio.wait((candidate, self._lost_log), return_when=asyncio.FIRST_COMPLETED)
+            (candidate if candidate.done() else self._lost_log).result()
+        finally:
+            candidate.cancel()
+            await asyncio.gather(candidate, return_exceptions=True)
+            await serving.close()
+            await listening.close()
+            await self.log.close()
+
+    def _replaced(self, error: Exception) -> None:
+        if self._lost_log is not None and not self._lost_log.done():
+            self._lost_log.set_exception(error)
+
+    async def _answer(self, role: str, verb: str, request: Request) -> bytes:
+        return msgspec.json.encode(await self.commands.handle(role, verb, request))
+
+    async def _candidate(self) -> None:
+        while True:
+            try:
+                grant = await self._lease.acquire(self.id)
+            except Unavailable as e:
+                log.warning("lease_unavailable", reason=str(e))
+                grant = None
+            if grant is not None:
+                await self._lead(grant)
+            await asyncio.sleep(_POLL_S * (0.5 + self._clock.jitter()))
+
+    async def _lead(self, grant: Grant) -> None:
+        """Lead until the lease is lost; whatever was owed is then owed by the next leader."""
+        log.info("leading", controller=self.id, epoch=grant.epoch)
+        try:
+            # What the leader before has written must be folded before anything is owed.
+            async with asyncio.timeout(max(0.0, grant.until - self._clock.monotonic())):
+                await self.log.catch_up()
+        except (TimeoutError, Unavailable) as e:
+            log.warning("leading_given_up", reason=str(e) or "the log is too far ahead")
+            return
+        duties = [
+            asyncio.create_task(self._keep(grant)),
+            asyncio.create_task(self._sagas.run(grant.epoch)),
+            asyncio.create_task(self._projector.run(grant.epoch)),
+        ]
+        self.leading.set()
+        try:
+            done, _ = await asyncio.wait(duties, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.leading.clear()
+            for duty in duties:
+                duty.cancel()
+            await asyncio.gather(*duties, return_exceptions=True)
+            await self._let_go(grant)
+        for duty in done:
+            try:
+                duty.result()
+            except Deposed:
+                log.warning("deposed", controller=self.id, epoch=grant.epoch)
+        log.info("leading_ended", controller=self.id, epoch=grant.epoch)
+
+    async def _keep(self, grant: Grant) -> None:
+        """Renew the lease; returns when it is lost or may not be acted on any more."""
+        while True:
+            await asyncio.sleep(self._renew_s)
+            try:
+                async with asyncio.timeout(max(0.0, grant.until - self._clock.monotonic())):
+                    renewed = await self._lease.renew(self.id, grant)
+            except Unavailable:
+                renewed = grant
+            except TimeoutError:
+                return
+            if renewed is None or self._clock.monotonic() >= renewed.until:
+                return
+            grant = renewed
+
+    async def _let_go(self, grant: Grant) -> None:
+        try:
+            async with asyncio.timeout(1.0):
+                await self._lease.release(self.id, grant)
+        except (Unavailable, TimeoutError):
+            pass  # it runs out by itself

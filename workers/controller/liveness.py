@@ -1,0 +1,54 @@
+"""Who is alive: beats heard by this process, and whom the log believes alive without any. Time comes by the clock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from turnout.core.gateway import LoseGateway
+from turnout.core.sagas.owed import Owed, Write
+from turnout.core.worker import LoseWorker
+from turnout.events import subjects
+
+if TYPE_CHECKING:
+    from turnout.core.world import World
+    from turnout.workers.clock import Clock
+
+#: Seconds without a beat after which a process is not awaited any more. Beats come every second; several may be lost
+#: on a crowded machine before anything is decided.
+GATEWAY_LEASE_S = 6.0
+WORKER_LEASE_S = 10.0
+
+
+class Liveness:
+    """Remembers when each worker and gateway was last heard of."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._heard: dict[tuple[str, str], float] = {}
+        self._since = clock.monotonic()
+
+    def heard(self, kind: str, id: str, body: bytes) -> None:
+        """A beat came."""
+        self._heard[kind, id] = self._clock.monotonic()
+
+    def restart(self) -> None:
+        """Give everybody a full lease from now on: called when this process begins to lead."""
+        self._since = self._clock.monotonic()
+
+    def owed(self, world: World) -> tuple[Owed, ...]:
+        """Loss reports of those that the log believes alive and that were silent for a whole lease."""
+        now = self._clock.monotonic()
+        owed: list[Owed] = []
+        for id in sorted(world.live_gateways):
+            silent_s = round(now - max(self._since, self._heard.get(("gateway", id), 0.0)), 3)
+            if silent_s > GATEWAY_LEASE_S:
+                owed.append(self._lost(world, "gateway", id, LoseGateway(id, silent_s)))
+        for id, worker in sorted(world.workers.items()):
+            silent_s = round(now - max(self._since, self._heard.get(("worker", id), 0.0)), 3)
+            if worker.live and silent_s > WORKER_LEASE_S:
+                owed.append(self._lost(world, "worker", id, LoseWorker(id, silent_s)))
+        return tuple(owed)
+
+    def _lost(self, world: World, kind: str, id: str, command: object) -> Owed:
+        last = world.last_event(subjects.event(kind, id))
+        return Owed(f"lost.{last}", (Write(kind, id, command),), id)

@@ -1,0 +1,87 @@
+"""Fold → views in the bucket, one atomic commit for each group of events. Only the leader projects.
+
+Exactly once relative to the log: a commit names the checkpoint that it was made from, so that a second projector is
+refused and starts again from what is stored. Knows the ports only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from turnout.events.store import Conflict, Unavailable
+from turnout.workers.ports import Checkpoint
+
+if TYPE_CHECKING:
+    from turnout.workers.controller.log import Log
+    from turnout.workers.ports import ViewReader, ViewWriter
+
+log = structlog.get_logger()
+
+_KINDS = ("model.*", "route.*", "switch.*", "worker.*", "gateway.*")
+_RETRY_S = 0.25
+
+
+class Projector:
+    """Keeps the bucket equal to the fold while this process leads."""
+
+    def __init__(self, log: Log, writer: ViewWriter, reader: ViewReader) -> None:
+        self._log = log
+        self._writer = writer
+        self._reader = reader
+        self._moved = asyncio.Event()
+        log.watch(self._moved.set)
+
+    async def run(self, epoch: int) -> None:
+        """Project until cancelled."""
+        while True:
+            try:
+                await self._project(epoch)
+            except (Conflict, Unavailable) as e:
+                log.warning("projection_retried", reason=str(e) or type(e).__name__)
+                await asyncio.sleep(_RETRY_S)
+
+    async def _project(self, epoch: int) -> None:
+        stored, revision = await self._writer.checkpoint()
+        views = self._log.views
+        if stored is None or stored.log != views.log or stored.sequence > views.sequence:
+            revision = await self._rebuild(epoch, revision)
+            after = views.sequence
+        else:
+            after = stored.sequence
+        first = True
+        while True:
+            self._moved.clear()
+            views.settle()
+            changes = views.take(after)
+            if changes or first:
+                first = False
+                try:
+                    revision = await self._writer.commit(
+                        changes, Checkpoint(views.sequence, views.log, epoch), revision
+                    )
+                except (Conflict, Unavailable):
+                    # The commit may be stored or not: the whole state is written again, which is always true.
+                    await self._restart(epoch)
+                    return
+            after = 0  # whatever is dirty from now on came after the checkpoint
+            await self._moved.wait()
+
+    async def _restart(self, epoch: int) -> None:
+        _, revision = await self._writer.checkpoint()
+        await self._rebuild(epoch, revision)
+
+    async def _rebuild(self, epoch: int, revision: int) -> int:
+        """Store every view as the fold has it, and remove what the fold does not know."""
+        views = self._log.views
+        everything: dict[str, bytes | None] = dict(views.everything())
+        views.settle()
+        views.take(views.sequence)
+        checkpoint = Checkpoint(views.sequence, views.log, epoch)
+        stored, _ = await self._reader.snapshot(_KINDS)
+        for key in stored:
+            everything.setdefault(key, None)
+        log.info("views_rebuilt", views=len(everything), sequence=checkpoint.sequence)
+        return await self._writer.commit(everything, checkpoint, revision)

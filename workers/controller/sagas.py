@@ -1,0 +1,93 @@
+"""The saga runner: asks what is owed, carries it out, asks again. Holds no state of its own.
+
+What is owed is a pure function of the world and the time (core/sagas), so a runner that dies anywhere is continued by
+the next one. Knows no transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from turnout.core.sagas import placement, switch
+from turnout.core.sagas.owed import Agenda, merge
+from turnout.events.store import Unavailable
+
+if TYPE_CHECKING:
+    from turnout.core.config import ModelSwitchingConfig
+    from turnout.workers.clock import Clock
+    from turnout.workers.controller.commands import Commands
+    from turnout.workers.controller.liveness import Liveness
+    from turnout.workers.controller.log import Log
+
+log = structlog.get_logger()
+
+#: How often liveness is looked at when nothing else happens, seconds.
+_TICK_S = 1.0
+_RETRY_S = 0.25
+
+
+class SagaRunner:
+    """Carries out what the sagas owe while this process leads."""
+
+    def __init__(
+        self, log: Log, commands: Commands, liveness: Liveness, clock: Clock, config: ModelSwitchingConfig
+    ) -> None:
+        self._log = log
+        self._commands = commands
+        self._liveness = liveness
+        self._clock = clock
+        self._config = config
+        self._moved = asyncio.Event()
+        log.watch(self._moved.set)
+
+    async def run(self, epoch: int) -> None:
+        """Run until cancelled.
+
+        Raises:
+            Deposed: another leader has taken over.
+        """
+        self._liveness.restart()
+        while True:
+            self._moved.clear()
+            agenda = self.agenda()
+            try:
+                progress = await self._carry_out(agenda, epoch)
+            except Unavailable as e:
+                log.warning("saga_retried", reason=str(e))
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if not progress:
+                await self._wait(agenda)
+
+    def agenda(self) -> Agenda:
+        """Everything that is owed now: switches first, then placement, then the losses."""
+        world, now = self._log.world, self._clock.now()
+        agendas = [switch.agenda(world, id, now) for id in sorted(world.running)]
+        agendas.append(placement.agenda(world, self._config, now))
+        agendas.append(Agenda(self._liveness.owed(world)))
+        return merge(tuple(agendas))
+
+    async def _carry_out(self, agenda: Agenda, epoch: int) -> bool:
+        """Carry out what does not touch the same aggregate twice: the rest is asked for again afterwards."""
+        touched: set[tuple[str, str]] = set()
+        progress = False
+        for owed in agenda.owed:
+            keys = {(write.aggregate, write.id) for write in owed.writes}
+            if touched & keys:
+                continue
+            touched |= keys
+            progress |= await self._commands.carry_out(owed, epoch)
+        return progress
+
+    async def _wait(self, agenda: Agenda) -> None:
+        delay_s = _TICK_S
+        if agenda.wake is not None:
+            delay_s = max(0.0, min(delay_s, (agenda.wake - self._clock.now()).total_seconds()))
+        try:
+            async with asyncio.timeout(delay_s):
+                await self._moved.wait()
+        except TimeoutError:
+            pass
