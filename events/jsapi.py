@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import nats.errors
+from nats.aio.msg import Msg
 
 from turnout.events.store import Unavailable
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from nats.aio.client import Client
-    from nats.aio.msg import Msg
 
 EXPECTED_HEADER = "Nats-Expected-Last-Subject-Sequence"
 STATUS_HEADER = "Status"
@@ -212,7 +212,7 @@ async def direct_get(nc: Client, stream: str, query: Mapping[str, object], timeo
         finally:
             if not nc.is_closed:
                 await answers.unsubscribe()
-    except (asyncio.TimeoutError, nats.errors.Error, OSError) as e:
+    except (TimeoutError, nats.errors.Error, OSError) as e:
         raise Unavailable(f"no whole answer to a direct get of stream {stream} ({e or 'time-out'})") from e
     if status.startswith("503"):
         raise Unavailable(f"nothing answers a direct get of stream {stream}: it is missing, or has no leader now")

@@ -6,14 +6,15 @@ has moved on, nothing is stored and the writer hears ``Conflict``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from turnout.events.codec import Context, Damaged
 from turnout.events.envelope import Position, Recorded
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 __all__ = ["Append", "Conflict", "Damaged", "EventStore", "LogReplaced", "StoreFull", "Tail", "Unavailable"]
 

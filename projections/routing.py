@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from turnout.events.envelope import Recorded
 
 
+#: Versions that a view remembers as gone; a gateway that missed more of them has long been declared lost.
+LEFT_MOST = 256
+
+
 class RouteView(msgspec.Struct, frozen=True):
     """What a gateway applies between two requests.
 
@@ -26,6 +30,9 @@ class RouteView(msgspec.Struct, frozen=True):
         splits: see ``events.route.Split``; empty means that nothing serves the model (503).
         salt: salt of the sticky split.
         drain_s: seconds that requests on versions that this revision does not name may still run.
+        left: version → revision that it left the route with, of versions that are not back; the newest
+            ``LEFT_MOST``. A gateway that was cut off skips revisions: without this it could not report that a version
+            which came and went meanwhile is drained, and the controller would wait for ever.
     """
 
     model: str
@@ -33,6 +40,7 @@ class RouteView(msgspec.Struct, frozen=True):
     splits: tuple[Split, ...] = ()
     salt: str = ""
     drain_s: float = 0.0
+    left: dict[str, int] = {}
 
 
 class Routing:
@@ -48,7 +56,14 @@ class Routing:
         """Take one event; others than its own are skipped."""
         event = recorded.event
         if type(event) is RouteChanged:
-            self.routes[event.model] = RouteView(event.model, event.revision, event.splits, event.salt, event.drain_s)
+            self.routes[event.model] = RouteView(
+                event.model,
+                event.revision,
+                event.splits,
+                event.salt,
+                event.drain_s,
+                _left(self.routes.get(event.model), event),
+            )
             self.changed.add(event.model)
         elif type(event) is ModelRegistered and event.model not in self.routes:
             self.routes[event.model] = RouteView(event.model)
@@ -57,3 +72,13 @@ class Routing:
     def view(self, id: str) -> RouteView | None:
         """The view of one model."""
         return self.routes.get(id)
+
+
+def _left(before: RouteView | None, event: RouteChanged) -> dict[str, int]:
+    """What has left by this event, newest last."""
+    if before is None:
+        return {}
+    here = {split.version for split in event.splits}
+    left = {version: revision for version, revision in before.left.items() if version not in here}
+    left |= {split.version: event.revision for split in before.splits if split.version not in here}
+    return dict(list(left.items())[-LEFT_MOST:])

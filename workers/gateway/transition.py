@@ -1,0 +1,409 @@
+"""TransitionManager and RequestTracker: which version a request goes to, and when a version has left this gateway.
+
+Pure bookkeeping between two requests: no asyncio, no I/O, no clock (``now`` is seconds on any monotonic clock). The
+server, the simulation and the tests drive the same two classes. Every method returns what has to be acknowledged;
+nothing is remembered that was returned.
+
+The rules:
+
+- A revision is applied whole or not at all, and never a lower one than was applied before.
+- Choosing and counting are one call: no revision can slip in between.
+- A version that is absent from the applied revision *drains*: it gets no new request, its running ones go on to their
+  last byte, and when none is left that is reported once. A version that comes back stops draining.
+- Going back is applying a revision; there is no second road.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from turnout.core.split import SplitTable, Spread
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from turnout.projections.routing import RouteView
+
+#: Connection failures in a row that take an instance out.
+EJECT_AFTER = 3
+#: Seconds of the first ejection; each further failure doubles it up to the limit.
+EJECT_FIRST_S = 1.0
+EJECT_MOST_S = 30.0
+
+
+class Slot:
+    """One instance of a version, as this gateway sees it. ``ejected_until`` in seconds of the caller's clock."""
+
+    __slots__ = ("address", "ejected_until", "failures", "in_flight", "instance")
+
+    def __init__(self, instance: str, address: str) -> None:
+        self.instance = instance
+        self.address = address
+        self.in_flight = 0
+        self.failures = 0
+        self.ejected_until = 0.0
+
+
+class Lane:
+    """One version of a model while this gateway has anything to do with it.
+
+    Attributes:
+        requests: what is in flight, to the last byte.
+        left: revision that the version left the route with; 0 while it is in the route.
+        deadline: when its requests must have ended, once it has left.
+        ended: requests that were ended because the deadline had passed.
+    """
+
+    __slots__ = ("deadline", "ended", "left", "model", "requests", "slots", "version")
+
+    def __init__(self, model: str, version: str) -> None:
+        self.model = model
+        self.version = version
+        self.requests: set[Tracked] = set()
+        self.slots: dict[tuple[str, str], Slot] = {}
+        self.left = 0
+        self.deadline = 0.0
+        self.ended = 0
+
+
+class Choice:
+    """Where one request goes. Made once for each instance and revision, not for each request.
+
+    ``stamp`` is the response's header lines that tell the client which version and revision answered.
+    """
+
+    __slots__ = ("instance", "lane", "revision", "slot", "stamp")
+
+    def __init__(self, lane: Lane, slot: Slot, revision: int) -> None:
+        self.lane = lane
+        self.slot = slot
+        self.instance = slot.instance
+        self.revision = revision
+        self.stamp = f"\r\nx-turnout-version: {lane.version}\r\nx-turnout-revision: {revision}".encode(
+            "latin-1", "replace"
+        )
+
+    @property
+    def model(self) -> str:
+        """The served name."""
+        return self.lane.model
+
+    @property
+    def version(self) -> str:
+        """The version that answers."""
+        return self.lane.version
+
+    @property
+    def address(self) -> str:
+        """Where the instance listens."""
+        return self.slot.address
+
+
+class NoRoute(msgspec.Struct, frozen=True):
+    """Why a request goes nowhere. ``code``: model_not_found, version_not_found or no_ready_instance."""
+
+    code: str
+
+
+UNKNOWN_MODEL = NoRoute("model_not_found")
+UNKNOWN_VERSION = NoRoute("version_not_found")
+NOTHING_READY = NoRoute("no_ready_instance")
+
+
+class Tracked(Protocol):
+    """A running request: anything that can be hashed and says where it goes."""
+
+    choice: Choice
+
+
+class Ticket:
+    """The smallest running request."""
+
+    __slots__ = ("choice",)
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice: Choice = choice
+
+
+class Drained(msgspec.Struct, frozen=True):
+    """To be acknowledged: nothing of the version is in flight, and ``revision`` (applied here) does not name it."""
+
+    model: str
+    version: str
+    revision: int
+    ended: int = 0
+
+
+class Transition(msgspec.Struct, frozen=True):
+    """A revision was applied, to be acknowledged, and then what it drained at once.
+
+    ``draining`` names the versions whose requests are still running.
+    """
+
+    model: str
+    revision: int
+    drained: tuple[Drained, ...] = ()
+    draining: tuple[str, ...] = ()
+
+
+class RequestTracker:
+    """Counts what is in flight for each version and instance, from the choice to the last byte."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[tuple[str, str], Lane] = {}
+
+    def begin(self, request: Tracked) -> None:
+        """The request is on its way to its choice."""
+        choice = request.choice
+        choice.lane.requests.add(request)
+        choice.slot.in_flight += 1
+
+    def end(self, request: Tracked) -> bool:
+        """The request has nothing more to do there. True where it was the last one of a version that has left."""
+        choice = request.choice
+        lane = choice.lane
+        lane.requests.remove(request)
+        choice.slot.in_flight -= 1
+        return lane.left > 0 and not lane.requests
+
+    def in_flight(self, model: str | None = None, version: str | None = None) -> int:
+        """Requests in flight, of all or of one model or version."""
+        return sum(
+            len(lane.requests)
+            for lane in self.lanes.values()
+            if (model is None or lane.model == model) and (version is None or lane.version == version)
+        )
+
+    def running(self) -> Iterator[Tracked]:
+        """Every request in flight. Take a copy before any of them is ended."""
+        for lane in self.lanes.values():
+            yield from lane.requests
+
+    def lane(self, model: str, version: str) -> Lane:
+        """The lane of a version, made where there is none."""
+        lane = self.lanes.get((model, version))
+        if lane is None:
+            lane = self.lanes[model, version] = Lane(model, version)
+        return lane
+
+
+class _Table:
+    """One applied revision, compiled for lookups."""
+
+    __slots__ = ("choices", "revision", "single", "split", "view", "weighted")
+
+    def __init__(self, view: RouteView, lanes: dict[str, Lane]) -> None:
+        self.view = view
+        self.revision = view.revision
+        self.choices: dict[str, tuple[Choice, ...]] = {}
+        for split in view.splits:
+            lane = lanes[split.version]
+            made: list[Choice] = []
+            for endpoint in split.endpoints:
+                key = (endpoint.instance, endpoint.address)
+                slot = lane.slots.get(key)
+                if slot is None:
+                    slot = lane.slots[key] = Slot(endpoint.instance, endpoint.address)
+                made.append(Choice(lane, slot, view.revision))
+            self.choices[split.version] = tuple(made)
+            lane.slots = {
+                key: slot
+                for key, slot in lane.slots.items()
+                if slot.in_flight or any(choice.slot is slot for choice in made)
+            }
+        weighted = [split for split in view.splits if split.weight > 0]
+        #: By falling weight: where a request goes when its own version can't take it.
+        self.weighted = tuple(split.version for split in sorted(view.splits, key=lambda s: (-s.weight, s.version)))
+        self.split = SplitTable(weighted, view.salt) if len(weighted) > 1 else None
+        #: The only version with a weight; its choices are taken without a hash.
+        self.single = self.choices[weighted[0].version] if len(weighted) == 1 else None
+
+
+class TransitionManager:
+    """The applied revisions, and the choice for each request.
+
+    Args:
+        tracker: what is in flight; shared with whoever ends requests.
+        seed: in [0, 1), so that several gateways spread requests without a key differently.
+    """
+
+    def __init__(self, tracker: RequestTracker, seed: float = 0.0) -> None:
+        self.tracker = tracker
+        self._tables: dict[str, _Table] = {}
+        self._spread = Spread(seed)
+        self._turn = 0
+
+    def begin_transition(self, route: RouteView, now: float) -> Transition | None:
+        """Apply a revision. None where it is not newer than what is applied: then nothing has changed.
+
+        Revision 0 (registered, not routed yet) only makes the model known.
+        """
+        model = route.model
+        old = self._tables.get(model)
+        if old is not None and route.revision <= old.revision:
+            return None
+        here = {split.version for split in route.splits}
+        lanes = {version: self.tracker.lane(model, version) for version in here}
+        for lane in lanes.values():
+            lane.left, lane.deadline, lane.ended = 0, 0.0, 0
+        self._tables[model] = _Table(route, lanes)
+        drained = self._let_go(route, old, here, now)
+        draining = tuple(
+            lane.version for lane in self.tracker.lanes.values() if lane.model == model and lane.left and lane.requests
+        )
+        return Transition(model, route.revision, drained, draining)
+
+    def rollback_transition(self, route: RouteView, now: float) -> Transition | None:
+        """Apply a revision that takes a version back out. A rollback is a revision like any other, and only that."""
+        return self.begin_transition(route, now)
+
+    def handle_request_routing(self, model: str, key: bytes = b"", now: float = 0.0, pin: str = "") -> Choice | NoRoute:
+        """Choose where a request goes; ``RequestTracker.begin`` must follow before anything else happens.
+
+        Args:
+            model: the served name.
+            key: the sticky key; empty for a choice by turns.
+            now: seconds, for ejected instances.
+            pin: the version that a tester asks for.
+        """
+        table = self._tables.get(model)
+        if table is None:
+            return UNKNOWN_MODEL
+        if pin:
+            choices = table.choices.get(pin)
+            if choices is None:
+                return UNKNOWN_VERSION
+        elif table.single is not None:
+            choices = table.single
+        elif table.split is not None:
+            split = table.split
+            version = split.version(key) if key else split.version_at(self._spread.bucket())
+            choices = table.choices[version]
+        else:
+            return NOTHING_READY
+        if len(choices) == 1:
+            return choices[0]
+        if not choices:
+            return NOTHING_READY if pin else self._any(table, (), now)
+        return self._least(choices, now)
+
+    def reroute(
+        self, model: str, failed: Choice, tried: Collection[Slot], now: float, pinned: bool = False
+    ) -> Choice | None:
+        """Another instance for a request that its choice could not take, by the revision that is applied *now*.
+
+        One of the same version, else of another version in the route, the heavier first; never one of ``tried``.
+        """
+        table = self._tables.get(model)
+        if table is None:
+            return None
+        left = [choice for choice in table.choices.get(failed.version, ()) if choice.slot not in tried]
+        if left:
+            return self._least(tuple(left), now)
+        if pinned:
+            return None
+        other = self._any(table, tried, now)
+        return None if isinstance(other, NoRoute) else other
+
+    def request_ended(self, request: Tracked, cut: bool = False) -> Drained | None:
+        """End a request, and say what has drained with it.
+
+        Args:
+            request: one that was begun and not ended.
+            cut: it was ended because its version's time to drain was up.
+        """
+        lane = request.choice.lane
+        if cut:
+            lane.ended += 1
+        if self.tracker.end(request):
+            return self.complete_transition(lane.model, lane.version)
+        return None
+
+    def complete_transition(self, model: str, version: str) -> Drained | None:
+        """Forget a version that has left and has nothing in flight; what is returned is to be acknowledged, once."""
+        lane = self.tracker.lanes.get((model, version))
+        if lane is None or not lane.left or lane.requests:
+            return None
+        del self.tracker.lanes[model, version]
+        return Drained(model, version, self._tables[model].revision, lane.ended)
+
+    def overdue(self, now: float) -> tuple[Tracked, ...]:
+        """Requests on versions whose time to drain is up: to be ended with an error event, never silently."""
+        return tuple(
+            request
+            for lane in self.tracker.lanes.values()
+            if lane.left and now >= lane.deadline
+            for request in lane.requests
+        )
+
+    def connection_failed(self, choice: Choice, now: float) -> bool:
+        """An instance did not take a connection or broke it. True where that takes it out for a while."""
+        slot = choice.slot
+        slot.failures += 1
+        if slot.failures < EJECT_AFTER:
+            return False
+        slot.ejected_until = now + min(EJECT_MOST_S, EJECT_FIRST_S * 2 ** min(slot.failures - EJECT_AFTER, 10))
+        return True
+
+    def connection_worked(self, choice: Choice) -> None:
+        """The instance answered: what failed before is forgotten."""
+        choice.slot.failures = 0
+        choice.slot.ejected_until = 0.0
+
+    def models(self) -> tuple[str, ...]:
+        """Every served name, whatever the state of its engines."""
+        return tuple(self._tables)
+
+    def route(self, model: str) -> RouteView | None:
+        """The applied revision of a model."""
+        table = self._tables.get(model)
+        return None if table is None else table.view
+
+    def applied(self) -> dict[str, int]:
+        """Model → applied revision, of the models that have a route."""
+        return {model: table.revision for model, table in self._tables.items() if table.revision}
+
+    def addresses(self) -> frozenset[str]:
+        """Where requests may be sent now. A connection to anywhere else must not be kept."""
+        return frozenset(
+            choice.address for table in self._tables.values() for made in table.choices.values() for choice in made
+        )
+
+    def _let_go(self, route: RouteView, old: _Table | None, here: set[str], now: float) -> tuple[Drained, ...]:
+        """Start to drain what the revision does not name; report what has nothing in flight."""
+        before = set[str]() if old is None else set(old.choices)
+        # Versions that came and went between two revisions that this gateway saw were never used here, but the
+        # controller waits for a word on each.
+        if old is not None:
+            before.update(version for version, revision in route.left.items() if revision > old.revision)
+        drained: list[Drained] = []
+        for version in sorted(before - here):
+            lane = self.tracker.lane(route.model, version)
+            if not lane.left:
+                lane.left, lane.deadline = route.revision, now + route.drain_s
+            if (report := self.complete_transition(route.model, version)) is not None:
+                drained.append(report)
+        return tuple(drained)
+
+    def _any(self, table: _Table, tried: Collection[Slot], now: float) -> Choice | NoRoute:
+        for version in table.weighted:
+            left = tuple(choice for choice in table.choices[version] if choice.slot not in tried)
+            if left:
+                return self._least(left, now)
+        return NOTHING_READY
+
+    def _least(self, choices: tuple[Choice, ...], now: float) -> Choice:
+        """The instance with the least in flight that is not ejected; in turn among equals; any if all are ejected."""
+        self._turn += 1
+        start, count = self._turn % len(choices), len(choices)
+        best: Choice | None = None
+        for offset in range(count):
+            choice = choices[(start + offset) % count]
+            slot = choice.slot
+            if slot.ejected_until > now:
+                continue
+            if best is None or slot.in_flight < best.slot.in_flight:
+                best = choice
+        return min(choices, key=lambda choice: choice.slot.in_flight) if best is None else best
