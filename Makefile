@@ -26,7 +26,6 @@ export HF_HOME := $(CACHE)/huggingface
 export VLLM_CACHE_ROOT := $(CACHE)/vllm
 export TRITON_CACHE_DIR := $(CACHE)/triton
 export PYRIGHT_PYTHON_CACHE_DIR := $(CACHE)/pyright-python
-export npm_config_cache := $(CACHE)/npm
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1

@@ -1,13 +1,14 @@
 """The event store on NATS JetStream: appends with an expected sequence, reads of one subject, the gap-free tail.
 
-The one module of this folder that touches the world. Knows nothing of what events mean, nor of how the connection was
-made (workers/nats.py). An event is stored with three headers: its type, its envelope, and the expected sequence that the
-server checks; more would slow every replay, because the client reads headers line by line.
+With events/jsapi.py the one place of this folder that touches the world. Knows nothing of what events mean, nor of how
+the connection was made (workers/nats.py). An event is stored with three headers: its type, its envelope, and the
+sequence that the server checks; more would slow every replay, because the client reads headers line by line.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,12 +18,11 @@ import structlog
 from turnout.events import jsapi
 from turnout.events.codec import decode, record
 from turnout.events.envelope import ENVELOPE_HEADER, TYPE_HEADER, Recorded
-from turnout.events.store import Conflict, Damaged, LogReplaced, StoreFull, Unavailable, check_appends
+from turnout.events.store import Conflict, LogReplaced, StoreFull, Unavailable, check_appends
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from nats.aio.client import Client
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
@@ -42,6 +42,10 @@ SILENT_HEARTBEATS = 2.5
 CONSUMER_IDLE_S = 30.0
 
 
+_TYPE = f"\r\n{TYPE_HEADER}:".encode()
+_ENVELOPE = f"\r\n{ENVELOPE_HEADER}:".encode()
+
+
 class JetStreamStore:
     """An :class:`~turnout.events.store.EventStore` on one JetStream stream.
 
@@ -53,7 +57,7 @@ class JetStreamStore:
         timeout_s: for one answer of the server.
     """
 
-    def __init__(self, nc: Client, stream: str = STREAM, *, replicas: int = 1, timeout_s: float = 2.0) -> None:
+    def __init__(self, nc: jsapi.Client, stream: str = STREAM, *, replicas: int = 1, timeout_s: float = 2.0) -> None:
         self._nc = nc
         self._stream = stream
         self._replicas = replicas
@@ -132,19 +136,13 @@ class JetStreamStore:
             answer = await jsapi.api(self._nc, f"STREAM.MSG.GET.{self._stream}", query, self._timeout_s)
             found.append(_leader_message(answer["message"]))
 
-    async def identity(self) -> str:
-        """When the stream was made, in the server's words: a stream made anew says another time."""
-        return str((await self._info())["created"])
-
     async def last_sequence(self) -> int:
         """Sequence of the newest event of the log, 0 where it is empty."""
-        return int((await self._info())["state"]["last_seq"])
-
-    async def _info(self) -> dict[str, Any]:
         try:
-            return await jsapi.api(self._nc, f"STREAM.INFO.{self._stream}", None, self._timeout_s)
+            info = await jsapi.api(self._nc, f"STREAM.INFO.{self._stream}", None, self._timeout_s)
         except jsapi.Refused as e:
             raise Unavailable(f"the event log gives no account of itself: {e}") from e
+        return int(info["state"]["last_seq"])
 
     async def tail(self, after: int, deliver: Callable[[Recorded], None], lost: Callable[[Exception], None]) -> Tail:
         """Deliver every event above ``after``, once, in order, for ever. See the port.
@@ -157,24 +155,29 @@ class JetStreamStore:
 def _got(message: Msg) -> Recorded:
     headers = message.headers or {}
     subject, sequence = headers["Nats-Subject"], int(headers["Nats-Sequence"])
-    return _decode(subject, sequence, headers, message.data)
+    name, envelope = headers.get(TYPE_HEADER, ""), headers.get(ENVELOPE_HEADER, "")
+    return decode(subject, sequence, name, envelope.encode(), message.data)
 
 
-def _decode(subject: str, sequence: int, headers: dict[str, str], body: bytes) -> Recorded:
-    try:
-        name, envelope = headers[TYPE_HEADER], headers[ENVELOPE_HEADER]
-    except KeyError as e:
-        raise Damaged(f"event {sequence} on {subject} has no header {e}: it was not written by turnout") from e
-    return decode(subject, sequence, name, envelope.encode(), body)
+def _decode(subject: str, sequence: int, block: bytes, body: bytes) -> Recorded:
+    """Read an event with its header block as it came: two searches instead of a table of all headers."""
+    return decode(subject, sequence, _header(block, _TYPE).decode(), _header(block, _ENVELOPE), body)
+
+
+def _header(block: bytes, name: bytes) -> bytes:
+    """Value of one header, empty where it is missing (then the event is reported as damaged)."""
+    start = block.find(name)
+    if start < 0:
+        return b""
+    start += len(name)
+    return block[start : block.find(b"\r\n", start)].strip()
 
 
 def _leader_message(message: dict[str, Any]) -> Recorded:
     """The JSON form of a message: base64 body and header block."""
     block = msgspec.convert(message.get("hdrs", ""), bytes)
-    lines = block.decode("utf-8", "replace").split("\r\n")[1:]
-    headers = {name: value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
     body = msgspec.convert(message.get("data", ""), bytes)
-    return _decode(message["subject"], message["seq"], headers, body)
+    return _decode(message["subject"], message["seq"], block, body)
 
 
 class Tail:
@@ -187,7 +190,7 @@ class Tail:
 
     def __init__(
         self,
-        nc: Client,
+        nc: jsapi.Client,
         stream: str,
         after: int,
         deliver: Callable[[Recorded], None],
@@ -218,7 +221,8 @@ class Tail:
             try:
                 await self._check()
                 self._fresh = True
-                self._consumer = await _Consumer.open(self._nc, self._stream, self._next, self._take, self._timeout_s)
+                self._consumer = _Consumer(self._nc, self._stream, self._take)
+                await self._consumer.open(self._next, self._timeout_s)
                 complained = False
                 await self._consumer.watch()
             except LogReplaced as e:
@@ -250,15 +254,15 @@ class Tail:
         if state["messages"] and state["first_seq"] > self._next:
             raise LogReplaced(f"stream {self._stream} begins at {state['first_seq']}; event {self._next} is gone")
 
-    def _take(self, sequence: int, subject: str, headers: dict[str, str], body: bytes) -> bool:
+    def _take(self, sequence: int, subject: bytes, block: bytes, body: bytes) -> bool:
         """Deliver one event; False where it is not the next one."""
         if sequence != self._next or self._ended:
             if sequence > self._next and self._fresh:  # not lost on the way: a new consumer begins with what there is
                 self._end(LogReplaced(f"event {self._next} of stream {self._stream} is gone"))
             return False
         try:
-            self._deliver(_decode(subject, sequence, headers, body))
-        except Exception as e:  # noqa: BLE001  nats-py would swallow it and go on with the next event
+            self._deliver(_decode(subject.decode(), sequence, block, body))
+        except Exception as e:  # noqa: BLE001  it must not go on with the next event, nor end the connection
             self._end(e)
             return False
         self._next = sequence + 1
@@ -271,59 +275,50 @@ class Tail:
             self._lost(why)
 
 
+_Take = Callable[[int, bytes, bytes, bytes], bool]
+
+
 class _Consumer:
     """One pull consumer, from its creation until anything at all looks wrong with it."""
 
-    def __init__(
-        self, nc: Client, stream: str, name: str, inbox: str, take: Callable[[int, str, dict[str, str], bytes], bool]
-    ) -> None:
+    def __init__(self, nc: jsapi.Client, stream: str, take: _Take) -> None:
         self._nc = nc
         self._stream = stream
-        self._name = name
-        self._inbox = inbox
         self._take = take
+        self._name = jsapi.unique(nc)
+        self._inbox = nc.new_inbox()
         self._answers: Subscription | None = None
+        self._asking: asyncio.Task[None] | None = None
         self._asked = 0
         self._heard = True
         self._broken = False
         self._reconnects = nc.stats["reconnects"]
 
-    @classmethod
-    async def open(
-        cls,
-        nc: Client,
-        stream: str,
-        start: int,
-        take: Callable[[int, str, dict[str, str], bytes], bool],
-        timeout_s: float,
-    ) -> _Consumer:
-        """Create it on the server and ask for the first messages."""
-        self = cls(nc, stream, jsapi.unique(nc), nc.new_inbox(), take)
+    async def open(self, start: int, timeout_s: float) -> None:
+        """Create it on the server and ask for the first messages.
+
+        Raises:
+            Unavailable: no clear answer.
+            Refused: the server would not.
+        """
+        config = {
+            "name": self._name,
+            "deliver_policy": "by_start_sequence",
+            "opt_start_seq": start,
+            "ack_policy": "none",
+            "replay_policy": "instant",
+            "mem_storage": True,
+            "num_replicas": 1,
+            "max_deliver": -1,
+            "inactive_threshold": int(CONSUMER_IDLE_S * 1e9),
+        }
         try:
-            self._answers = await nc.subscribe(
-                self._inbox, cb=self._receive, pending_msgs_limit=-1, pending_bytes_limit=-1
-            )
-            config = {
-                "name": self._name,
-                "deliver_policy": "by_start_sequence",
-                "opt_start_seq": start,
-                "ack_policy": "none",
-                "replay_policy": "instant",
-                "mem_storage": True,
-                "num_replicas": 1,
-                "max_deliver": -1,
-                "inactive_threshold": int(CONSUMER_IDLE_S * 1e9),
-            }
-            body = {"stream_name": stream, "action": "create", "config": config}
-            await jsapi.api(nc, f"CONSUMER.CREATE.{stream}.{self._name}", body, timeout_s)
-            await self._ask()
+            self._answers = await self._nc.subscribe_raw(self._inbox, self._receive)
         except (nats.errors.Error, OSError) as e:
-            await self.close()
             raise Unavailable(f"the connection to NATS went away ({e})") from e
-        except (Unavailable, jsapi.Refused):
-            await self.close()
-            raise
-        return self
+        body = {"stream_name": self._stream, "action": "create", "config": config}
+        await jsapi.api(self._nc, f"CONSUMER.CREATE.{self._stream}.{self._name}", body, timeout_s)
+        await self._ask()
 
     async def watch(self) -> None:
         """Return when the consumer must be replaced."""
@@ -339,39 +334,40 @@ class _Consumer:
     async def close(self) -> None:
         """Stop receiving. The server forgets the consumer at once, or after its idle time."""
         self._broken = True
+        if self._asking is not None:
+            self._asking.cancel()
         if self._answers is None or self._nc.is_closed:
             return
         try:
-            await self._answers.unsubscribe()
+            await self._nc.unsubscribe_raw(self._answers)
             await self._nc.publish(f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._name}")
         except (nats.errors.Error, OSError):
             return  # not connected: nothing is received, and the server's idle time does the rest
 
-    async def _receive(self, message: Msg) -> None:
+    def _receive(self, subject: bytes, reply: bytes, block: bytes, body: bytes) -> None:
         self._heard = True
         if self._broken:
             return
-        reply = message.reply
-        headers = message.headers or {}
-        if reply.startswith("$JS.ACK."):
+        if reply.startswith(b"$JS.ACK."):
             # $JS.ACK.….<delivered>.<stream seq>.<consumer seq>.<time>.<pending>: counted from the end, the same in v2
-            sequence = int(reply.rsplit(".", 4)[1])
-            if not self._take(sequence, message.subject, headers, message.data):
+            if not self._take(int(reply.rsplit(b".", 4)[1]), subject, block, body):
                 self._broken = True
                 return
             self._asked -= 1
         else:
-            self._status(headers)
-        if self._asked <= PULL_BATCH // 2 and not self._broken:
-            await self._ask()
+            self._status(block)
+        if self._asked <= PULL_BATCH // 2 and not self._broken and (self._asking is None or self._asking.done()):
+            self._asking = asyncio.get_running_loop().create_task(self._ask())
 
-    def _status(self, headers: dict[str, str]) -> None:
-        status = headers.get(jsapi.STATUS_HEADER, "")
-        if status == "100":  # heartbeat
+    def _status(self, block: bytes) -> None:
+        """A message of the server itself: ``NATS/1.0 <status> <text>`` and headers."""
+        line = block[len(b"NATS/1.0") : block.find(b"\r\n")].strip()
+        status, _, text = line.partition(b" ")
+        if status == b"100":  # heartbeat
             return
-        text = headers.get(jsapi.DESCRIPTION_HEADER, "")
-        if status in {"404", "408"} or (status == "409" and text.startswith("Batch Completed")):
-            self._asked = max(0, self._asked - int(headers.get("Nats-Pending-Messages", PULL_BATCH)))
+        if status in {b"404", b"408"} or (status == b"409" and text.startswith(b"Batch Completed")):
+            unused = _header(block, b"\r\nNats-Pending-Messages:")
+            self._asked = max(0, self._asked - int(unused or PULL_BATCH))
             return
         self._broken = True
 
@@ -380,7 +376,7 @@ class _Consumer:
         query = {"batch": more, "expires": int(CONSUMER_IDLE_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._name}"
         try:
+            self._asked += more
             await self._nc.publish(subject, msgspec.json.encode(query), reply=self._inbox)
-            self._asked = PULL_BATCH
         except (nats.errors.Error, OSError):
             self._broken = True

@@ -47,10 +47,9 @@ class _Tail:
 class MemoryStore:
     """An :class:`~turnout.events.store.EventStore` that keeps the log in a list."""
 
-    def __init__(self, identity: str = "memory") -> None:
+    def __init__(self) -> None:
         self.log: list[Recorded] = []
         self.tails: list[_Tail] = []
-        self._identity = identity
         self._subjects: dict[str, list[Recorded]] = {}
 
     async def append(self, appends: Sequence[Append], context: Context) -> tuple[Recorded, ...]:
@@ -81,10 +80,6 @@ class MemoryStore:
     async def last_sequence(self) -> int:
         """Sequence of the newest event, 0 where there is none."""
         return len(self.log)
-
-    async def identity(self) -> str:
-        """What the log was called when it was made."""
-        return self._identity
 
     async def tail(self, after: int, deliver: Callable[[Recorded], None], lost: Callable[[Exception], None]) -> _Tail:
         """Deliver every event above ``after``: those that are there before this returns, new ones inside append."""

@@ -91,14 +91,6 @@ class EventStore(Protocol):
         """
         ...
 
-    async def identity(self) -> str:
-        """What tells this log from every other one: another log under the same name has another identity.
-
-        Raises:
-            Unavailable: no answer.
-        """
-        ...
-
     async def last_sequence(self) -> int:
         """Sequence of the newest event of the log, 0 where it is empty.
 

@@ -53,9 +53,21 @@ def command(role: str, verb: str) -> str:
     return f"{COMMANDS}.{role}.{verb}"
 
 
+def parse_command(subject: str) -> tuple[str, str]:
+    """Role and verb of a command subject."""
+    role, _, verb = subject.removeprefix(f"{COMMANDS}.").partition(".")
+    return role, verb
+
+
 def beat(kind: str, id: str) -> str:
     """Subject of the signs of life of one worker or gateway, e.g. ``turnout.beat.gateway.g1``."""
     return f"{BEATS}.{kind}.{token(id)}"
+
+
+def parse_beat(subject: str) -> tuple[str, str]:
+    """Kind and id of a beat's subject."""
+    _, _, kind, id = subject.split(".")
+    return kind, name(id)
 
 
 def view(key: str) -> str:

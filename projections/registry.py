@@ -18,6 +18,7 @@ from turnout.events.model import (
     VersionDeregistered,
     VersionRegistered,
 )
+from turnout.projections.fold import Fold
 
 if TYPE_CHECKING:
     from turnout.events.envelope import Recorded
@@ -56,49 +57,74 @@ class ModelView(msgspec.Struct):
     last_outcome: str = ""
 
 
-class Registry:
+class Registry(Fold):
     """Fold of the model events."""
 
     kind = "model"
 
     def __init__(self) -> None:
+        super().__init__(
+            {
+                ModelRegistered: self._model_registered,
+                VersionRegistered: self._version_registered,
+                VersionDeregistered: self._version_deregistered,
+                SwitchAdmitted: self._switch_admitted,
+                SwitchClosed: self._switch_closed,
+                ActiveVersionChanged: self._active_version_changed,
+                KnownGoodMarked: self._known_good_marked,
+                KnownGoodRevoked: self._known_good_revoked,
+            }
+        )
         self.models: dict[str, ModelView] = {}
-        self.changed: set[str] = set()
-
-    def apply(self, recorded: Recorded) -> None:
-        """Take one event; others than its own are skipped."""
-        event = recorded.event
-        match event:
-            case ModelRegistered(name):
-                self.models.setdefault(name, ModelView(name))
-            case VersionRegistered(name, version, engine, digest, note):
-                self._model(name).versions[version] = VersionView(
-                    version, engine, digest, recorded.envelope.time, recorded.envelope.actor, note
-                )
-            case VersionDeregistered(name, version):
-                view = self._model(name)
-                view.versions.pop(version, None)
-                view.known_good = tuple(v for v in view.known_good if v != version)
-            case SwitchAdmitted(name, switch):
-                self._model(name).switch = switch
-            case SwitchClosed(name, switch, outcome):
-                view = self._model(name)
-                view.switch, view.last_switch, view.last_outcome = "", switch, outcome
-            case ActiveVersionChanged(name, version):
-                self._model(name).active = version
-            case KnownGoodMarked(name, version):
-                view = self._model(name)
-                view.known_good = (*(v for v in view.known_good if v != version), version)
-            case KnownGoodRevoked(name, version):
-                view = self._model(name)
-                view.known_good = tuple(v for v in view.known_good if v != version)
-            case _:
-                return
-        self.changed.add(name)
 
     def view(self, id: str) -> ModelView | None:
         """The view of one model."""
         return self.models.get(id)
 
+    def _model_registered(self, event: ModelRegistered, recorded: Recorded) -> None:
+        self._model(event.model)
+
+    def _version_registered(self, event: VersionRegistered, recorded: Recorded) -> None:
+        envelope = recorded.envelope
+        self._model(event.model).versions[event.version] = VersionView(
+            event.version, event.engine, event.digest, envelope.time, envelope.actor, event.note
+        )
+
+    def _version_deregistered(self, event: VersionDeregistered, recorded: Recorded) -> None:
+        view = self._model(event.model)
+        view.versions.pop(event.version, None)
+        view.known_good = _without(view.known_good, event.version)
+
+    def _switch_admitted(self, event: SwitchAdmitted, recorded: Recorded) -> None:
+        self._model(event.model).switch = event.switch
+
+    def _switch_closed(self, event: SwitchClosed, recorded: Recorded) -> None:
+        view = self._model(event.model)
+        view.switch = ""
+        view.last_switch = event.switch
+        view.last_outcome = event.outcome
+
+    def _active_version_changed(self, event: ActiveVersionChanged, recorded: Recorded) -> None:
+        self._model(event.model).active = event.version
+
+    def _known_good_marked(self, event: KnownGoodMarked, recorded: Recorded) -> None:
+        view = self._model(event.model)
+        view.known_good = (*_without(view.known_good, event.version), event.version)
+
+    def _known_good_revoked(self, event: KnownGoodRevoked, recorded: Recorded) -> None:
+        view = self._model(event.model)
+        view.known_good = _without(view.known_good, event.version)
+
     def _model(self, name: str) -> ModelView:
-        return self.models.setdefault(name, ModelView(name))
+        self.changed.add(name)
+        view = self.models.get(name)
+        if view is None:
+            view = self.models[name] = ModelView(name)
+        return view
+
+
+def _without(versions: tuple[str, ...], version: str) -> tuple[str, ...]:
+    if version not in versions:
+        return versions
+    at = versions.index(version)
+    return versions[:at] + versions[at + 1 :]

@@ -12,6 +12,7 @@ import msgspec
 
 from turnout.events.model import ModelRegistered
 from turnout.events.route import RouteChanged, Split
+from turnout.projections.fold import Fold
 
 if TYPE_CHECKING:
     from turnout.events.envelope import Recorded
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 LEFT_MOST = 256
 
 
-class RouteView(msgspec.Struct, frozen=True):
+class RouteView(msgspec.Struct, frozen=True, gc=False):
     """What a gateway applies between two requests.
 
     Attributes:
@@ -43,42 +44,25 @@ class RouteView(msgspec.Struct, frozen=True):
     left: dict[str, int] = {}
 
 
-class Routing:
+class Routing(Fold):
     """Fold of ModelRegistered and RouteChanged."""
 
     kind = "route"
 
     def __init__(self) -> None:
+        super().__init__({RouteChanged: self._route_changed, ModelRegistered: self._model_registered})
         self.routes: dict[str, RouteView] = {}
-        self.changed: set[str] = set()
-
-    def apply(self, recorded: Recorded) -> None:
-        """Take one event; others than its own are skipped."""
-        event = recorded.event
-        if type(event) is RouteChanged:
-            self.routes[event.model] = RouteView(
-                event.model,
-                event.revision,
-                event.splits,
-                event.salt,
-                event.drain_s,
-                _left(self.routes.get(event.model), event),
-            )
-            self.changed.add(event.model)
-        elif type(event) is ModelRegistered and event.model not in self.routes:
-            self.routes[event.model] = RouteView(event.model)
-            self.changed.add(event.model)
 
     def view(self, id: str) -> RouteView | None:
         """The view of one model."""
         return self.routes.get(id)
 
+    def _route_changed(self, event: RouteChanged, recorded: Recorded) -> None:
+        model = event.model
+        self.routes[model] = RouteView(model, event.revision, event.splits, event.salt, event.drain_s)
+        self.changed.add(model)
 
-def _left(before: RouteView | None, event: RouteChanged) -> dict[str, int]:
-    """What has left by this event, newest last."""
-    if before is None:
-        return {}
-    here = {split.version for split in event.splits}
-    left = {version: revision for version, revision in before.left.items() if version not in here}
-    left |= {split.version: event.revision for split in before.splits if split.version not in here}
-    return dict(list(left.items())[-LEFT_MOST:])
+    def _model_registered(self, event: ModelRegistered, recorded: Recorded) -> None:
+        if event.model not in self.routes:
+            self.routes[event.model] = RouteView(event.model)
+            self.changed.add(event.model)

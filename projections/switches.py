@@ -21,12 +21,13 @@ from turnout.events.switch import (
     SwitchRequested,
     TargetReady,
 )
+from turnout.projections.fold import Fold
 
 if TYPE_CHECKING:
     from turnout.events.envelope import Recorded
 
 
-class SwitchView(msgspec.Struct):
+class SwitchView(msgspec.Struct, gc=False):
     """One switch.
 
     Attributes:
@@ -72,74 +73,112 @@ class SwitchView(msgspec.Struct):
     drain_s: float | None = None
 
 
-class Switches:
+class Switches(Fold):
     """Fold of the switch events."""
 
     kind = "switch"
 
     def __init__(self) -> None:
+        super().__init__(
+            {
+                SwitchRequested: self._requested,
+                InstancesRequested: self._instances_requested,
+                TargetReady: self._target_ready,
+                StepStarted: self._step_started,
+                StepApplied: self._step_applied,
+                BakeStarted: self._bake_started,
+                DrainStarted: self._drain_started,
+                SwitchCompleted: self._completed,
+                RollbackStarted: self._rollback_started,
+                RolledBack: self._rolled_back,
+                SwitchAborted: self._aborted,
+                SwitchFailed: self._failed,
+            }
+        )
         self.switches: dict[str, SwitchView] = {}
-        self.changed: set[str] = set()
-
-    def apply(self, recorded: Recorded) -> None:
-        """Take one event; others than its own are skipped."""
-        event = recorded.event
-        time = recorded.envelope.time
-        match event:
-            case SwitchRequested(id):
-                self._view(id)
-                self.switches[id] = SwitchView(
-                    switch=id,
-                    model=event.model,
-                    source=event.source,
-                    target=event.target,
-                    strategy=event.strategy,
-                    undo=event.undo,
-                    reason=event.reason,
-                    actor=recorded.envelope.actor,
-                    requested_at=event.at,
-                    deadline=event.deadline,
-                )
-            case InstancesRequested(id, instances):
-                view = self._view(id)
-                view.phase, view.instances = "loading", instances
-            case TargetReady(id, instances, seconds, warm):
-                view = self._view(id)
-                view.phase, view.instances, view.ready_s, view.warm = "ready", instances, seconds, warm
-            case StepStarted(id, _, weight):
-                view = self._view(id)
-                view.phase, view.weight = "stepping", weight
-            case StepApplied(id, _, _, _, seconds):
-                view = self._view(id)
-                view.phase, view.cutover_s = "stepped", seconds
-            case BakeStarted(id, until):
-                view = self._view(id)
-                view.phase, view.bake_until = "baking", until
-            case DrainStarted(id):
-                self._view(id).phase = "draining"
-            case SwitchCompleted(id, drain_s):
-                view = self._view(id)
-                view.phase, view.drain_s, view.ended_at = "completed", drain_s, time
-            case RollbackStarted(id, _, _, reason):
-                view = self._view(id)
-                view.phase, view.weight, view.reason = "rolling_back", 0.0, reason
-            case RolledBack(id):
-                view = self._view(id)
-                view.phase, view.ended_at = "rolled_back", time
-            case SwitchAborted(id, reason):
-                view = self._view(id)
-                view.phase, view.weight, view.reason, view.ended_at = "aborted", 0.0, reason, time
-            case SwitchFailed(id, stage, reason, log_tail):
-                view = self._view(id)
-                view.phase, view.stage, view.reason, view.log_tail = "failed", stage, reason, log_tail
-                view.ended_at = time
-            case _:
-                return
 
     def view(self, id: str) -> SwitchView | None:
         """The view of one switch."""
         return self.switches.get(id)
 
+    def _requested(self, event: SwitchRequested, recorded: Recorded) -> None:
+        self.changed.add(event.switch)
+        self.switches[event.switch] = SwitchView(
+            switch=event.switch,
+            model=event.model,
+            source=event.source,
+            target=event.target,
+            strategy=event.strategy,
+            undo=event.undo,
+            reason=event.reason,
+            actor=recorded.envelope.actor,
+            requested_at=event.at,
+            deadline=event.deadline,
+        )
+
+    def _instances_requested(self, event: InstancesRequested, recorded: Recorded) -> None:
+        view = self._view(event.switch)
+        view.phase = "loading"
+        view.instances = event.instances
+
+    def _target_ready(self, event: TargetReady, recorded: Recorded) -> None:
+        view = self._view(event.switch)
+        view.phase = "ready"
+        view.instances = event.instances
+        view.ready_s = event.seconds
+        view.warm = event.warm
+
+    def _step_started(self, event: StepStarted, recorded: Recorded) -> None:
+        view = self._view(event.switch)
+        view.phase = "stepping"
+        view.weight = event.weight
+
+    def _step_applied(self, event: StepApplied, recorded: Recorded) -> None:
+        view = self._view(event.switch)
+        view.phase = "stepped"
+        view.cutover_s = event.seconds
+
+    def _bake_started(self, event: BakeStarted, recorded: Recorded) -> None:
+        view = self._view(event.switch)
+        view.phase = "baking"
+        view.bake_until = event.until
+
+    def _drain_started(self, event: DrainStarted, recorded: Recorded) -> None:
+        self._view(event.switch).phase = "draining"
+
+    def _completed(self, event: SwitchCompleted, recorded: Recorded) -> None:
+        view = self._end(event.switch, "completed", recorded)
+        view.drain_s = event.drain_s
+
+    def _rollback_started(self, event: RollbackStarted, recorded: Recorded) -> None:
+        view = self._view(event.switch)
+        view.phase = "rolling_back"
+        view.weight = 0.0
+        view.reason = event.reason
+
+    def _rolled_back(self, event: RolledBack, recorded: Recorded) -> None:
+        self._end(event.switch, "rolled_back", recorded)
+
+    def _aborted(self, event: SwitchAborted, recorded: Recorded) -> None:
+        view = self._end(event.switch, "aborted", recorded)
+        view.weight = 0.0
+        view.reason = event.reason
+
+    def _failed(self, event: SwitchFailed, recorded: Recorded) -> None:
+        view = self._end(event.switch, "failed", recorded)
+        view.stage = event.stage
+        view.reason = event.reason
+        view.log_tail = event.log_tail
+
+    def _end(self, id: str, outcome: str, recorded: Recorded) -> SwitchView:
+        view = self._view(id)
+        view.phase = outcome
+        view.ended_at = recorded.envelope.time
+        return view
+
     def _view(self, id: str) -> SwitchView:
         self.changed.add(id)
-        return self.switches.setdefault(id, SwitchView(id))
+        view = self.switches.get(id)
+        if view is None:
+            view = self.switches[id] = SwitchView(id)
+        return view

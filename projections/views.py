@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -13,11 +13,14 @@ from turnout.projections.routing import Routing
 from turnout.projections.switches import Switches
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from turnout.events.envelope import Recorded
+    from turnout.projections.fold import Folds
 
 
 class Projection(Protocol):
-    """One kind of view. ``changed`` collects the ids that differ from what was stored."""
+    """One kind of view."""
 
     @property
     def kind(self) -> str:
@@ -25,12 +28,13 @@ class Projection(Protocol):
         ...
 
     @property
-    def changed(self) -> set[str]:
-        """Ids whose views have changed."""
+    def folds(self) -> Folds:
+        """What it does with each type of event."""
         ...
 
-    def apply(self, recorded: Recorded) -> None:
-        """Take one event; never raises."""
+    @property
+    def changed(self) -> set[str]:
+        """Ids whose views have changed."""
         ...
 
     def view(self, id: str) -> object | None:
@@ -51,14 +55,6 @@ class Views:
         #: Digest of the log's first event: which log this is the fold of.
         self.log = ""
         self._dirty: dict[str, tuple[int, Projection, str]] = {}
-        self._by_aggregate: dict[str, tuple[Projection, ...]] = {
-            "model": (self.registry, self.routing),
-            "route": (self.routing,),
-            "switch": (self.switches,),
-            "instance": (self.workers,),
-            "worker": (self.workers,),
-            "gateway": (self.gateways,),
-        }
         self._all: tuple[Projection, ...] = (
             self.registry,
             self.routing,
@@ -66,16 +62,17 @@ class Views:
             self.workers,
             self.gateways,
         )
-        self._start = len(subjects.EVENTS) + 1
+        self._folds = _joined(self._all)
 
     def apply(self, recorded: Recorded) -> None:
         """Take the log's next event."""
         if not self.log:
             self.log = recorded.digest
         self.sequence = recorded.sequence
-        aggregate = recorded.subject[self._start :].partition(".")[0]
-        for projection in self._by_aggregate.get(aggregate, ()):
-            projection.apply(recorded)
+        event = recorded.event
+        fold = self._folds.get(type(event))
+        if fold is not None:
+            fold(event, recorded)
 
     def settle(self) -> None:
         """Note what has changed up to here. Call it between two events, before ``take``."""
@@ -114,3 +111,22 @@ class Views:
             for id, view in views.items()
             if id
         }
+
+
+def _joined(projections: tuple[Projection, ...]) -> dict[type, Callable[[Any, Recorded], None]]:
+    """One table for all projections: most types concern only one of them."""
+    joined: dict[type, Callable[[Any, Recorded], None]] = {}
+    for projection in projections:
+        for type_, fold in projection.folds.items():
+            joined[type_] = _both(joined[type_], fold) if type_ in joined else fold
+    return joined
+
+
+def _both(
+    first: Callable[[Any, Recorded], None], second: Callable[[Any, Recorded], None]
+) -> Callable[[Any, Recorded], None]:
+    def fold(event: Any, recorded: Recorded) -> None:
+        first(event, recorded)
+        second(event, recorded)
+
+    return fold

@@ -27,7 +27,10 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class ViewEntry(msgspec.Struct, frozen=True, gc=False):
-    """One stored view: its key, its JSON, and its sequence in the bucket (grows with every write of any key)."""
+    """One stored view: its key, its JSON, and its sequence in the bucket (grows with every write of any key).
+
+    ``value`` is empty where the view was removed.
+    """
 
     key: str
     value: bytes

@@ -1,8 +1,8 @@
 """A fake engine: an OpenAI-compatible server without a model, for tests, demos and benches.
 
-It speaks HTTP at protocol level on uvloop and httptools, so that it is not the bottleneck when a gateway is measured, and
-imports little, so that it starts fast. It misbehaves on request, in the ways that real engines were seen to. Knows
-nothing of turnout.
+It speaks HTTP at protocol level on uvloop and httptools, so that it is not the bottleneck when a gateway is measured,
+and imports little, so that it starts fast. It misbehaves on request, in the ways that real engines were seen to. Knows
+nothing of turnout's events and commands.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -23,12 +24,12 @@ import uvloop
 from turnout.workers.clock import SystemClock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-WORDS = tuple(
-    " a steady stream of plain words that no model wrote but every client can count and compare with what came before"
-    .split()
-)  # fmt: skip
+WORDS = (
+    *("a", "steady", "stream", "of", "plain", "words", "that", "no", "model", "wrote", "but", "every", "client"),
+    *("can", "count", "and", "compare", "with", "what", "came", "before"),
+)
 GARBAGE = ("Ground", "setattr", "amiliar", "}]);", "ÃƒÂ", "orum", "imir", "isim", "\\\\x", "Ltd", "zzq", "0xff", "ège")
 CUT_AT = 0.5  # a stream that breaks does so after this share of its tokens
 
@@ -115,6 +116,7 @@ class Model:
         self.finished: dict[str, int] = {}
         self.generated = 0
         self._draw = Draw(settings.seed)
+        self._sound: dict[int, Plan] = {}
         self._ballast = bytearray(b"\x01") * (settings.memory_mb << 20)
         self._faulty = bool(
             settings.error_rate
@@ -127,23 +129,24 @@ class Model:
             or settings.crash_after >= 0
         )
 
-    def words(self, count: int) -> Iterator[str]:
-        """The tokens of a sound answer: the version first, so that every answer names it."""
-        s = self.settings
-        yield from (s.version, " says", ":")[:count]
-        for n in range(count - 3):
-            yield " " + WORDS[n % len(WORDS)]
+    def sound(self, count: int) -> Plan:
+        """A good answer: the version comes first, so that every answer names it."""
+        plan = self._sound.get(count)
+        if plan is None:
+            words = (" " + WORDS[n % len(WORDS)] for n in range(count - 3))
+            plan = self._sound[count] = Plan((self.settings.version, " says", ":", *words)[:count])
+        return plan
 
     def plan(self, count: int) -> Plan | None:
         """What the next request gets; None means an error answer."""
         self.asked += 1
         if not self._faulty:
-            return Plan(tuple(self.words(count)))
+            return self.sound(count)
         s, n = self.settings, self.asked
         if 0 <= s.crash_after < n:
-            return Plan(tuple(self.words(count)), crash=True)
+            return Plan(self.sound(count).tokens, crash=True)
         if n <= s.sound_first:
-            return Plan(tuple(self.words(count)))
+            return self.sound(count)
         if s.error_rate and self._draw() < s.error_rate:
             return None
         if s.empty or s.nan:
@@ -153,10 +156,10 @@ class Model:
         if s.garbage:
             return Plan(tuple(GARBAGE[int(self._draw() * len(GARBAGE))] for _ in range(count)))
         if s.stream_error_rate and self._draw() < s.stream_error_rate:
-            return Plan(tuple(self.words(count)), broken=True)
+            return Plan(self.sound(count).tokens, broken=True)
         if s.abort_rate and self._draw() < s.abort_rate:
-            return Plan(tuple(self.words(max(1, count // 2))), finish="abort")
-        return Plan(tuple(self.words(count)))
+            return Plan(self.sound(max(1, count // 2)).tokens, finish="abort")
+        return self.sound(count)
 
     def hangs(self) -> bool:
         """Whether the request that was counted last gets no byte for ever."""
@@ -190,24 +193,23 @@ class Model:
         return ("\n".join(lines) + "\n").encode()
 
 
-class Shape:
+class Shape(ABC):
     """One OpenAI endpoint that generates text: how an answer, and each piece of a stream, is written."""
 
     prefix = ""
+    opening = 0
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self._head = {"created": model.created, "model": model.name, "system_fingerprint": model.settings.version}
 
+    @abstractmethod
     def whole(self, id: str, ask: Ask, plan: Plan) -> bytes:
         """The body of an answer that is not streamed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces(self, id: str, ask: Ask, plan: Plan) -> Iterator[bytes]:
         """The events of a stream, ``data:`` and blank line included; the first ``opening`` ones carry no token."""
-        raise NotImplementedError
-
-    opening = 0
 
     @staticmethod
     def usage(plan: Plan) -> dict[str, int]:
@@ -320,7 +322,7 @@ class Responses(Shape):
         yield _named(done, len(plan.tokens) + 1)
 
 
-def _named(event: dict[str, object], number: int) -> bytes:
+def _named(event: Mapping[str, object], number: int) -> bytes:
     data = _encode({**event, "sequence_number": number})
     return b"event: " + str(event["type"]).encode() + b"\ndata: " + data + b"\n\n"
 
@@ -406,7 +408,7 @@ class Stream:
         piece = next(self._pieces, _DONE)
         if self._plan.crash and piece is _DONE:
             crash()
-        if piece is _DONE or type(self._shape) is Responses and b'"response.completed"' in piece[:80]:
+        if piece is _DONE or (type(self._shape) is Responses and b'"response.completed"' in piece[:80]):
             http.transport.write(_framed(piece) + _END)
             http.finish(self._plan.finish, len(self._plan.tokens))
             return
@@ -468,6 +470,7 @@ class Http(asyncio.Protocol):
         self._body: list[bytes] = []
         self._waiting: deque[tuple[str, str, bytes, bool]] = deque()
         self._busy = False
+        self._counted = False
         self._keep = True
         self._answer: Stream | asyncio.TimerHandle | None = None
 
@@ -480,7 +483,7 @@ class Http(asyncio.Protocol):
         """asyncio: gone. What was under way for this client ends."""
         if self._answer is not None:
             self._answer.cancel()
-        if self._busy:
+        if self._counted:
             self.server.model.running -= 1
         self.server.connections.discard(self)
         self.server.gone()
@@ -527,20 +530,23 @@ class Http(asyncio.Protocol):
     def _handle(self, method: str, path: str, body: bytes, keep: bool) -> None:
         self._busy = True
         self._keep = keep
-        self.server.model.running += 1
         shape = self.server.shapes.get(path)
-        if method == "POST" and shape is not None:
-            self._generate(shape, body)
-        elif method == "POST" and path.startswith("/v1/"):
-            self._other(path, body)
-        else:
+        if method != "POST" or not path.startswith("/v1/"):
             self._reply(self._page(method, path))
+            return
+        self._counted = True
+        self.server.model.running += 1
+        if shape is not None:
+            self._generate(shape, body)
+        else:
+            self._other(path, body)
 
     def finish(self, finish: str, tokens: int) -> None:
         """The answer is out: take the next request of this connection."""
         model = self.server.model
-        model.running -= 1
-        self._busy = False
+        if self._counted:
+            model.running -= 1
+        self._counted = self._busy = False
         self._answer = None
         if finish:
             model.ended(finish, tokens)
@@ -650,10 +656,8 @@ class Http(asyncio.Protocol):
             case "/health" | "/ping":
                 return _plain(200, b"")
             case "/v1/models":
-                models = [
-                    {"id": name, "object": "model", "created": model.created, "owned_by": "fake"}
-                    for name in model.names
-                ]
+                head = {"object": "model", "created": model.created, "owned_by": "fake"}
+                models = [{"id": name, **head} for name in model.names]
                 return _plain(200, _encode({"object": "list", "data": models}))
             case "/metrics":
                 return _plain(200, model.metrics(), b"text/plain; version=0.0.4; charset=utf-8")

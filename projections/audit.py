@@ -1,0 +1,358 @@
+"""The log in plain sentences, and which model and switch each event belongs to. Knows no terminal and no store."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from turnout.events import subjects
+from turnout.events.envelope import Unknown
+from turnout.events.gateway import GatewayJoined, GatewayLeft, GatewayLost, RouteApplied, VersionDrained
+from turnout.events.instance import (
+    InstanceDraining,
+    InstanceFailed,
+    InstanceLoading,
+    InstanceReady,
+    InstanceRequested,
+    InstanceStopped,
+)
+from turnout.events.model import (
+    ActiveVersionChanged,
+    EngineSpec,
+    KnownGoodMarked,
+    KnownGoodRevoked,
+    ModelRegistered,
+    SwitchAdmitted,
+    SwitchClosed,
+    VersionDeregistered,
+    VersionRegistered,
+)
+from turnout.events.route import RouteChanged
+from turnout.events.switch import (
+    BakeStarted,
+    DrainStarted,
+    InstancesRequested,
+    RollbackStarted,
+    RolledBack,
+    StepApplied,
+    StepStarted,
+    SwitchAborted,
+    SwitchCompleted,
+    SwitchFailed,
+    SwitchRequested,
+    TargetReady,
+)
+from turnout.events.worker import WorkerJoined, WorkerLeft, WorkerLost
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from turnout.events.envelope import Recorded
+
+_OUTCOMES = {"completed": "completed", "rolled_back": "was rolled back", "aborted": "was aborted", "failed": "failed"}
+_BAD = (SwitchFailed, InstanceFailed, WorkerLost, GatewayLost)
+_WARNING = (RollbackStarted, RolledBack, SwitchAborted, KnownGoodRevoked)
+_GOOD = (SwitchCompleted, ActiveVersionChanged, InstanceReady, KnownGoodMarked)
+_DETAIL = (RouteApplied, VersionDrained, InstanceLoading, SwitchAdmitted, SwitchClosed, Unknown)
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One line of the audit.
+
+    Attributes:
+        sequence: the event's place in the log.
+        time: UTC.
+        actor: who asked, as in the envelope.
+        type: of the event.
+        model: served name that it concerns, empty for none.
+        switch: id of the switch that it belongs to, empty for none.
+        tone: ``good``, ``warning``, ``bad``, ``detail`` or empty: how a reader may mark it.
+        sentence: what happened.
+    """
+
+    sequence: int
+    time: datetime
+    actor: str
+    type: str
+    model: str
+    switch: str
+    tone: str
+    sentence: str
+
+
+class Audit:
+    """Fold that remembers which instance, switch and revision belongs to what. Feed it the log from the start."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+        self._models: dict[str, str] = {}
+        self._causes: dict[str, str] = {}
+        self._revisions: dict[tuple[str, int], str] = {}
+
+    def entry(self, recorded: Recorded) -> Entry:
+        """The line of the log's next event. Never raises."""
+        event = recorded.event
+        aggregate, id = subjects.parse_event(recorded.subject)
+        match event:
+            case InstanceRequested(instance, model, version, _, _, cause):
+                self._names[instance] = f"{instance} ({model} {version})"
+                self._models[instance], self._causes[instance] = model, cause
+            case SwitchRequested(switch, model, target):
+                self._names[switch] = f"{model} to {target}"
+                self._models[switch] = model
+            case RouteChanged(model, revision, _, _, _, cause):
+                self._revisions[model, revision] = cause
+            case _:
+                pass
+        model = id if aggregate in ("model", "route") else self._models.get(id, "") or getattr(event, "model", "")
+        return Entry(
+            sequence=recorded.sequence,
+            time=recorded.envelope.time,
+            actor=recorded.envelope.actor,
+            type=recorded.type,
+            model=model,
+            switch=self._switch(recorded, aggregate, id),
+            tone=tone(event),
+            sentence=sentence(recorded, self._names),
+        )
+
+    def _switch(self, recorded: Recorded, aggregate: str, id: str) -> str:
+        event = recorded.event
+        match event:
+            case RouteChanged() | InstanceRequested():
+                cause = event.cause
+            case RouteApplied(_, model, revision) | VersionDrained(_, model, _, revision):
+                cause = self._revisions.get((model, revision), "")
+            case _:
+                cause = id if aggregate == "switch" else self._causes.get(id, "") or getattr(event, "switch", "")
+        return cause if cause in self._models else getattr(event, "switch", "")
+
+
+def tone(event: object) -> str:
+    """How an event may be marked: ``good``, ``warning``, ``bad``, ``detail`` or empty."""
+    if isinstance(event, _BAD):
+        return "bad"
+    if isinstance(event, _WARNING) or (isinstance(event, VersionDrained) and event.ended):
+        return "warning"
+    if isinstance(event, _GOOD):
+        return "good"
+    return "detail" if isinstance(event, _DETAIL) else ""
+
+
+def sentence(recorded: Recorded, names: Mapping[str, str] | None = None) -> str:
+    """What the event says, as one sentence without a full stop.
+
+    Args:
+        recorded: the event.
+        names: ids of instances and switches → how to call them; an id that is missing stands for itself.
+    """
+    return _say(recorded, {} if names is None else names)
+
+
+def who(actor: str) -> str:
+    """The actor of an envelope as a person or process would be called: ``ops:alice`` is alice."""
+    role, _, name = actor.partition(":")
+    if (role, name) == ("ops", "config"):
+        return "turnout.toml"
+    return name or {"ops": "somebody"}.get(role, role)
+
+
+def seconds(value: float) -> str:
+    """A duration with the digits that matter: ``8 ms``, ``1.25 s``, ``31 s``, ``12 min``."""
+    if value < 0.9995:
+        return f"{value * 1000:.0f} ms"
+    if value < 9.995:
+        return f"{value:.2f} s"
+    if value < 300:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min"
+
+
+def size(count: int) -> str:
+    """Bytes with a binary unit: ``812 MiB``."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _say(recorded: Recorded, names: Mapping[str, str]) -> str:
+    event = recorded.event
+    match event:
+        case Unknown(type, version):
+            return f"{type} (version {version}): this turnout is too old to read it"
+        case RouteChanged():
+            return _say_route(event, names)
+        case (
+            SwitchRequested()
+            | InstancesRequested()
+            | TargetReady()
+            | StepStarted()
+            | StepApplied()
+            | BakeStarted()
+            | DrainStarted()
+            | SwitchCompleted()
+            | RollbackStarted()
+            | RolledBack()
+            | SwitchAborted()
+            | SwitchFailed()
+        ):
+            return _say_switch(event, recorded, names)
+        case (
+            InstanceRequested()
+            | InstanceLoading()
+            | InstanceReady()
+            | InstanceDraining()
+            | InstanceStopped()
+            | InstanceFailed()
+        ):
+            return _say_instance(event, names)
+        case GatewayJoined() | RouteApplied() | VersionDrained() | GatewayLost() | GatewayLeft():
+            return _say_gateway(event)
+        case WorkerJoined() | WorkerLost() | WorkerLeft():
+            return _say_worker(event)
+        case _:
+            return _say_model(event, who(recorded.envelope.actor), names)
+
+
+def _say_model(event: object, actor: str, names: Mapping[str, str]) -> str:
+    match event:
+        case ModelRegistered(model):
+            return f"{actor} made the model {model}"
+        case VersionRegistered(model, version, engine, _, note):
+            return f"{actor} registered {model} {version} ({_engine(engine)}){_because(note)}"
+        case VersionDeregistered(model, version):
+            return f"{actor} deregistered {model} {version}"
+        case SwitchAdmitted(model, switch, target):
+            return f"{model} is reserved for switch {switch} to {target}"
+        case SwitchClosed(model, switch, outcome):
+            return f"{model} is free for the next switch: {switch} {_OUTCOMES.get(outcome, outcome)}"
+        case ActiveVersionChanged(model, version, previous):
+            return f"{model} serves {version} now" + (f" (before: {previous})" if previous else "")
+        case KnownGoodMarked(model, version):
+            return f"{model} {version} is known to be good"
+        case KnownGoodRevoked(model, version):
+            return f"{model} {version} was undone: no undo returns to it any more"
+        case _:
+            return type(event).__name__
+
+
+def _say_switch(event: object, recorded: Recorded, names: Mapping[str, str]) -> str:
+    actor = who(recorded.envelope.actor)
+    if isinstance(event, SwitchRequested):
+        if event.undo:
+            return f"{actor} undid {event.model}: from {event.source} back to {event.target}{_because(event.reason)}"
+        return f"{actor} asked for {event.model} {event.target} ({event.strategy}){_because(event.reason)}"
+    name = names.get(getattr(event, "switch", ""), getattr(event, "switch", ""))
+    match event:
+        case InstancesRequested(_, instances):
+            return f"{name}: {_several(instances)} must be loaded first"
+        case TargetReady(_, instances, took_s, warm):
+            after = "already" if warm else f"after {seconds(took_s)}"
+            return f"{name}: ready {after} ({_several(instances)})"
+        case StepStarted(_, step, weight, revision, reason):
+            return f"{name}: step {step} gives it {weight:g} % with revision {revision}{_because(reason)}"
+        case StepApplied(_, step, _, gateways, took_s):
+            return f"{name}: step {step} applied in {seconds(took_s)} by {_several(gateways)}"
+        case BakeStarted(_, until):
+            left_s = max(0.0, (until - recorded.envelope.time).total_seconds())
+            return f"{name}: watched for {seconds(left_s)} while the old version stays warm"
+        case DrainStarted(_, version, revision):
+            return f"{name}: {version} gets nothing new from revision {revision} on and finishes what it has"
+        case SwitchCompleted(_, took_s):
+            return f"{name}: completed" + (f", drained in {seconds(took_s)}" if took_s else "")
+        case RollbackStarted(_, revision, cause, reason):
+            return f"{name}: goes back with revision {revision} ({cause}){_because(reason)}"
+        case RolledBack(_, gateways, took_s):
+            return f"{name}: rolled back in {seconds(took_s)} by {_several(gateways)}"
+        case SwitchAborted(_, reason):
+            return f"{name}: aborted{_because(reason)}"
+        case SwitchFailed(_, stage, reason, log_tail):
+            return f"{name}: failed in stage {stage}{_because(reason)}{_last_words(log_tail)}"
+        case _:
+            return type(event).__name__
+
+
+def _say_instance(event: object, names: Mapping[str, str]) -> str:
+    id = str(getattr(event, "instance", ""))
+    name = names.get(id, id)
+    match event:
+        case InstanceRequested(_, _, _, worker, engine, cause, attempt):
+            again = f", attempt {attempt}" if attempt > 1 else ""
+            why = "to restore it" if cause == "restore" else f"for {cause}"
+            return f"{name}: worker {worker} shall load it ({_engine(engine)}) {why}{again}"
+        case InstanceLoading(_, stage, took_s, detail):
+            return f"{name}: {stage} after {seconds(took_s)}{_because(detail)}"
+        case InstanceReady(_, _, load_s, probe_s, bytes):
+            memory = f", {size(bytes)}" if bytes else ""
+            return f"{name}: proven ready, loaded in {seconds(load_s)}, probed in {seconds(probe_s)}{memory}"
+        case InstanceDraining(_, reason, forced_by):
+            forced = f", forced by {forced_by}" if forced_by else ""
+            return f"{name}: asked to stop{forced}{_because(reason)}"
+        case InstanceStopped(_, took_s):
+            return f"{name}: stopped in {seconds(took_s)}"
+        case InstanceFailed(_, stage, reason, log_tail, exit_code):
+            code = "" if exit_code is None else f" (exit code {exit_code})"
+            return f"{name}: failed in stage {stage}{code}{_because(reason)}{_last_words(log_tail)}"
+        case _:
+            return type(event).__name__
+
+
+def _say_route(event: RouteChanged, names: Mapping[str, str]) -> str:
+    shares = ", ".join(
+        f"{split.version} {split.weight:g} % ({_several(tuple(e.instance for e in split.endpoints))})"
+        for split in event.splits
+    )
+    why = f" ({event.cause})" if event.cause == "repair" else ""
+    return f"{event.model} is routed by revision {event.revision}{why}: {shares or 'nothing serves it'}"
+
+
+def _say_gateway(event: object) -> str:
+    match event:
+        case GatewayJoined(gateway, address):
+            return f"gateway {gateway} takes requests at {address}"
+        case RouteApplied(gateway, model, revision):
+            return f"gateway {gateway} routes {model} by revision {revision}"
+        case VersionDrained(gateway, model, version, revision, ended):
+            cut = f"; {ended} had to be ended" if ended else ""
+            return f"gateway {gateway} has finished all requests of {model} {version} (revision {revision}){cut}"
+        case GatewayLost(gateway, silent_s):
+            return f"gateway {gateway} was silent for {seconds(silent_s)}: not waited for any more"
+        case GatewayLeft(gateway):
+            return f"gateway {gateway} stopped"
+        case _:
+            return type(event).__name__
+
+
+def _say_worker(event: object) -> str:
+    match event:
+        case WorkerJoined(worker, host, engines, devices, capacity):
+            on = f" with {', '.join(devices)}" if devices else ""
+            places = "1 place" if capacity == 1 else f"{capacity} places"
+            return f"worker {worker} on {host}{on} offers {places} for {', '.join(engines)}"
+        case WorkerLost(worker, silent_s):
+            return f"worker {worker} was silent for {seconds(silent_s)}: taken for lost"
+        case WorkerLeft(worker):
+            return f"worker {worker} stopped"
+        case _:
+            return type(event).__name__
+
+
+def _engine(engine: EngineSpec) -> str:
+    source = engine.path or engine.url or " ".join(engine.command)
+    return f"{engine.kind}, {source}" if source else engine.kind
+
+
+def _because(reason: str) -> str:
+    return f": {reason}" if reason else ""
+
+
+def _last_words(log_tail: tuple[str, ...]) -> str:
+    """The engine's last line, where it says more than white space."""
+    last = next((line.strip() for line in reversed(log_tail) if line.strip()), "")
+    return f' (engine: "{last}")' if last else ""
+
+
+def _several(names: tuple[str, ...]) -> str:
+    if not names:
+        return "nobody"
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"

@@ -1,0 +1,526 @@
+"""The typed Python client: commands out, views in. Keeps no truth of its own; the CLI is built on it.
+
+A command is sent until it is answered, always with the same id, so it takes effect once. A refusal is raised as
+:class:`CommandRejected` with the answer's code, reason and hint; where nobody answers in time it is ``Unavailable``.
+Knows the ports, no transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+
+import msgspec
+
+from turnout.core.decider import Accepted, Failed, Rejected
+from turnout.core.handling import Plan, StartSwitch, StopSwitch, UndoModel
+from turnout.core.model import DeregisterVersion, RegisterVersion, unknown_model
+from turnout.core.switch import ENDED, unknown_switch
+from turnout.events import subjects
+from turnout.events.store import Unavailable
+from turnout.projections.fleet import GatewayView, WorkerView
+from turnout.projections.registry import ModelView, VersionView
+from turnout.projections.routing import RouteView
+from turnout.projections.switches import SwitchView
+from turnout.workers.ports import Request
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+    from types import TracebackType
+
+    from turnout.events.model import EngineSpec
+    from turnout.events.store import EventStore
+    from turnout.workers.clock import Clock
+    from turnout.workers.ports import Closeable, ViewEntry, ViewReader
+    from turnout.workers.registry import BaseRegistry
+
+#: Seconds that a command is retried for, where the caller names no deadline.
+DEADLINE_S = 10.0
+#: For one answer, seconds; a controller that restarts is found again by the next try.
+_ANSWER_S = 2.0
+_RETRY_S = 0.1
+
+_TYPES: dict[str, type[Any]] = {
+    "model": ModelView,
+    "route": RouteView,
+    "switch": SwitchView,
+    "worker": WorkerView,
+    "gateway": GatewayView,
+}
+_decoders = {kind: msgspec.json.Decoder(type) for kind, type in _TYPES.items()}
+_answers: msgspec.json.Decoder[Accepted | Rejected | Failed | Plan] = msgspec.json.Decoder(
+    Accepted | Rejected | Failed | Plan  # type: ignore[arg-type]  # a union is a type here
+)
+
+V = TypeVar("V")
+
+
+class CommandRejected(Exception):
+    """turnout refused the command; nothing has changed. ``answer`` has code, reason and hint."""
+
+    def __init__(self, answer: Rejected) -> None:
+        super().__init__(f"{answer.reason}; {answer.hint} [{answer.code}]")
+        self.answer = answer
+
+
+class ControllerBug(Exception):
+    """The controller failed on a command by its own fault; nothing was written. ``answer`` says more."""
+
+    def __init__(self, answer: Failed) -> None:
+        super().__init__(f"{answer.reason}; {answer.hint}")
+        self.answer = answer
+
+
+class Plane(Protocol):
+    """What a client needs of the control plane; workers/wiring.py has the real one."""
+
+    @property
+    def clock(self) -> Clock:
+        """Time and ids."""
+        ...
+
+    @property
+    def reader(self) -> ViewReader:
+        """The views."""
+        ...
+
+    @property
+    def store(self) -> EventStore:
+        """The log, to be read."""
+        ...
+
+    async def ask(self, role: str, verb: str, request: Request, timeout_s: float) -> bytes:
+        """Send a command once; the JSON of its answer. Raises Unavailable."""
+        ...
+
+
+class Following:
+    """A copy of some views that stays true while it is open.
+
+    Attributes:
+        views: key → view, e.g. ``switch.sw-1`` → SwitchView.
+        sequence: the log's sequence that they stand for.
+    """
+
+    def __init__(self) -> None:
+        self.views: dict[str, Any] = {}
+        self.sequence = 0
+        self._moved = asyncio.Event()
+
+    async def moved(self, timeout_s: float | None = None) -> bool:
+        """Wait for the next change. False where none came in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._moved.wait()
+        except TimeoutError:
+            return False
+        self._moved.clear()
+        return True
+
+    def take(self, entries: Mapping[str, ViewEntry], sequence: int) -> None:
+        """What a watch calls."""
+        for key, entry in entries.items():
+            if entry.value:
+                self.views[key] = _decode(key, entry.value)
+            else:
+                self.views.pop(key, None)
+        self.sequence = sequence
+        self._moved.set()
+
+
+class Client:
+    """Commands and views over one connection. Reads see what this client's own commands have changed.
+
+    Args:
+        plane: the connection.
+        actor: who asks, for the log; empty for the operating system's user.
+    """
+
+    def __init__(self, plane: Plane, actor: str = "") -> None:
+        self._plane = plane
+        self.actor = actor or _user()
+        self._written = 0
+
+    @property
+    def clock(self) -> Clock:
+        """The clock of this process."""
+        return self._plane.clock
+
+    @property
+    def store(self) -> EventStore:
+        """The log, to be read."""
+        return self._plane.store
+
+    async def send(
+        self, verb: str, body: msgspec.Struct, *, actor: str = "", id: str = "", deadline_s: float = DEADLINE_S
+    ) -> Accepted | Plan:
+        """Send a command of role ``ops`` until it is answered.
+
+        Args:
+            verb: e.g. ``switch.start``.
+            body: its struct.
+            actor: who asks, where it is not this client's actor.
+            id: of the command; empty makes one.
+            deadline_s: seconds after which the last reason for having no answer is raised.
+
+        Raises:
+            CommandRejected: refused.
+            Unavailable: no answer in time; the command may have taken effect.
+            ControllerBug: a fault of the controller.
+        """
+        clock = self._plane.clock
+        request = Request(id or clock.id("c-"), actor or self.actor, msgspec.Raw(msgspec.json.encode(body)))
+        end = clock.monotonic() + deadline_s
+        while True:
+            left_s = end - clock.monotonic()
+            try:
+                raw = await self._plane.ask("ops", verb, request, max(0.1, min(_ANSWER_S, left_s)))
+            except Unavailable as e:
+                trouble: Unavailable = e
+            else:
+                answer = _answers.decode(raw)
+                if isinstance(answer, Rejected):
+                    raise CommandRejected(answer)
+                if isinstance(answer, Accepted):
+                    self._written = max(self._written, answer.sequence)
+                if not isinstance(answer, Failed):
+                    return answer
+                if answer.code == "bug":
+                    raise ControllerBug(answer)
+                trouble = Unavailable(answer.reason)
+            if clock.monotonic() + _RETRY_S >= end:
+                raise trouble
+            await asyncio.sleep(_RETRY_S)
+
+    async def models(self) -> dict[str, ModelView]:
+        """All registered models by name."""
+        found = await self.views("model.*")
+        return {view.model: view for view in found.values()}
+
+    async def model(self, name: str) -> ModelView:
+        """One model.
+
+        Raises:
+            CommandRejected: there is none of this name.
+        """
+        view = (await self.views(_key("model", name))).get(_key("model", name))
+        if not isinstance(view, ModelView):
+            raise CommandRejected(unknown_model(name))
+        return view
+
+    async def switch(self, id: str) -> SwitchView:
+        """One switch.
+
+        Raises:
+            CommandRejected: there is none of this id.
+        """
+        view = (await self.views(_key("switch", id))).get(_key("switch", id)) if id else None
+        if not isinstance(view, SwitchView):
+            raise CommandRejected(unknown_switch(id))
+        return view
+
+    async def views(self, *keys: str, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
+        """Views by key, as new as this client's last command.
+
+        Args:
+            keys: patterns, e.g. ``model.*``.
+            deadline_s: seconds until the views must have come that far.
+
+        Raises:
+            Unavailable: they can't be read, or are behind because no controller leads.
+        """
+        clock = self._plane.clock
+        end = clock.monotonic() + deadline_s
+        while True:
+            entries, checkpoint = await self._plane.reader.snapshot(keys)
+            if self._written <= (checkpoint.sequence if checkpoint else 0):
+                return {key: _decode(key, entry.value) for key, entry in entries.items() if entry.value}
+            if clock.monotonic() >= end:
+                raise Unavailable("the views are behind the log: check that a controller runs (turnout controller)")
+            await asyncio.sleep(0.01)
+
+    @asynccontextmanager
+    async def follow(self, *keys: str) -> AsyncGenerator[Following]:
+        """Follow views while the block runs.
+
+        Raises:
+            Unavailable: they can't be read.
+        """
+        following = Following()
+        watch: Closeable = await self._plane.reader.watch(keys, following.take)
+        try:
+            yield following
+        finally:
+            await watch.close()
+
+
+@asynccontextmanager
+async def connect(url: str = "", *, actor: str = "") -> AsyncGenerator[Client]:
+    """Connect to turnout's control plane while the block runs.
+
+    Args:
+        url: of NATS; empty for the ``turnout up`` of the current folder, else the server on this machine.
+        actor: who asks, for the log; empty for the operating system's user.
+
+    Raises:
+        Unavailable: NATS can't be reached.
+    """
+    from turnout.workers import wiring  # noqa: PLC0415  names the adapters, which import this module's ports
+
+    async with wiring.control_plane(url) as plane:
+        yield Client(plane, actor)
+
+
+class SwitchOperation:
+    """One switch that was asked for. ``id`` is the switch id."""
+
+    def __init__(self, client: Client, id: str) -> None:
+        self._client = client
+        self.id = id
+
+    async def status(self) -> SwitchView:
+        """How far it is."""
+        return await self._client.switch(self.id)
+
+    async def abort(self, *, reason: str = "", actor: str = "") -> None:
+        """End it; what has moved goes back.
+
+        Raises:
+            CommandRejected: it has ended already, or there is nothing to go back to.
+        """
+        await self._client.send("switch.abort", StopSwitch(self.id, reason), actor=actor)
+
+    async def wait(self, timeout_s: float | None = None) -> SwitchView:
+        """Wait for its end, whatever it is: look at ``phase``.
+
+        Raises:
+            TimeoutError: it runs on.
+        """
+        async with asyncio.timeout(timeout_s):
+            async for view in self.progress():
+                if view.phase in ENDED:
+                    return view
+        raise AssertionError("a switch's progress goes on to its end")
+
+    async def progress(self) -> AsyncIterator[SwitchView]:
+        """The switch as it is, then after every change, to its end."""
+        key = _key("switch", self.id)
+        async with self._client.follow(key) as following:
+            while True:
+                view = following.views.get(key)
+                if isinstance(view, SwitchView):
+                    yield view
+                    if view.phase in ENDED:
+                        return
+                await following.moved()
+
+
+class ModelSwitcher:
+    """Switches models."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def switch_model(
+        self,
+        model: str,
+        version: str,
+        *,
+        strategy: str = "",
+        parameters: dict[str, object] | None = None,
+        reason: str = "",
+        bake_s: float | None = None,
+        drain_s: float | None = None,
+        max_transition_time_s: float | None = None,
+        actor: str = "",
+        id: str = "",
+    ) -> SwitchOperation:
+        """Ask for a version. Returns when the switch is in the log, not when it is done: see ``wait``.
+
+        Args:
+            model: the served name.
+            version: the target.
+            strategy: empty for the configured default.
+            parameters: the strategy's own.
+            reason: why, for the log.
+            bake_s: seconds that the old version stays warm; None for the configured default.
+            drain_s: seconds that its last requests may run; None for the configured default.
+            max_transition_time_s: seconds until the target must carry all traffic; None for the configured default.
+            actor: who asks, where it is not the client's actor.
+            id: of the command: the same id asks for the same switch again.
+
+        Raises:
+            CommandRejected: it can't be done; the reason says why.
+        """
+        body = StartSwitch(model, version, strategy, parameters or {}, reason, bake_s, drain_s, max_transition_time_s)
+        return self._operation(await self._client.send("switch.start", body, actor=actor, id=id))
+
+    async def plan_switch(self, model: str, version: str, *, strategy: str = "", bake_s: float | None = None) -> Plan:
+        """What a switch would do, without doing it.
+
+        Raises:
+            CommandRejected: it could not be done.
+        """
+        answer = await self._client.send("switch.plan", StartSwitch(model, version, strategy, bake_s=bake_s))
+        if not isinstance(answer, Plan):
+            raise TypeError(f"switch.plan was answered with {type(answer).__name__}")
+        return answer
+
+    async def undo(self, model: str, *, reason: str = "", actor: str = "", id: str = "") -> SwitchOperation:
+        """Roll the running switch back, or return to the last known good version.
+
+        Raises:
+            CommandRejected: there is nothing to go back to.
+        """
+        return self._operation(await self._client.send("model.undo", UndoModel(model, reason), actor=actor, id=id))
+
+    async def get_switch_status(self, switch: str) -> SwitchView:
+        """How far a switch is, or how it ended.
+
+        Raises:
+            CommandRejected: there is none of this id.
+        """
+        return await self._client.switch(switch)
+
+    async def abort_switch(self, switch: str, *, reason: str = "", actor: str = "") -> SwitchOperation:
+        """End a running switch; what has moved goes back to the source. Returns when it is in the log.
+
+        Raises:
+            CommandRejected: it has ended already, or there is nothing to go back to.
+        """
+        operation = SwitchOperation(self._client, switch)
+        await operation.abort(reason=reason, actor=actor)
+        return operation
+
+    def _operation(self, answer: Accepted | Plan) -> SwitchOperation:
+        if not isinstance(answer, Accepted) or not answer.ids:
+            raise TypeError(f"the command was answered without a switch: {answer}")
+        return SwitchOperation(self._client, answer.ids[0])
+
+
+class DynamicModelRegistry:
+    """Registers versions of models while turnout runs.
+
+    Args:
+        base_registry: the static registry: what turnout.toml declares and what the engines support; new versions are
+            checked against it.
+        client: the connection.
+    """
+
+    def __init__(self, base_registry: BaseRegistry, client: Client) -> None:
+        self._base = base_registry
+        self._client = client
+
+    async def register_model(
+        self, model: str, version: str, engine: EngineSpec, *, note: str = "", actor: str = "", check: bool = True
+    ) -> VersionView:
+        """Add an immutable version; the first one makes the model.
+
+        Args:
+            model: the served name.
+            version: its name under the model.
+            engine: how it is run.
+            note: for the log.
+            actor: who asks, where it is not the client's actor.
+            check: whether an architecture that the engine does not name is refused.
+
+        Raises:
+            CommandRejected: the settings can't be meant, or the name is taken by other settings.
+        """
+        if check and (problem := self._base.problem(engine)):
+            raise CommandRejected(problem)
+        await self._client.send("version.register", RegisterVersion(model, version, engine, note), actor=actor)
+        return (await self._client.model(model)).versions[version]
+
+    async def deregister_model(self, model: str, version: str, *, actor: str = "") -> None:
+        """Take a version away that nothing uses. True already where there is none of this name.
+
+        Raises:
+            CommandRejected: it is in use, or the model is unknown.
+        """
+        await self._client.send("version.deregister", DeregisterVersion(model, version), actor=actor)
+
+    async def get_active_model(self, model: str) -> VersionView | None:
+        """The version that the model serves when no switch runs; None where it serves none yet.
+
+        Raises:
+            CommandRejected: the model is unknown.
+        """
+        view = await self._client.model(model)
+        return view.versions.get(view.active)
+
+    async def switch_model(self, model: str, version: str, **settings: Any) -> SwitchOperation:
+        """As :meth:`ModelSwitcher.switch_model`."""
+        return await ModelSwitcher(self._client).switch_model(model, version, **settings)
+
+
+class ModelVersionManager:
+    """The versions of models: made, read, returned to."""
+
+    def __init__(self, registry: DynamicModelRegistry, client: Client) -> None:
+        self._registry = registry
+        self._client = client
+
+    async def create_version(
+        self, model: str, version: str, engine: EngineSpec, *, note: str = "", actor: str = "", check: bool = True
+    ) -> VersionView:
+        """As :meth:`DynamicModelRegistry.register_model`."""
+        return await self._registry.register_model(model, version, engine, note=note, actor=actor, check=check)
+
+    async def get_version(self, model: str, version: str) -> VersionView:
+        """One version as it was registered.
+
+        Raises:
+            CommandRejected: model or version is unknown.
+        """
+        view = await self._client.model(model)
+        try:
+            return view.versions[version]
+        except KeyError:
+            known = ", ".join(view.versions) or "none"
+            raise CommandRejected(
+                Rejected(
+                    "version_unknown",
+                    f"{model} has no version {version!r} (registered: {known})",
+                    f"register it first: turnout register {model} {version} --engine …",
+                )
+            ) from None
+
+    async def rollback_to_version(
+        self, model: str, version: str, *, reason: str = "", actor: str = ""
+    ) -> SwitchOperation:
+        """Go back to a version at once, without a bake.
+
+        Where an undo goes to it anyway, this is the undo: what is left behind is then not known to be good any more.
+
+        Raises:
+            CommandRejected: it can't be done.
+        """
+        view = await self._client.model(model)
+        running = await self._client.switch(view.switch) if view.switch else None
+        back = running.source if running else next((v for v in reversed(view.known_good) if v != view.active), "")
+        switcher = ModelSwitcher(self._client)
+        if back == version:
+            return await switcher.undo(model, reason=reason, actor=actor)
+        return await switcher.switch_model(
+            model, version, strategy="immediate", bake_s=0.0, reason=reason or f"rollback to {version}", actor=actor
+        )
+
+
+def _key(kind: str, id: str) -> str:
+    return subjects.view_key(kind, id)
+
+
+def _decode(key: str, value: bytes) -> Any:
+    kind, _ = subjects.parse_view_key(key)
+    decoder = _decoders.get(kind)
+    return msgspec.json.decode(value) if decoder is None else decoder.decode(value)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under an id without a name
+        return ""

@@ -1,0 +1,69 @@
+"""What all requests of one gateway process share. Knows no protocol."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from turnout.workers.gateway.metrics import MetricsCollector
+from turnout.workers.gateway.transition import RequestTracker, TransitionManager
+from turnout.workers.gateway.upstream import Pool
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from turnout.workers.clock import Clock
+    from turnout.workers.gateway.request import Request
+    from turnout.workers.gateway.settings import GatewaySettings
+    from turnout.workers.gateway.transition import Drained, Tracked
+
+
+class Local:
+    """An answer that the gateway has itself."""
+
+    __slots__ = ("body", "kind", "status")
+
+    def __init__(self, status: int, body: bytes, kind: bytes = b"application/json") -> None:
+        self.status = status
+        self.body = body
+        self.kind = kind
+
+
+class GatewayContext:
+    """Routes, connections, numbers and the coarse time.
+
+    Attributes:
+        now: seconds, as old as the last sweep: good enough for limits, and free to read.
+        stopping: no connection is kept alive any more.
+        local: the gateway's own paths, none of them under /v1.
+        report_drained: called when the last request of a version that has left has ended.
+    """
+
+    def __init__(self, settings: GatewaySettings, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:
+        self.settings = settings
+        self.monotonic = clock.monotonic
+        self.now = clock.monotonic()
+        self.stopping = False
+        self.tracker = RequestTracker()
+        self.manager = TransitionManager(self.tracker, clock.jitter())
+        self.pool = Pool(settings, loop)
+        self.metrics = MetricsCollector()
+        self.local: dict[bytes, Callable[[Request], Local]] = {}
+        self.report_drained: Callable[[Drained], None] = _nobody
+        self._id_prefix = clock.id("req-").encode() + b"-"
+        self._ids = 0
+
+    def request_id(self) -> bytes:
+        """A new id: random once for each process, then counted, because that costs next to nothing."""
+        self._ids += 1
+        return b"%b%x" % (self._id_prefix, self._ids)
+
+    def ended(self, request: Tracked, cut: bool = False) -> None:
+        """The request has nothing more to do with its choice."""
+        drained = self.manager.request_ended(request, cut)
+        if drained is not None:
+            self.report_drained(drained)
+
+
+def _nobody(_: Drained) -> None:
+    """Nobody asked to hear it."""

