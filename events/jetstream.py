@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 STREAM = "EVENTS"
-PULL_BATCH = 1000
+PULL_BATCH = 4000
 HEARTBEAT_S = 1.0
 #: How often the tail looks at its connection and its silence.
 WATCH_S = 0.1
@@ -340,7 +340,9 @@ class _Consumer:
             return
         try:
             await self._nc.unsubscribe_raw(self._answers)
-            await self._nc.publish(f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._name}")
+            # the server takes no request without a reply subject; nobody waits for this one's answer
+            gone = f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._name}"
+            await self._nc.publish(gone, reply=self._nc.new_inbox())
         except (nats.errors.Error, OSError):
             return  # not connected: nothing is received, and the server's idle time does the rest
 
@@ -354,22 +356,22 @@ class _Consumer:
                 self._broken = True
                 return
             self._asked -= 1
-        else:
-            self._status(block)
-        if self._asked <= PULL_BATCH // 2 and not self._broken and (self._asking is None or self._asking.done()):
+        elif not self._go_on(block):
+            self._broken = True
+            return
+        if self._asked <= PULL_BATCH // 2 and (self._asking is None or self._asking.done()):
             self._asking = asyncio.get_running_loop().create_task(self._ask())
 
-    def _status(self, block: bytes) -> None:
-        """A message of the server itself: ``NATS/1.0 <status> <text>`` and headers."""
-        line = block[len(b"NATS/1.0") : block.find(b"\r\n")].strip()
-        status, _, text = line.partition(b" ")
+    def _go_on(self, block: bytes) -> bool:
+        """Take a message of the server itself, ``NATS/1.0 <status> <text>``; False where the consumer is no more."""
+        status, _, text = block[len(b"NATS/1.0") : block.find(b"\r\n")].strip().partition(b" ")
         if status == b"100":  # heartbeat
-            return
+            return True
         if status in {b"404", b"408"} or (status == b"409" and text.startswith(b"Batch Completed")):
             unused = _header(block, b"\r\nNats-Pending-Messages:")
             self._asked = max(0, self._asked - int(unused or PULL_BATCH))
-            return
-        self._broken = True
+            return True
+        return False
 
     async def _ask(self) -> None:
         more = PULL_BATCH - self._asked

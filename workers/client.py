@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import getpass
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -28,12 +28,11 @@ from turnout.workers.ports import Request
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-    from types import TracebackType
 
     from turnout.events.model import EngineSpec
     from turnout.events.store import EventStore
     from turnout.workers.clock import Clock
-    from turnout.workers.ports import Closeable, ViewEntry, ViewReader
+    from turnout.workers.ports import Checkpoint, Closeable, ViewEntry, ViewReader
     from turnout.workers.registry import BaseRegistry
 
 #: Seconds that a command is retried for, where the caller names no deadline.
@@ -241,6 +240,15 @@ class Client:
                 raise Unavailable("the views are behind the log: check that a controller runs (turnout controller)")
             await asyncio.sleep(0.01)
 
+    async def raw_views(self, *keys: str) -> tuple[dict[str, bytes], Checkpoint | None]:
+        """Views as they are stored, and the checkpoint that they stand for.
+
+        Raises:
+            Unavailable: they can't be read.
+        """
+        entries, checkpoint = await self._plane.reader.snapshot(keys)
+        return {key: entry.value for key, entry in entries.items() if entry.value}, checkpoint
+
     @asynccontextmanager
     async def follow(self, *keys: str) -> AsyncGenerator[Following]:
         """Follow views while the block runs.
@@ -267,7 +275,7 @@ async def connect(url: str = "", *, actor: str = "") -> AsyncGenerator[Client]:
     Raises:
         Unavailable: NATS can't be reached.
     """
-    from turnout.workers import wiring  # noqa: PLC0415  names the adapters, which import this module's ports
+    from turnout.workers import wiring
 
     async with wiring.control_plane(url) as plane:
         yield Client(plane, actor)

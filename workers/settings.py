@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
+from turnout.workers.inference.settings import WorkerSettings
 
 from turnout.core import model
 from turnout.core.config import ModelSwitchingConfig
@@ -22,8 +23,6 @@ from turnout.core.handling import Defaults
 from turnout.core.strategies import STRATEGIES
 from turnout.events.model import EngineSpec, Probe
 from turnout.workers.gateway.settings import GatewaySettings
-from turnout.workers.inference.policy import WorkerPolicy
-from turnout.workers.inference.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -312,7 +312,7 @@ class Relay:
             stamp += b"\r\nconnection: close"
         self.phase = STREAMING
         self.active = ctx.now
-        self._held = b""
+        self._held = request.body = b""  # there is no second try any more
         numbers = ctx.metrics.version(choice.model, choice.version)
         numbers.statuses[connection.status // 100] += 1
         numbers.first_byte.observe(ctx.monotonic() - self.started)

@@ -128,7 +128,9 @@ def from_form(content_type: bytes, body: bytes) -> Routing | Refusal:
         return Refusal(400, "model_invalid", '"model" must be UTF-8', param="model")
 
 
-_NAME = re.compile(rb'^content-disposition:[ \t]*form-data;(?:.*?;)??[ \t]*name=(?:"([^"\r\n]*)"|([^";\s]+))', re.I | re.M)
+_NAME = re.compile(
+    rb'^content-disposition:[ \t]*form-data;(?:.*?;)??[ \t]*name=(?:"([^"\r\n]*)"|([^";\s]+))', re.I | re.M
+)
 
 
 def from_query(query: bytes) -> str:
@@ -162,16 +164,11 @@ _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 
 class BadRequest(Exception):
-    """The bytes are no request that can be passed on; the connection must be closed."""
+    """The bytes are no request that can be answered otherwise; the connection must be closed."""
 
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
-
-
-def bad(message: str) -> BadRequest:
-    """What is wrong with the bytes."""
-    return BadRequest(Refusal(400, "request_invalid", message))
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.refusal = Refusal(status, code, message)
 
 
 class Request:
@@ -191,14 +188,15 @@ class Request:
     """
 
     __slots__ = (
-        "_host",
         "_lines",
-        "_own",
+        "_problem",
         "authorization",
         "body",
+        "connection",
         "content_encoding",
         "content_type",
         "expects",
+        "hosts",
         "http10",
         "id",
         "keep_alive",
@@ -211,23 +209,16 @@ class Request:
     )
 
     def __init__(self) -> None:
-        self.method = b""
-        self.target = b""
-        self.path = b""
+        self.method = self.target = self.path = b""
         self.length = 0
-        self.expects = False
-        self.http10 = False
+        self.hosts = 0
+        self.expects = self.http10 = False
         self.keep_alive = True
-        self.id = b""
-        self.pin = b""
-        self.sticky = b""
-        self.authorization = b""
-        self.content_type = b""
-        self.content_encoding = b""
+        self.id = self.pin = self.sticky = b""
+        self.authorization = self.content_type = self.content_encoding = self.connection = b""
         self.body = b""
-        self._host = 0
         self._lines: list[bytes] = []
-        self._own: dict[bytes, bytes] | None = None
+        self._problem: BadRequest | None = None
 
     @property
     def query(self) -> bytes:
@@ -236,21 +227,53 @@ class Request:
 
     def head_for(self, target: Target) -> bytes:
         """The head as an engine gets it."""
-        return b"".join(
-            (
-                self.method,
-                b" ",
-                target.base,
-                self.target,
-                target.host_line,
-                *self._lines,
-                b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (self.id, len(self.body))
-                if self.body or self.method == b"POST"
-                else b"x-request-id: %b\r\n\r\n" % self.id,
-            )
-        )
+        # The body is whole by now, also where it came in chunks.
+        length = b"content-length: %d\r\n\r\n" % len(self.body) if self.body or self.method == b"POST" else b"\r\n"
+        start = b"%b %b%b%bx-request-id: %b\r\n" % (self.method, target.base, self.target, target.host_line, self.id)
+        return b"".join((start, *self._lines, length))
 
-    # httptools
+    def check(self, parser: httptools.HttpRequestParser, head: bytes, sticky_header: bytes) -> None:
+        """Finish a head that the parser has accepted.
+
+        Raises:
+            BadRequest: it can't be passed on.
+        """
+        if self._problem is not None:
+            raise self._problem
+        version = parser.get_http_version()
+        if version == "1.0":
+            self.http10, self.keep_alive = True, False
+            if self.length < 0:
+                raise BadRequest(400, "request_invalid", "HTTP/1.0 has no chunked bodies")
+        elif version != "1.1":
+            raise BadRequest(505, "http_version_unsupported", f"HTTP/{version} is not spoken here: use HTTP/1.1")
+        elif self.hosts != 1:
+            raise BadRequest(400, "request_invalid", "there must be exactly one Host header")
+        self.method = parser.get_method()
+        target = self.target
+        if not target.startswith(b"/"):
+            target = self.target = _origin_form(target)
+        self.path = target.partition(b"?")[0]
+        connection = self.connection
+        if connection and connection != b"keep-alive":
+            self.keep_alive = self.keep_alive and b"close" not in connection
+        if connection not in _PLAIN_CONNECTION or sticky_header or b"\r\nx-turnout-" in head.lower():
+            self._sort_lines(sticky_header)
+
+    def _sort_lines(self, sticky_header: bytes) -> None:
+        """Take out what must not be passed on, and read what only some requests have."""
+        hops = {token.strip() for token in self.connection.split(b",")}
+        lines, self._lines = self._lines, []
+        for n in range(0, len(lines), 4):
+            name = lines[n].lower()
+            if name == sticky_header:
+                self.sticky = lines[n + 2]
+            if name == b"x-turnout-version":
+                self.pin = lines[n + 2]
+            if name not in hops and not name.startswith(b"x-turnout-"):
+                self._lines += lines[n : n + 4]
+
+    # httptools; an exception in here would come out wrapped, so a problem is noted and raised by check()
 
     def on_url(self, url: bytes) -> None:
         """The request line's target."""
@@ -260,48 +283,117 @@ class Request:
         """One header."""
         known = _KNOWN.get(name.lower())
         if known is None:
-            if self._own is not None and self._take_own(name.lower(), value):
-                return
             self._lines += (name, b": ", value, b"\r\n")
+        elif known == _HOST:
+            self.hosts += 1
         elif known == _LENGTH:
             self.length = int(value)
         elif known == _TYPE:
-            self.content_type += value
+            self.content_type = value
             self._lines += (name, b": ", value, b"\r\n")
+        elif known == _CONNECTION:
+            self.connection = self.connection + b"," + value.lower() if self.connection else value.lower()
         elif known == _AUTHORIZATION:
-            self.authorization += value
+            self.authorization = value
             self._lines += (name, b": ", value, b"\r\n")
-        elif known == _HOST:
-            self._host += 1
-        elif known == _CODING:
-            if value.lower() != b"chunked":
-                raise bad("the only transfer coding that is understood is chunked")
-            self.length = -1
         elif known == _ID:
             if _REQUEST_ID.fullmatch(value):
                 self.id = value
+        elif known == _CODING:
+            if value.lower() != b"chunked":
+                self._problem = BadRequest(400, "request_invalid", "the only transfer coding taken is chunked")
+            self.length = -1
         elif known == _EXPECT:
             if value.lower() != b"100-continue":
-                raise BadRequest(Refusal(417, "expectation_unknown", "only Expect: 100-continue is understood"))
+                self._problem = BadRequest(417, "expectation_unknown", "only Expect: 100-continue is understood")
             self.expects = True
         elif known == _ENCODING:
             self.content_encoding = value.lower()
             self._lines += (name, b": ", value, b"\r\n")
-        elif known == _CONNECTION and value.lower() not in (b"keep-alive", b"close"):
-            self._note_hop(value)
 
-    def _take_own(self, name: bytes, value: bytes) -> bool:
-        """Headers that only some requests have: true where this one must not be passed on."""
-        own = self._own
-        if own is None:
-            return False
-        if name.startswith(b"x-turnout-"):
-            own[name] = value
-            return True
-        return False
 
-    def _note_hop(self, value: bytes) -> None:
-        """Connection names further headers that are meant for this connection only."""
-        if self._own is None:
-            self._own = {}
-        self._own[b"connection"] = self._own.get(b"connection", b"") + b"," + value.lower()
+_PLAIN_CONNECTION = frozenset((b"", b"keep-alive", b"close"))
+
+
+def read_head(head: bytes, sticky_header: bytes = b"") -> Request:
+    """Read a request's head, up to and with its empty line. ``sticky_header``: lower-case name, or empty.
+
+    Raises:
+        BadRequest: the bytes are no request, or an ambiguous one.
+    """
+    if head[:1] in b"\r\n":
+        raise BadRequest(400, "request_invalid", "a request begins with its method")
+    request = Request()
+    parser = httptools.HttpRequestParser(request)
+    try:
+        parser.feed_data(head)
+    except httptools.HttpParserUpgrade:
+        # What the client would like to speak instead is not spoken here; a server may go on in HTTP/1.1 (RFC 9110,
+        # 7.8). Only CONNECT can't be answered like that.
+        if parser.get_method() == b"CONNECT":
+            raise BadRequest(405, "method_not_allowed", "CONNECT is not served") from None
+    except httptools.HttpParserError as e:
+        raise BadRequest(400, "request_invalid", f"this is not a valid HTTP request: {e}") from e
+    request.check(parser, head, sticky_header)
+    return request
+
+
+def _origin_form(target: bytes) -> bytes:
+    """``http://host/path?query`` → ``/path?query``: what a proxy's client sends (RFC 9112, 3.2.2)."""
+    try:
+        url = urlsplit(target)
+    except ValueError:
+        return target
+    if url.scheme not in (b"http", b"https") or not url.netloc:
+        return target
+    return (url.path or b"/") + (b"?" + url.query if url.query else b"")
+
+
+class ChunkedBody:
+    """A request body that comes in chunks. ``complete`` when its end was seen, ``extra`` when more came behind it."""
+
+    __slots__ = ("_parser", "_parts", "complete", "extra", "raw_bytes", "size")
+
+    def __init__(self) -> None:
+        self.complete = self.extra = False
+        self.size = self.raw_bytes = 0
+        self._parts: list[bytes] = []
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n")
+
+    def feed(self, data: bytes) -> None:
+        """Take raw bytes.
+
+        Raises:
+            BadRequest: the chunks are malformed.
+        """
+        self.raw_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as e:
+            if not self.complete:
+                raise BadRequest(400, "request_invalid", f"the chunked body is malformed: {e}") from e
+            self.extra = True
+
+    def body(self) -> bytes:
+        """What the chunks held."""
+        return b"".join(self._parts)
+
+    def on_message_begin(self) -> None:
+        """A request begins: the second one is not part of this body."""
+        self.extra = self.complete
+
+    def on_body(self, body: bytes) -> None:
+        """Content."""
+        if not self.complete:
+            self.size += len(body)
+            self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        """The last chunk and its trailers are over; trailers are dropped."""
+        self.complete = True
+
+
+def model_in_path(path: bytes) -> str:
+    """The id in ``/v1/models/ID``; ids may hold slashes, and come percent-encoded."""
+    return unquote_to_bytes(path.removeprefix(b"/v1/models/")).decode("utf-8", "replace")

@@ -88,7 +88,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             )
             if not _positive(value := getattr(self, field))
         ]
-        for name, limits in (("limits", self.limits), *((f"model_limits.{m}", v) for m, v in self.model_limits.items())):
+        for name, limits in (
+            ("limits", self.limits),
+            *((f"model_limits.{m}", v) for m, v in self.model_limits.items()),
+        ):
             found.extend(
                 f"{name}.{field} is {value}: give a number of seconds above 0"
                 for field in TimeLimits.__struct_fields__

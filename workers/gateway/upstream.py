@@ -201,7 +201,6 @@ class Pool:
         self._targets: dict[str, Target] = {}
         self._live: Collection[str] = frozenset[str]()
         self._connecting: set[asyncio.Task[None]] = set()
-        self.open = 0
 
     def target(self, address: str) -> Target:
         """What the address means, read once."""
@@ -213,9 +212,11 @@ class Pool:
     def take(self, address: str) -> UpstreamConnection | None:
         """An unused connection, None where there is none."""
         target = self._targets.get(address)
-        if target is None or not target.idle:
-            return None
-        return target.idle.popitem()[0]
+        while target is not None and target.idle:
+            connection = target.idle.popitem()[0]
+            if not connection.transport.is_closing():
+                return connection
+        return None
 
     def connect(self, address: str, exchange: Exchange) -> None:
         """Open a connection; the exchange hears ``connected`` or ``connect_failed``."""
@@ -234,6 +235,7 @@ class Pool:
             or target is None
             or len(target.idle) >= self._settings.pool_most
             or connection.transport.is_closing()
+            or connection.transport.get_write_buffer_size()  # it answered before it had read the request
         ):
             connection.transport.close()
             return
@@ -247,8 +249,10 @@ class Pool:
             target.idle.pop(connection, None)
 
     def keep(self, addresses: Collection[str]) -> None:
-        """Routes lead to these from now on. Unused connections to others are closed at once: an engine without any
-        connection is known to be quiet."""
+        """Routes lead to these from now on.
+
+        Unused connections to others are closed at once: an engine without any connection is known to be quiet.
+        """
         self._live = addresses
         for address in [address for address in self._targets if address not in addresses]:
             for connection in self._targets.pop(address).idle:

@@ -6,14 +6,11 @@ A new connection each time: the worker's own must be gone when it counts those o
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import httptools
 import msgspec
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 #: A probe's answer is small; what is larger is no answer to a probe.
 LIMIT_BYTES = 16 << 20
@@ -95,7 +92,7 @@ async def ask(
     except (ConnectionRefusedError, FileNotFoundError) as e:
         raise Unreachable(f"nobody listens at {address}", refused=True) from e
     except (OSError, httptools.HttpParserError) as e:
-        raise Unreachable(f"{path} broke off: {e or type(e).__name__}") from e
+        raise Unreachable(f"{path} broke off: {str(e) or type(e).__name__}") from e
 
 
 async def _ask(to: Target, path: str, method: str, body: bytes, kind: str) -> Reply:

@@ -47,10 +47,7 @@ class Verdict(msgspec.Struct, frozen=True):
 def looping(text: str) -> bool:
     """Whether the text is one piece said at least ``LOOP_TIMES`` times, the last perhaps not to its end."""
     text = text.strip()
-    for period in range(1, len(text) // LOOP_TIMES + 1):
-        if text[period:] == text[:-period]:
-            return True
-    return False
+    return any(text[period:] == text[:-period] for period in range(1, len(text) // LOOP_TIMES + 1))
 
 
 def judge(reply: client.Reply, expect: str, fingerprint: str, *, logprobs: bool) -> Verdict:
@@ -82,8 +79,11 @@ def judge(reply: client.Reply, expect: str, fingerprint: str, *, logprobs: bool)
         return Verdict(False, f"the answer is not a JSON object: {_excerpt(reply.body)}")
     answer = cast("dict[str, Any]", data)
     said = str(answer.get("system_fingerprint") or "")
-    reason = _fault(answer, expect, logprobs=logprobs)
-    if not reason and fingerprint and said != fingerprint:
+    try:
+        reason = _fault(answer, expect, logprobs=logprobs)
+    except (TypeError, ValueError, KeyError, AttributeError):  # fields of other types than OpenAI's
+        reason = f"the answer does not have OpenAI's shape: {_excerpt(reply.body)}"
+    if not reason and fingerprint and "choices" in answer and said != fingerprint:
         reason = f"the engine calls itself {said or 'nothing'}, not {fingerprint}"
     return Verdict(not reason, reason, said)
 
@@ -163,8 +163,9 @@ def _logprobs(choice: dict[str, Any]) -> list[float] | None:
 
 def _text(answer: dict[str, Any]) -> str:
     """Text of the other endpoints: transcriptions, responses."""
-    if isinstance(answer.get("text"), str):
-        return answer["text"]
+    text = answer.get("text")
+    if isinstance(text, str):
+        return text
     parts: list[str] = []
     for item in cast("list[dict[str, Any]]", answer.get("output") or []):
         content = item.get("content")
@@ -195,7 +196,8 @@ async def prove(launch: Launch, timeout_s: float) -> Verdict:
             )
         except client.Unreachable as e:
             return Verdict(False, str(e), answered=False)
-        verdict = judge(reply, probe.expect, launch.fingerprint, logprobs=launch.logprobs)
+        logprobs = launch.logprobs and "logprobs" in probe.body
+        verdict = judge(reply, probe.expect, launch.fingerprint, logprobs=logprobs)
         if not verdict.absent:
             break
     return verdict

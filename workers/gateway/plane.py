@@ -1,0 +1,217 @@
+"""The data plane of one gateway process: its socket, its sweeps, its own paths, and how it stops.
+
+Knows no control plane: somebody gives it routes (``apply``) and takes what must be acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from turnout.workers.gateway.context import GatewayContext, Local
+from turnout.workers.gateway.metrics import Gauge
+from turnout.workers.gateway.relay import CONNECTING, DONE, HOLDING, SENT, STREAMING, Relay
+from turnout.workers.gateway.server import ClientConnection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from turnout.projections.routing import RouteView
+    from turnout.workers.clock import Clock
+    from turnout.workers.gateway.request import Request
+    from turnout.workers.gateway.settings import GatewaySettings
+    from turnout.workers.gateway.transition import Drained, Transition
+
+log = structlog.get_logger(__name__)
+
+#: Seconds between two looks at the running requests; what a time limit may be late.
+SWEEP_S = 0.1
+#: Of every so many sweeps one also looks at all connections.
+SLOW_SWEEP = 5
+_PHASES = {CONNECTING: "connecting", SENT: "waiting", HOLDING: "waiting", STREAMING: "streaming", DONE: "done"}
+_BACKLOG = 1024
+
+
+class Health(msgspec.Struct):
+    """What ``/healthz`` answers. ``control_plane``: ``connected``, or since when it is not (UTC)."""
+
+    gateway: str
+    control_plane: str
+    revisions: dict[str, int]
+    in_flight: int
+    stopping: bool
+
+
+class DataPlane:
+    """Everything between the listening socket and the engines."""
+
+    def __init__(self, settings: GatewaySettings, clock: Clock) -> None:
+        """Make it; nothing is opened. Needs a running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._settings = settings
+        self._monotonic = clock.monotonic
+        self.context = GatewayContext(settings, clock, self._loop)
+        self.connections: set[ClientConnection] = set()
+        #: Filled in by the control side: what /healthz says of the control plane.
+        self.control_plane: Callable[[], str] = lambda: "unknown"
+        self.gateway = ""
+        self._server: asyncio.Server | None = None
+        self._socket: socket.socket | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._sweeps = 0
+        self._quiet: asyncio.Event = asyncio.Event()
+        self._own_paths()
+
+    def bind(self) -> str:
+        """Take the port, without listening yet; returns the URL.
+
+        Raises:
+            OSError: the address or port can't be used.
+        """
+        family = socket.AF_INET6 if ":" in self._settings.host else socket.AF_INET
+        self._socket = bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if self._settings.reuse_port:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.setblocking(False)
+        bound.bind((self._settings.host, self._settings.port))
+        host = f"[{self._settings.host}]" if family == socket.AF_INET6 else self._settings.host
+        return f"http://{host}:{bound.getsockname()[1]}"
+
+    async def listen(self) -> None:
+        """Take requests. ``bind`` comes first."""
+        if self._socket is None:
+            raise RuntimeError("bind() comes before listen()")
+        self._server = await self._loop.create_server(
+            lambda: ClientConnection(self.context, self.connections), sock=self._socket, backlog=_BACKLOG
+        )
+        self._sweep()
+
+    def apply(self, route: RouteView) -> Transition | None:
+        """Route by a revision from the next request on; close what leads to engines that no route names."""
+        context = self.context
+        transition = context.manager.begin_transition(route, self._monotonic())
+        if transition is not None:
+            context.pool.keep(context.manager.addresses())
+        return transition
+
+    def on_drained(self, report: Callable[[Drained], None]) -> None:
+        """Whom to tell that a version's last request has ended."""
+        self.context.report_drained = report
+
+    async def stop(self) -> int:
+        """Take no more requests, let the running ones end, and close. Returns how many had to be ended early."""
+        context = self.context
+        context.stopping = True
+        if self._server is not None:
+            self._server.close()
+        elif self._socket is not None:
+            self._socket.close()
+        for connection in tuple(self.connections):
+            connection.close_if_idle()
+        ended = 0
+        try:
+            async with asyncio.timeout(self._settings.shutdown_s):
+                await self._wait_quiet()
+        except TimeoutError:
+            for relay in tuple(context.tracker.running()):
+                if isinstance(relay, Relay):
+                    relay.end_early("gateway_stopping", "the gateway had to stop before this request ended", cut=False)
+                    ended += 1
+            for connection in tuple(self.connections):
+                connection.close_now()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await context.pool.close()
+        return ended
+
+    async def _wait_quiet(self) -> None:
+        while self.context.tracker.in_flight() or self.connections:
+            self._quiet.clear()
+            await self._quiet.wait()
+
+    # Sweeps
+
+    def _sweep(self) -> None:
+        """End what is over its time. One timer for all requests: none is started or stopped on their way."""
+        context = self.context
+        now = context.now = self._monotonic()
+        limits, of_models = self._settings.limits, self._settings.model_limits
+        for request in tuple(context.tracker.running()):
+            if isinstance(request, Relay):
+                request.check(now, of_models.get(request.choice.lane.model, limits) if of_models else limits)
+        for request in context.manager.overdue(now):
+            if isinstance(request, Relay):
+                version = request.choice.version
+                request.end_early("version_drained", f"version {version} had to stop before this request ended", True)
+        self._sweeps += 1
+        if self._sweeps % SLOW_SWEEP == 0:
+            for connection in tuple(self.connections):
+                connection.check(now)
+            context.pool.sweep(now)
+        self._quiet.set()
+        self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+
+    # The gateway's own paths
+
+    def _own_paths(self) -> None:
+        context = self.context
+        context.local[b"/healthz"] = self._healthz
+        context.local[b"/readyz"] = self._readyz
+        if self._settings.track_requests:
+            context.local[b"/requests"] = self._requests
+        metrics = context.metrics
+        metrics.revisions = context.manager.applied
+        metrics.in_flight = lambda: [
+            (lane.model, lane.version, len(lane.requests)) for lane in context.tracker.lanes.values()
+        ]
+        metrics.gauges += [
+            Gauge("turnout_gateway_connections", "Client connections.", lambda: len(self.connections)),
+            Gauge("turnout_gateway_idle_upstreams", "Unused connections to engines.", context.pool.idle),
+            Gauge(
+                "turnout_gateway_control_plane_connected",
+                "1 while the control plane answers; routing goes on by the last route without it.",
+                lambda: float(self.control_plane() == "connected"),
+            ),
+        ]
+        if self._settings.metrics:
+            context.local[b"/metrics"] = lambda _: Local(200, metrics.render(), b"text/plain; version=0.0.4")
+
+    def _healthz(self, _: Request) -> Local:
+        manager = self.context.manager
+        health = Health(
+            self.gateway,
+            self.control_plane(),
+            manager.applied(),
+            self.context.tracker.in_flight(),
+            self.context.stopping,
+        )
+        return Local(200, msgspec.json.encode(health))
+
+    def _readyz(self, _: Request) -> Local:
+        """Whether a load balancer should send requests here: not while it stops."""
+        ready = not self.context.stopping
+        return Local(200 if ready else 503, msgspec.json.encode({"ready": ready}))
+
+    def _requests(self, _: Request) -> Local:
+        """What is running now. No prompt, no answer, no key."""
+        now = self._monotonic()
+        listed = [
+            {
+                "id": relay.request.id.decode("latin-1"),
+                "model": relay.choice.model,
+                "version": relay.choice.version,
+                "revision": relay.choice.revision,
+                "instance": relay.choice.instance,
+                "path": relay.request.path.decode("latin-1"),
+                "phase": _PHASES[relay.phase],
+                "age_s": round(now - relay.started, 3),
+            }
+            for relay in self.context.tracker.running()
+            if isinstance(relay, Relay)
+        ]
+        return Local(200, msgspec.json.encode({"requests": listed}))

@@ -1,0 +1,96 @@
+"""The port between deciding what shall run and running it: real processes in host.py, simulated ones in tests/sim."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from turnout.events.model import EngineSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+class Order(msgspec.Struct, frozen=True):
+    """An instance to load. ``sequence``: how far the log had come when it was asked for."""
+
+    instance: str
+    model: str
+    version: str
+    engine: EngineSpec
+    sequence: int = 0
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """An instance that has passed its proof; fields as in the event ``InstanceReady``."""
+
+    address: str
+    load_s: float
+    probe_s: float
+    bytes: int = 0
+    fingerprint: str = ""
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """An instance that could not be loaded, died or hung; fields as in the event ``InstanceFailed``."""
+
+    stage: str
+    reason: str
+    log_tail: tuple[str, ...] = ()
+    exit_code: int | None = None
+
+
+class Found(msgspec.Struct, frozen=True):
+    """An engine that an earlier worker has left running. ``loaded`` is None where it was never proven."""
+
+    sequence: int
+    loaded: Loaded | None = None
+
+
+class EngineRunner(Protocol):
+    """Runs engines. An instance is known from ``found`` or ``load`` until ``stop`` has returned."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Engine kinds that can be run here."""
+        ...
+
+    async def found(self) -> Mapping[str, Found]:
+        """Take over what runs from earlier. Called once, first."""
+        ...
+
+    async def load(self, order: Order, progress: Callable[[str, str], None]) -> Loaded | Failure:
+        """Start the engine (or go on with one that was found) and prove it.
+
+        ``progress(stage, detail)`` is called at each change. A failed engine is gone when this returns. Cancelled, it
+        leaves the engine to ``stop``.
+        """
+        ...
+
+    async def watch(self, instance: str) -> Failure:
+        """Returns when a proven engine has died or hung; what is left of it is gone then."""
+        ...
+
+    async def wait_quiet(self, instance: str, busy: Callable[[str], None]) -> Failure | None:
+        """Until nobody uses the engine; then nobody can reach it any more. ``busy(what)`` names what is in the way.
+
+        Returns the failure of an engine that died meanwhile.
+        """
+        ...
+
+    async def stop(self, instance: str) -> None:
+        """End all processes of the engine; fine where there is none."""
+        ...
+
+    def remains(self, instance: str) -> Failure:
+        """What can be told of an engine that should be running and is not."""
+        ...
+
+    def trouble(self, instance: str) -> str:
+        """What the newest golden question has shown of a running engine; empty where all is well."""
+        ...
+
+    def release(self) -> None:
+        """Let go of all engines; they run on, to be found again."""
+        ...

@@ -1,0 +1,59 @@
+"""What an inference worker is told: who it is, what it may run, and how patient it is. Values only."""
+
+from __future__ import annotations
+
+import msgspec
+
+from turnout.workers.inference.policy import WorkerPolicy
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One worker process.
+
+    Attributes:
+        id: stays the same over restarts, so that the worker finds its engines again; empty: the host's name.
+        run_folder: where sockets, logs and what is known of running engines lie; one worker at a time. A relative
+            path starts in the folder that the worker was started in.
+        policy: what may be run here.
+        capacity: most engine processes at once.
+        devices: what the engines run on, e.g. ``cpu`` or ``cuda:0``; told to the control plane.
+        unix: engines listen on Unix sockets; else on TCP ports of ``address``, for gateways on other hosts.
+        address: this host's address, as gateways reach it.
+        vllm_python: interpreter of the environment that has vLLM; empty: the worker's own, else ``.venv-vllm`` here.
+        load_timeout_s: a start without progress for so long has failed.
+        probe_timeout_s: longest wait for the answer to a golden question.
+        hang_after_s: a ready engine that answers nothing for so long, and uses no processor time, hangs. One that does
+            use it gets three times as long.
+        quiet_s: an engine is stopped when nobody has been connected to it for so long.
+        beat_s: between two signs of life.
+    """
+
+    id: str = ""
+    run_folder: str = ".turnout/engines"
+    policy: WorkerPolicy = WorkerPolicy()
+    capacity: int = 8
+    devices: tuple[str, ...] = ("cpu",)
+    unix: bool = True
+    address: str = "127.0.0.1"
+    vllm_python: str = ""
+    load_timeout_s: float = 900.0
+    probe_timeout_s: float = 30.0
+    hang_after_s: float = 90.0
+    quiet_s: float = 1.0
+    beat_s: float = 1.0
+
+    def problems(self) -> tuple[str, ...]:
+        """What can't be meant, one sentence each, naming the field."""
+        found: list[str] = []
+        if self.capacity < 1:
+            found.append(f"capacity is {self.capacity}: give 1 or more")
+        for field in ("load_timeout_s", "probe_timeout_s", "hang_after_s", "beat_s"):
+            value: float = getattr(self, field)
+            if not 0 < value < 1e9:
+                found.append(f"{field} is {value}: give a number of seconds above 0")
+        if not 0 <= self.quiet_s < 1e9:
+            found.append(f"quiet_s is {self.quiet_s}: give a number of seconds, 0 or more")
+        unknown = [kind for kind in self.policy.engines if kind not in ("vllm", "openai", "fake")]
+        if unknown:
+            found.append(f"policy.engines names {unknown[0]!r}: known are vllm, openai and fake")
+        return tuple(found)

@@ -1,0 +1,424 @@
+"""The reconciler: makes the engines of this host agree with what the log says shall run here, and reports what happens.
+
+It knows the control plane only by its ports and the engines only by the port of runner.py, so that it runs in the
+simulation as it is. It decides nothing about traffic: an engine is stopped when the log says so and nobody uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from turnout.core.decider import Accepted, Rejected
+from turnout.core.instance import ReportFailed, ReportLoading, ReportReady, ReportStopped
+from turnout.core.worker import JoinWorker, LeaveWorker
+from turnout.events import subjects
+from turnout.events.store import Unavailable
+from turnout.projections.fleet import InstanceView, WorkerView
+from turnout.workers.inference.runner import Failure, Found, Loaded, Order
+from turnout.workers.ports import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Mapping
+
+    from turnout.workers.clock import Clock
+    from turnout.workers.inference.runner import EngineRunner
+    from turnout.workers.inference.settings import WorkerSettings
+    from turnout.workers.ports import Beats, Bus, Closeable, ViewEntry, ViewReader
+
+log = structlog.get_logger()
+
+ROLE = "worker"
+_RETRY_FIRST_S = 0.1
+_RETRY_LAST_S = 5.0
+#: How long an unquiet engine is waited for before it is said in the log, and said again.
+_UNQUIET_FIRST_S = 10.0
+_UNQUIET_AGAIN_S = 60.0
+#: Longest wait for quiet, and for answers to the last reports, when the worker itself stops with its engines.
+_LAST_QUIET_S = 10.0
+_LAST_REPORT_S = 3.0
+
+
+class WorkerBeat(msgspec.Struct, frozen=True):
+    """What a sign of life says.
+
+    Attributes:
+        worker: its id.
+        instances: engines under it.
+        unquiet: instance → who still uses it although it shall stop: an alert, as somebody routes by an old revision.
+        unsound: instance → what is wrong with its newest golden answer.
+    """
+
+    worker: str
+    instances: int
+    unquiet: dict[str, str] = {}
+    unsound: dict[str, str] = {}
+
+
+class _Life:
+    """One instance, from the moment that this worker hears of it until it has ended."""
+
+    def __init__(self, view: InstanceView, sequence: int, found: Found | None) -> None:
+        self.view = view
+        self.sequence = sequence  # views older than this know nothing of the instance's end
+        self.found = found
+        self.drain = asyncio.Event()
+        self.forced = asyncio.Event()
+        self.silent = False  # its end is known; nothing is to be reported
+        self.unquiet = ""
+        self.task: asyncio.Task[None] | None = None
+
+
+class InferenceWorker:
+    """Runs the engines of one host for the control plane. Make one, ``run`` it, ``stop`` it."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        *,
+        bus: Bus,
+        beats: Beats,
+        views: ViewReader,
+        clock: Clock,
+        runner: EngineRunner,
+    ) -> None:
+        self.id = settings.id or socket.gethostname()
+        self._settings = settings
+        self._bus = bus
+        self._beats = beats
+        self._views = views
+        self._clock = clock
+        self._runner = runner
+        self._lives: dict[str, _Life] = {}
+        self._ended: set[str] = set()  # ended here, and perhaps still in a view that lags behind
+        self._key = subjects.view_key("worker", self.id)
+        self._view: WorkerView | None = None
+        self._sequence = -1
+        self._joined = 0  # sequence that answered the newest join
+        self._changed = asyncio.Event()
+        self._device = asyncio.Lock()
+        self._stop = asyncio.Event()
+        self._stop_engines = False
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        """Instances that this worker runs, loads or stops now."""
+        return tuple(sorted(self._lives))
+
+    def stop(self, *, stop_engines: bool = False) -> None:
+        """End ``run``. Engines go on running for the next worker with this run folder, unless told otherwise."""
+        self._stop_engines = self._stop_engines or stop_engines
+        self._stop.set()
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Work until :meth:`stop`. Survives every outage of the control plane; engines serve on meanwhile."""
+        structlog.contextvars.bind_contextvars(worker=self.id)
+        found = await self._runner.found()
+        for instance, one in found.items():
+            self._begin(InstanceView(instance, "", "", _NO_ENGINE, phase="ready"), one.sequence, one)
+        beating = asyncio.create_task(self._beat())
+        watching: Closeable | None = None
+        try:
+            join = asyncio.create_task(self._join())
+            await _first(join, self._stop.wait())
+            watching = await self._watch_views()
+            while not self._stop.is_set():
+                await self._changed.wait()
+                self._changed.clear()
+                if not self._stop.is_set():
+                    await self._reconcile()
+            if self._stop_engines:
+                await self._end_all()
+        finally:
+            beating.cancel()
+            if watching is not None:
+                await watching.close()
+            await _cancelled(beating, *(life.task for life in self._lives.values() if life.task))
+            self._runner.release()
+            log.info("worker_stopped", engines_left=len(self._lives))
+
+    async def _watch_views(self) -> Closeable | None:
+        delay = _RETRY_FIRST_S
+        while not self._stop.is_set():
+            try:
+                return await self._views.watch((self._key,), self._heard)
+            except Unavailable as e:
+                log.warning("views_unavailable", reason=str(e))
+                await self._sleep(delay)
+                delay = min(delay * 2, _RETRY_LAST_S)
+        return None
+
+    def _heard(self, entries: Mapping[str, ViewEntry], sequence: int) -> None:
+        entry = entries.get(self._key)
+        if entry is not None and entry.value:
+            self._view = msgspec.json.decode(entry.value, type=WorkerView)
+        self._sequence = sequence
+        self._changed.set()
+
+    async def _join(self) -> None:
+        body = JoinWorker(
+            self.id, self._settings.address, self._runner.kinds, self._settings.devices, self._settings.capacity
+        )
+        answer = await self._report("worker.join", body)
+        if isinstance(answer, Accepted):
+            self._joined = answer.sequence
+            log.info("worker_joined", engines=self._runner.kinds, capacity=self._settings.capacity)
+
+    async def _beat(self) -> None:
+        while True:
+            beat = WorkerBeat(
+                self.id,
+                len(self._lives),
+                {i: life.unquiet for i, life in self._lives.items() if life.unquiet},
+                {i: trouble for i in self._lives if (trouble := self._runner.trouble(i))},
+            )
+            await self._beats.publish(ROLE, self.id, msgspec.json.encode(beat))
+            await asyncio.sleep(self._settings.beat_s)
+
+    async def _reconcile(self) -> None:
+        """Compare the newest view with what runs. Never waits for an engine."""
+        view, sequence = self._view, self._sequence
+        if view is None:
+            return
+        if view.state != "live" and sequence >= self._joined:
+            log.warning("worker_was_lost", state=view.state)
+            await _first(asyncio.create_task(self._join()), self._stop.wait())
+        self._ended &= set(view.instances)
+        for instance, wanted in view.instances.items():
+            life = self._lives.get(instance)
+            if life is None:
+                if instance not in self._ended:
+                    self._begin(wanted, sequence, None)
+            else:
+                life.sequence = max(life.sequence, sequence) if life.found is None else life.sequence
+                life.view = wanted
+                self._drain_if_asked(life)
+        for instance, life in self._lives.items():
+            if instance not in view.instances and sequence >= max(life.sequence, self._joined):
+                if not life.drain.is_set():
+                    log.info("instance_not_wanted", instance=instance)
+                life.silent = True
+                life.drain.set()
+
+    def _begin(self, view: InstanceView, sequence: int, found: Found | None) -> None:
+        life = _Life(view, sequence, found)
+        self._lives[view.instance] = life
+        self._drain_if_asked(life)
+        life.task = asyncio.create_task(self._guard(life))
+
+    @staticmethod
+    def _drain_if_asked(life: _Life) -> None:
+        if life.view.phase == "draining":
+            life.drain.set()
+            if life.view.forced_by:
+                life.forced.set()
+
+    async def _guard(self, life: _Life) -> None:
+        """Live one instance; a bug ends this one and is reported, the others live on."""
+        instance = life.view.instance
+        try:
+            await self._live(life)
+        except Exception as e:  # one instance's bug must not take the other engines' supervision down
+            log.exception("instance_supervision_failed", instance=instance)
+            await self._runner.stop(instance)
+            await self._report_life(life, ReportFailed(instance, "serving", f"bug in turnout: {type(e).__name__}: {e}"))
+        self._ended.add(instance)
+        del self._lives[instance]
+        self._changed.set()  # a view that came meanwhile may want something
+
+    async def _live(self, life: _Life) -> None:
+        instance = life.view.instance
+        loaded = life.found.loaded if life.found else None
+        if life.found is None and life.drain.is_set():
+            await self._end(life)  # asked to stop before anything of it ran here
+            return
+        if life.found is None and life.view.phase == "ready":
+            await self._report_life(life, _failed(instance, self._runner.remains(instance)))
+            return
+        if loaded is None:
+            result = await self._load(life)
+            if isinstance(result, Failure):
+                await self._report_life(life, _failed(instance, result))
+                return
+            loaded = result
+        if loaded is not None:
+            failure = await self._serve(life, loaded)
+            if failure is not None:
+                await self._report_life(life, _failed(instance, failure))
+                return
+        await self._end(life)
+
+    async def _load(self, life: _Life) -> Loaded | Failure | None:
+        """Load and prove, one at a time, as two engines that start together charge each other's memory.
+
+        None where it was asked to stop first; what runs of it is then still to be ended.
+        """
+        view = life.view
+        order = Order(view.instance, view.model, view.version, view.engine, life.sequence)
+        outbox = _Progress(self, life)
+        begun = self._clock.monotonic()
+
+        def progress(stage: str, detail: str) -> None:
+            seconds = self._clock.monotonic() - begun
+            log.info("instance_loading", instance=view.instance, stage=stage, seconds=round(seconds, 1), detail=detail)
+            outbox.put(ReportLoading(view.instance, stage, seconds, detail))
+
+        async def load() -> Loaded | Failure:
+            if view.engine.url:  # a server that runs already takes nothing of this host
+                return await self._runner.load(order, progress)
+            async with self._device:
+                return await self._runner.load(order, progress)
+
+        try:
+            return await _first(load(), life.drain.wait())
+        finally:
+            await outbox.close()
+
+    async def _serve(self, life: _Life, loaded: Loaded) -> Failure | None:
+        """Report it ready and watch it. Returns its failure, or None when it shall end."""
+        instance = life.view.instance
+        watching = asyncio.create_task(self._runner.watch(instance))
+        try:
+            report = ReportReady(
+                instance, loaded.address, loaded.load_s, loaded.probe_s, loaded.bytes, loaded.fingerprint
+            )
+            log.info(
+                "instance_ready",
+                instance=instance,
+                address=loaded.address,
+                load_s=round(loaded.load_s, 2),
+                probe_s=round(loaded.probe_s, 2),
+                fingerprint=loaded.fingerprint,
+                adopted=life.found is not None,
+            )
+            answer = await _first(self._report("instance.ready", report), watching_end := _until(watching))
+            del watching_end
+            if isinstance(answer, Rejected):
+                log.warning("instance_refused", instance=instance, code=answer.code, reason=answer.reason)
+                life.silent = answer.code == "instance_unknown"
+                return None
+            if isinstance(answer, Accepted):
+                life.sequence = max(life.sequence, answer.sequence)
+            await _first(_until(watching), life.drain.wait())
+            return watching.result() if watching.done() else None
+        finally:
+            await _cancelled(watching)
+
+    async def _end(self, life: _Life) -> None:
+        """Wait until nobody uses the engine, stop it, report it."""
+        instance, begun = life.view.instance, self._clock.monotonic()
+        reason = life.view.reason or ("not wanted any more" if life.silent else "")
+        log.info("instance_draining", instance=instance, reason=reason, forced_by=life.view.forced_by)
+        if not life.forced.is_set():
+            failure = await self._wait_quiet(life)
+            if failure is not None:
+                await self._report_life(life, _failed(instance, failure))
+                return
+        await self._runner.stop(instance)
+        seconds = self._clock.monotonic() - begun
+        log.info("instance_stopped", instance=instance, seconds=round(seconds, 2))
+        await self._report_life(life, ReportStopped(instance, seconds))
+
+    async def _wait_quiet(self, life: _Life) -> Failure | None:
+        """The proof of quiet, or an operator's word. Says so where it does not come."""
+        instance, begun = life.view.instance, self._clock.monotonic()
+        said = begun + _UNQUIET_FIRST_S - _UNQUIET_AGAIN_S
+
+        def busy(what: str) -> None:
+            nonlocal said
+            now = self._clock.monotonic()
+            if now - begun >= _UNQUIET_FIRST_S:
+                life.unquiet = what
+            if now - said >= _UNQUIET_AGAIN_S:
+                said = now
+                log.warning("instance_still_used", instance=instance, what=what, seconds=round(now - begun))
+
+        try:
+            return await _first(self._runner.wait_quiet(instance, busy), life.forced.wait())
+        finally:
+            life.unquiet = ""
+
+    async def _report_life(self, life: _Life, body: ReportStopped | ReportFailed) -> None:
+        if not life.silent:
+            verb = "instance.stopped" if isinstance(body, ReportStopped) else "instance.failed"
+            await self._report(verb, body)
+
+    async def _report(self, verb: str, body: msgspec.Struct) -> Accepted | Rejected | None:
+        """Say it until it is answered; the command id stays the same, so it takes effect once.
+
+        None where the worker stops before there was an answer.
+        """
+        request = Request(self._clock.id("cmd-"), f"worker:{self.id}", msgspec.Raw(msgspec.json.encode(body)))
+        delay, tries = _RETRY_FIRST_S, 0
+        deadline = None
+        while True:
+            try:
+                answer = await self._bus.ask(ROLE, verb, request)
+                why = "" if isinstance(answer, Accepted | Rejected) else f"{answer.code}: {answer.reason}"
+                if isinstance(answer, Accepted | Rejected):
+                    return answer
+            except Unavailable as e:
+                why = str(e)
+            tries += 1
+            if tries in (1, 10) or tries % 100 == 0:
+                log.warning("report_unanswered", verb=verb, command=request.id, tries=tries, reason=why)
+            if self._stop.is_set():
+                deadline = deadline or self._clock.monotonic() + _LAST_REPORT_S
+                if self._clock.monotonic() >= deadline:
+                    return None
+            await asyncio.sleep(delay * (0.5 + self._clock.jitter()))
+            delay = min(delay * 2, _RETRY_LAST_S if deadline is None else 0.5)
+
+    async def _end_all(self) -> None:
+        """Stop all engines, the unquiet ones after a last wait, and leave."""
+        for life in self._lives.values():
+            life.drain.set()
+        tasks = [life.task for life in self._lives.values() if life.task]
+        if tasks:
+            _, unquiet = await asyncio.wait(tasks, timeout=_LAST_QUIET_S)
+            for life in self._lives.values():
+                life.forced.set()
+            if unquiet:
+                await asyncio.wait(unquiet)
+        await self._report("worker.leave", LeaveWorker(self.id))
+
+    async def _sleep(self, seconds: float) -> None:
+        """Wait, but not beyond the end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
+
+
+class _Progress:
+    """The newest stage of a load that is not yet reported: an outage must not hold the load up."""
+
+    def __init__(self, worker: InferenceWorker, life: _Life) -> None:
+        self._worker = worker
+        self._life = life
+        self._next: ReportLoading | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def put(self, report: ReportLoading) -> None:
+        """Report this next; what has waited until now is out of date."""
+        self._next = report
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._send())
+
+    async def _send(self) -> None:
+        while self._next is not None:
+            report, self._next = self._next, None
+            answer = await self._worker.report(report)
+            if isinstance(answer, Rejected):  # nobody asked for it
+                self._life.silent = answer.code == "instance_unknown"
+                self._life.drain.set()
+
+    async def close(self) -> None:
+        """What is not answered by now is overtaken by the report that follows."""
+        if self._task is not None:
+            await _cancelled(self._task)

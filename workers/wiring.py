@@ -1,0 +1,241 @@
+"""The only module that names concrete adapters: builds each process from its settings and runs it until it is stopped.
+
+Each ``run_…`` returns the exit code. A server that can't be reached or used at the start is one sentence and code 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from turnout.events import jsapi, subjects
+from turnout.events.jetstream import JetStreamStore
+from turnout.events.store import LogReplaced, Unavailable
+from turnout.workers import running
+from turnout.workers.clock import SystemClock
+from turnout.workers.controller.controller import Controller
+from turnout.workers.declared import Declared
+from turnout.workers.metrics import Gauge, MetricsServer
+from turnout.workers.nats import (
+    Incompatible,
+    NatsBeats,
+    NatsBus,
+    NatsLease,
+    NatsViewReader,
+    NatsViewWriter,
+    connect,
+    ensure_streams,
+)
+from turnout.workers.settings import DEFAULT_NATS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Coroutine
+
+    from turnout.workers.clock import Clock
+    from turnout.workers.nats import Connection
+    from turnout.workers.ports import Request
+    from turnout.workers.settings import Settings
+
+log = structlog.get_logger()
+
+#: Whole seconds that a leader's lease lasts: on one server, and where the streams have replicas.
+_LEASE_S = 2
+_LEASE_REPLICATED_S = 15
+
+Ready = "Callable[[dict[str, object]], None]"
+
+
+class Stopped(Exception):
+    """The process can't go on; the message says why and what to do."""
+
+
+class ControlPlane:
+    """One connection to NATS and everything that a process asks of it."""
+
+    def __init__(self, connection: Connection, clock: Clock, replicas: int = 1) -> None:
+        self.connection = connection
+        self.clock = clock
+        self.replicas = replicas
+        self.store = JetStreamStore(connection.nc, replicas=replicas)
+        self.bus = NatsBus(connection)
+        self.beats = NatsBeats(connection)
+        self.reader = NatsViewReader(connection, clock)
+        self.writer = NatsViewWriter(connection)
+
+    def lease(self, role: str) -> NatsLease:
+        """The leadership of a role."""
+        return NatsLease(self.connection, role, self.clock, _LEASE_S if self.replicas == 1 else _LEASE_REPLICATED_S)
+
+    async def ask(self, role: str, verb: str, request: Request, timeout_s: float) -> bytes:
+        """Send a command once; the JSON of its answer.
+
+        Raises:
+            Unavailable: nobody answered.
+        """
+        try:
+            subject = subjects.command(role, verb)
+            return await jsapi.request(self.connection.nc, subject, msgspec.json.encode(request), timeout_s)
+        except Unavailable as e:
+            raise Unavailable(f"no controller answered at {self.connection.server} ({e}); {_START}") from e
+
+
+_START = "start one: turnout up, or turnout controller"
+
+
+def nats_url(named: str = "") -> str:
+    """The address that was named, else that of this folder's ``turnout up``, else the usual one."""
+    if named:
+        return named
+    up = running.find()
+    return up.nats if up is not None else DEFAULT_NATS
+
+
+@asynccontextmanager
+async def control_plane(url: str = "", name: str = "turnout client") -> AsyncGenerator[ControlPlane]:
+    """The control plane for a client, while the block runs.
+
+    Raises:
+        Unavailable: NATS can't be reached.
+    """
+    clock = SystemClock()
+    connection = await connect(nats_url(url), name, clock)
+    try:
+        yield ControlPlane(connection, clock)
+    finally:
+        await connection.close()
+
+
+async def run_controller(settings: Settings, ready: Callable[[dict[str, object]], None]) -> int:
+    """Run a controller until SIGTERM or SIGINT; ``ready`` is called once it answers commands."""
+    clock = SystemClock()
+    lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def away(reason: str) -> None:
+        if not lost.done():
+            lost.set_result(reason)
+
+    async with _connected(settings, "controller", clock, away) as connection:
+        replicas = await ensure_streams(connection.nc, settings.nats.replicas)
+        plane = ControlPlane(connection, clock, replicas)
+        controller = Controller(
+            settings.controller.id or clock.id("controller-"),
+            store=plane.store,
+            bus=plane.bus,
+            beats=plane.beats,
+            reader=plane.reader,
+            writer=plane.writer,
+            lease=plane.lease("controller"),
+            clock=clock,
+            config=settings.switching,
+            defaults=settings.switch,
+        )
+        metrics = _metrics(settings, settings.metrics.controller, lambda: _controller_gauges(controller))
+        try:
+            return await _until_stopped(
+                controller.run(),
+                Declared(controller, settings, clock).run(),
+                _say_ready(controller.serving, ready, {"process": "controller", "id": controller.id}),
+                lost=lost,
+            )
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+
+@asynccontextmanager
+async def _connected(
+    settings: Settings, name: str, clock: Clock, away: Callable[[str], None] | None = None
+) -> AsyncGenerator[Connection]:
+    url = nats_url(settings.nats.url)
+    connection = await connect(
+        url, f"turnout {name} {os.getpid()}", clock, away_s=settings.nats.away_s, away=away
+    )
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def _say_ready(
+    event: asyncio.Event, ready: Callable[[dict[str, object]], None], said: dict[str, object]
+) -> None:
+    await event.wait()
+    ready(said)
+
+
+async def _until_stopped(
+    main: Coroutine[object, object, None],
+    *beside: Coroutine[object, object, None],
+    lost: asyncio.Future[str] | None = None,
+) -> int:
+    """Run ``main`` until it ends, a signal asks to stop, or the connection is lost; ``beside`` may end before.
+
+    Raises:
+        Stopped: the connection is lost, or the log is another one.
+    """
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[int] = loop.create_future()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda n=number: stop.done() or stop.set_result(n))
+    work = asyncio.ensure_future(main)
+    others = [asyncio.ensure_future(one) for one in beside]
+    for one in others:
+        one.add_done_callback(lambda t: None if t.cancelled() or t.exception() is None else work.cancel())
+    try:
+        await asyncio.wait(
+            {work, stop} | ({lost} if lost is not None else set()), return_when=asyncio.FIRST_COMPLETED
+        )
+        if lost is not None and lost.done() and not stop.done():
+            raise Stopped(lost.result())
+        for one in others:
+            if one.done() and not one.cancelled():
+                one.result()
+        if work.done():
+            work.result()
+    except LogReplaced as e:
+        raise Stopped(f"the log was replaced while this process ran ({e}): it must start again") from e
+    finally:
+        for one in (work, *others):
+            one.cancel()
+        await asyncio.gather(work, *others, return_exceptions=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+    return 0
+
+
+def _metrics(settings: Settings, listen: str, read: Callable[[], tuple[Gauge, ...]]) -> MetricsServer | None:
+    if not listen or not settings.switching.enable_metrics:
+        return None
+    try:
+        return MetricsServer(listen, read)
+    except (OSError, ValueError, OverflowError) as e:
+        raise Stopped(f"/metrics can't be answered at {listen}: {e}; choose another address in [metrics]") from e
+
+
+def _controller_gauges(controller: Controller) -> tuple[Gauge, ...]:
+    """Read in another thread: every collection is copied in one step."""
+    world = controller.log.world
+    phases: dict[str, int] = {}
+    for instance in list(world.instances.values()):
+        phases[instance.phase] = phases.get(instance.phase, 0) + 1
+    return (
+        Gauge("turnout_controller_leading", "1 while this controller leads.", float(controller.leading.is_set())),
+        Gauge("turnout_log_sequence", "Newest event that was folded.", controller.log.sequence),
+        Gauge("turnout_models", "Registered models.", len(world.models)),
+        Gauge("turnout_switches_running", "Switches that have not ended.", len(world.running)),
+        Gauge("turnout_gateways_live", "Gateways whose acknowledgements are awaited.", len(world.live_gateways)),
+        Gauge("turnout_workers_live", "Workers that are heard of.", sum(w.live for w in list(world.workers.values()))),
+        *(
+            Gauge("turnout_instances", "Instances by phase, ended ones too.", count, {"phase": phase})
+            for phase, count in sorted(phases.items())
+        ),
+    )
+
+
+__all__ = ["ControlPlane", "Incompatible", "Stopped", "control_plane", "nats_url", "run_controller"]
