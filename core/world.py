@@ -14,6 +14,7 @@ import msgspec
 from turnout.core import gateway, instance, model, route, switch, worker
 from turnout.events import subjects
 from turnout.events.envelope import START, Position, Recorded, Unknown
+from turnout.events.gateway import RouteApplied, VersionDrained
 from turnout.events.instance import InstanceFailed, InstanceReady
 from turnout.events.route import RouteChanged
 
@@ -28,6 +29,9 @@ DECIDERS: dict[str, ModuleType] = {
     "worker": worker,
     "gateway": gateway,
 }
+
+#: The bulk of what gateways report. A repeated report is no news to the decider: it needs no memory of command ids.
+_ONLY_GROWS = frozenset((RouteApplied, VersionDrained))
 
 #: An instance that served this long was sound: its failure starts the back-off anew.
 SOUND_S = 60.0
@@ -122,7 +126,7 @@ class World:
         envelope = recorded.envelope
         self.epoch = max(self.epoch, envelope.epoch)
         aggregate, id = subjects.parse_event(subject)
-        if aggregate != "gateway":  # what gateways report only grows: it needs no memory of command ids
+        if type(recorded.event) not in _ONLY_GROWS:
             done = self._done.get(envelope.command, Done(subject, 0, 0, ""))
             switch_id = id if aggregate == "switch" else done.switch
             self._done[envelope.command] = Done(

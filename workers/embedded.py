@@ -38,6 +38,10 @@ _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.01
 _BINARY = "NATS_SERVER_BIN"
 _IN_USE = "address already in use"
+_NO_SPACE = "no space left"
+#: How often ``supervise`` looks, and how much room a disk must have again before the server is tried again.
+WATCH_S = 1.0
+ROOM_BYTES = 16 * 1024 * 1024
 
 
 class EmbeddedServerError(Exception):
@@ -110,6 +114,9 @@ class EmbeddedServer:
             again after a restart, else any.
         max_store_bytes: limit of everything stored, 0 for the disk's.
         lines: further lines of configuration, for tests of it.
+
+    Attributes:
+        trouble: why nothing can be written, while ``supervise`` works on it; else empty.
     """
 
     def __init__(
@@ -128,6 +135,7 @@ class EmbeddedServer:
         self._lines = lines
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""
+        self.trouble = ""
 
     @property
     def url(self) -> str:
@@ -190,8 +198,37 @@ class EmbeddedServer:
 
     async def restart(self) -> None:
         """Stop where it still runs, and start again on the same port."""
-        self.stop()
+        await asyncio.to_thread(self.stop)
         await self.start()
+
+    async def supervise(self) -> None:
+        """Keep it running until cancelled: start it again where it ended, or where it must be to write again.
+
+        A nats-server that met a full disk answers no write any more, also when there is room again, until it is
+        restarted (2.15.1). ``trouble`` says what is wrong meanwhile.
+        """
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if not self.running:
+                log.error(
+                    "nats_ended", exit_code=self._process.poll() if self._process else None, log=str(self._log_file)
+                )
+                self.trouble = "the embedded nats-server ended; it is being started again"
+            elif not self.trouble and _NO_SPACE in self._log_text():
+                self.trouble = (
+                    f"the disk of {self.folder} is full: turnout serves on, but takes no commands. Free some space"
+                )
+                log.error(
+                    "store_disk_full", folder=str(self.folder), hint="free some space; writes then go on by themselves"
+                )
+            if not self.trouble or (self.running and shutil.disk_usage(self.folder).free < ROOM_BYTES):
+                continue
+            try:
+                await self.restart()
+                self.trouble = ""
+            except EmbeddedServerError as e:
+                self.trouble = str(e)
+                log.error("nats_restart_failed", reason=str(e))
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -333,7 +370,7 @@ class EmbeddedServer:
         text = self._log_text()
         if _IN_USE in text:
             return f"port {self._port} is in use: stop what listens there, or choose another port"
-        if "no space left" in text:
+        if _NO_SPACE in text:
             return f"the disk of {self.folder} is full: free some space and start again"
         return (
             f"nats-server ended at its start; where its store {self.folder / 'store'} was changed or damaged, "

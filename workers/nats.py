@@ -76,6 +76,8 @@ class Connection:
         self._closing = False
         self._watch: asyncio.Task[None] | None = None
         self._last_error = ""
+        self._away_since: float | None = None
+        self._told = False
 
     @property
     def connected(self) -> bool:
@@ -122,17 +124,17 @@ class Connection:
 
     async def _watch_connection(self) -> None:
         """Say once for each outage that it lasts too long: nats-py itself would try for ever, in silence."""
-        since: float | None = None
         while True:
             await asyncio.sleep(self._away_s / 10)
             if self.nc.is_connected:
-                since = None
+                self._away_since = None
                 continue
             now = self._clock.monotonic()
-            if since is None:
-                since = now
-            elif since >= 0 and now - since > self._away_s:
-                since = -1.0
+            if self._away_since is None:
+                self._away_since = now
+                self._told = False
+            if not self._told and now - self._away_since > self._away_s:
+                self._told = True
                 self._tell(f"no connection to NATS at {self.server} for {self._away_s:g} s: {self._last_error}")
 
     def _tell(self, reason: str) -> None:
@@ -158,6 +160,7 @@ class Connection:
 
     async def _reconnected(self) -> None:
         self._last_error = ""
+        self._away_since = None
         log.info("nats_reconnected", server=self.server)
 
     async def _closed(self) -> None:

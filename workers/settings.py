@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
-from turnout.workers.inference.settings import WorkerSettings
 
 from turnout.core import model
 from turnout.core.config import ModelSwitchingConfig
@@ -23,6 +22,7 @@ from turnout.core.handling import Defaults
 from turnout.core.strategies import STRATEGIES
 from turnout.events.model import EngineSpec, Probe
 from turnout.workers.gateway.settings import GatewaySettings
+from turnout.workers.inference.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -235,6 +235,7 @@ class _Reader:
 
     def _struct(self, type: type[Any], value: object, path: Path_, base: Any) -> Any:
         """Read a table; what is wrong is noted, and ``base``'s value stands in."""
+        value = value.value if isinstance(value, _Text) else value
         if not isinstance(value, dict):
             self._wrong(path, f"{_dotted(path)} must be a table: write [{_dotted(path)}]")
             return base
@@ -312,6 +313,7 @@ def _meaningless(settings: Settings, reader: _Reader) -> Iterator[Problem]:
     for table, problems in (
         ("switching", settings.switching.problems(frozenset(STRATEGIES))),
         ("gateway", settings.gateway.problems()),
+        ("worker", settings.worker.problems()),
         ("switch", _switch_problems(settings.switch)),
         ("nats", _nats_problems(settings.nats)),
     ):

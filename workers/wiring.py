@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import msgspec
 import structlog
@@ -21,6 +23,8 @@ from turnout.workers import running
 from turnout.workers.clock import SystemClock
 from turnout.workers.controller.controller import Controller
 from turnout.workers.declared import Declared
+from turnout.workers.inference.host import HostRunner, engines
+from turnout.workers.inference.worker import InferenceWorker
 from turnout.workers.metrics import Gauge, MetricsServer
 from turnout.workers.nats import (
     Incompatible,
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine
 
     from turnout.workers.clock import Clock
+    from turnout.workers.inference.policy import WorkerPolicy
     from turnout.workers.nats import Connection
     from turnout.workers.ports import Request
     from turnout.workers.settings import Settings
@@ -47,8 +52,7 @@ log = structlog.get_logger()
 #: Whole seconds that a leader's lease lasts: on one server, and where the streams have replicas.
 _LEASE_S = 2
 _LEASE_REPLICATED_S = 15
-
-Ready = "Callable[[dict[str, object]], None]"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
@@ -148,23 +152,52 @@ async def run_controller(settings: Settings, ready: Callable[[dict[str, object]]
                 metrics.close()
 
 
+async def run_worker(settings: Settings, ready: Callable[[dict[str, object]], None]) -> int:
+    """Run a worker until a signal: SIGINT stops its engines, SIGTERM leaves them to the next worker of this folder.
+
+    Never ends for want of NATS once it runs.
+    """
+    clock, own = SystemClock(), settings.worker
+    async with _connected(settings, "worker", clock) as connection:
+        plane = ControlPlane(connection, clock)
+        check_s = settings.switching.health_check_interval if settings.switching.enable_health_checks else None
+        own = msgspec.structs.replace(own, policy=_own_policy(settings))
+        runner = HostRunner(own, engines(own), clock, check_s)
+        worker = InferenceWorker(own, bus=plane.bus, beats=plane.beats, views=plane.reader, clock=clock, runner=runner)
+        metrics = _metrics(settings, settings.metrics.worker, lambda: _worker_gauges(worker, connection))
+        ready({"process": "worker", "id": worker.id, "engines": list(runner.kinds)})
+        try:
+            return await _until_stopped(
+                worker.run(), stop=lambda number: worker.stop(stop_engines=number == signal.SIGINT)
+            )
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+
+def _own_policy(settings: Settings) -> WorkerPolicy:
+    """The worker's policy; what turnout.toml itself declares is allowed, because the owner wrote both."""
+    policy = settings.worker.policy
+    declared = settings.engines().values()
+    roots = dict.fromkeys(policy.model_roots or (".",)) | dict.fromkeys(e.path for e in declared if e.path)
+    commands = dict.fromkeys(policy.commands) | dict.fromkeys(shlex.join(e.command) for e in declared if e.command)
+    hosts = dict.fromkeys(policy.hosts) | dict.fromkeys(urlsplit(e.url).hostname or "" for e in declared if e.url)
+    return msgspec.structs.replace(policy, model_roots=tuple(roots), commands=tuple(commands), hosts=tuple(hosts))
+
+
 @asynccontextmanager
 async def _connected(
     settings: Settings, name: str, clock: Clock, away: Callable[[str], None] | None = None
 ) -> AsyncGenerator[Connection]:
     url = nats_url(settings.nats.url)
-    connection = await connect(
-        url, f"turnout {name} {os.getpid()}", clock, away_s=settings.nats.away_s, away=away
-    )
+    connection = await connect(url, f"turnout {name} {os.getpid()}", clock, away_s=settings.nats.away_s, away=away)
     try:
         yield connection
     finally:
         await connection.close()
 
 
-async def _say_ready(
-    event: asyncio.Event, ready: Callable[[dict[str, object]], None], said: dict[str, object]
-) -> None:
+async def _say_ready(event: asyncio.Event, ready: Callable[[dict[str, object]], None], said: dict[str, object]) -> None:
     await event.wait()
     ready(said)
 
@@ -173,38 +206,50 @@ async def _until_stopped(
     main: Coroutine[object, object, None],
     *beside: Coroutine[object, object, None],
     lost: asyncio.Future[str] | None = None,
+    stop: Callable[[int], None] | None = None,
 ) -> int:
     """Run ``main`` until it ends, a signal asks to stop, or the connection is lost; ``beside`` may end before.
+
+    Args:
+        main: what the process is.
+        beside: what runs along; its errors end the process.
+        lost: gets the reason why the connection is given up.
+        stop: gets the first signal, and makes ``main`` end; without it ``main`` is cancelled. A second one cancels.
 
     Raises:
         Stopped: the connection is lost, or the log is another one.
     """
     loop = asyncio.get_running_loop()
-    stop: asyncio.Future[int] = loop.create_future()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda n=number: stop.done() or stop.set_result(n))
     work = asyncio.ensure_future(main)
     others = [asyncio.ensure_future(one) for one in beside]
-    for one in others:
-        one.add_done_callback(lambda t: None if t.cancelled() or t.exception() is None else work.cancel())
+    asked: list[int] = []
+
+    def on_signal(number: int) -> None:
+        asked.append(number)
+        if stop is not None and len(asked) == 1:
+            stop(number)
+        else:
+            work.cancel()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+    waiting: set[asyncio.Future[object]] = {work, *others} | ({lost} if lost is not None else set())
     try:
-        await asyncio.wait(
-            {work, stop} | ({lost} if lost is not None else set()), return_when=asyncio.FIRST_COMPLETED
-        )
-        if lost is not None and lost.done() and not stop.done():
-            raise Stopped(lost.result())
-        for one in others:
-            if one.done() and not one.cancelled():
+        while not work.done():
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if lost is not None and lost in done and not asked:
+                raise Stopped(lost.result())
+            for one in done - {work}:
                 one.result()
-        if work.done():
+        if not (asked and work.cancelled()):
             work.result()
     except LogReplaced as e:
-        raise Stopped(f"the log was replaced while this process ran ({e}): it must start again") from e
+        raise Stopped(f"the log was replaced while this process ran ({e}): start it again") from e
     finally:
         for one in (work, *others):
             one.cancel()
         await asyncio.gather(work, *others, return_exceptions=True)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             loop.remove_signal_handler(number)
     return 0
 
@@ -238,4 +283,11 @@ def _controller_gauges(controller: Controller) -> tuple[Gauge, ...]:
     )
 
 
-__all__ = ["ControlPlane", "Incompatible", "Stopped", "control_plane", "nats_url", "run_controller"]
+def _worker_gauges(worker: InferenceWorker, connection: Connection) -> tuple[Gauge, ...]:
+    return (
+        Gauge("turnout_worker_instances", "Engines that run, load or stop.", len(worker.instances)),
+        Gauge("turnout_worker_connected", "1 while there is a connection to NATS.", float(connection.connected)),
+    )
+
+
+__all__ = ["ControlPlane", "Incompatible", "Stopped", "control_plane", "nats_url", "run_controller", "run_worker"]

@@ -67,7 +67,11 @@ def rollback(world: World, state: SwitchState, cause: str, reason: str, now: dat
 
 
 def close(state: SwitchState, outcome: str) -> Write:
-    """Let the model go; travels with the switch's last event."""
+    """Let the model go; travels with the switch's last event, and before it.
+
+    A batch is stored at once but may be folded event by event: between the two, the model must not look as if its old
+    version were still the active one.
+    """
     revoke = state.source if state.undo and outcome == "completed" else ""
     return Write("model", state.model, CloseSwitch(state.model, state.switch, outcome, revoke))
 
@@ -106,7 +110,7 @@ def _load_trouble(world: World, state: SwitchState, late: bool, limit: float) ->
         command = FailSwitch(state.switch, stage, why)
     else:
         return None
-    return _owe(state, "fail", Write("switch", state.switch, command), close(state, "failed"))
+    return _owe(state, "fail", close(state, "failed"), Write("switch", state.switch, command))
 
 
 def _failed(world: World, state: SwitchState) -> InstanceState | None:
@@ -159,7 +163,7 @@ def _next_step(world: World, state: SwitchState, now: datetime) -> Agenda:
 def _finish(world: World, state: SwitchState, now: datetime) -> Agenda:
     if not state.source:
         complete = Write("switch", state.switch, CompleteSwitch(state.switch, 0.0))
-        return Agenda((_owe(state, "complete", complete, close(state, "completed")),))
+        return Agenda((_owe(state, "complete", close(state, "completed"), complete),))
     if state.bake_s > 0:
         until = now + timedelta(seconds=state.bake_s)
         return Agenda((_owe(state, "bake", Write("switch", state.switch, StartBake(state.switch, until))),))
@@ -195,7 +199,7 @@ def _drain(world: World, state: SwitchState, now: datetime) -> Agenda:
     if not routes.drained(world, state.model, state.source):
         return Agenda()
     complete = CompleteSwitch(state.switch, _seconds(state.since, now))
-    return Agenda((_owe(state, "complete", Write("switch", state.switch, complete), close(state, "completed")),))
+    return Agenda((_owe(state, "complete", close(state, "completed"), Write("switch", state.switch, complete)),))
 
 
 def _roll_back(world: World, state: SwitchState, now: datetime) -> Agenda:
@@ -204,7 +208,7 @@ def _roll_back(world: World, state: SwitchState, now: datetime) -> Agenda:
         return Agenda()
     finish = FinishRollback(state.switch, gateways, _seconds(state.since, now))
     outcome = "aborted" if state.cause == "abort" else "rolled_back"
-    return Agenda((_owe(state, "rolled_back", Write("switch", state.switch, finish), close(state, outcome)),))
+    return Agenda((_owe(state, "rolled_back", close(state, outcome), Write("switch", state.switch, finish)),))
 
 
 def _owe(state: SwitchState, what: str, *writes: Write) -> Owed:

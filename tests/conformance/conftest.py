@@ -6,7 +6,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-import docker
+import docker  # type: ignore[import-untyped]
 import pytest
 from testcontainers.core.container import DockerContainer
 

@@ -122,17 +122,15 @@ def test_a_tail_goes_on_when_its_consumer_is_deleted_under_it(
         store = JetStreamStore(connection.nc)
         heard: list[Recorded] = []
         tail = await store.tail(0, heard.append, fail)
-        (first,) = await store.append(
-            [Append(subjects.event("gateway", "a"), START, (RouteApplied("g", "m", 1),))],
-            Context("c", "", "", "", TIME),
-        )
+        subject = subjects.event("gateway", "a")
+        first = Append(subject, START, (RouteApplied("g", "m", 1),))
+        (stored,) = await store.append([first], Context("c", "", "", "", TIME))
         await until(lambda: heard)
 
         for name in (await jsapi.api(connection.nc, "CONSUMER.NAMES.EVENTS", {}, 5))["consumers"]:
             await jsapi.api(connection.nc, f"CONSUMER.DELETE.EVENTS.{name}", None, 5)
-        await store.append(
-            [Append(subject, first.position, (RouteApplied("g", "m", 2),))], Context("d", "", "", "", TIME)
-        )
+        second = Append(subject, stored.position, (RouteApplied("g", "m", 2),))
+        await store.append([second], Context("d", "", "", "", TIME))
 
         await until(lambda: len(heard) == 2)
         await tail.close()

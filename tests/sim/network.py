@@ -178,6 +178,7 @@ class Network:
         self.lease_until = 0.0
         self._lease_sequence = 0
         self.traces: list[tuple[object, ...]] | None = None
+        self.answered: Callable[[Request, bytes], None] = lambda *_: None
 
     def chance(self, probability: float) -> bool:
         """Draw."""

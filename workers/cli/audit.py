@@ -55,7 +55,7 @@ def log(io: Terminal, target: str, follow: bool) -> None:
     """Tell what happened, in plain sentences: everything, or what concerns a model or a switch."""
 
     async def work(client: Client) -> int:
-        audit, said = Audit(), _Lines(io)
+        audit, said = Audit(), Lines(io)
         found = False
         async with _records(client) as (queue, last):
             at = 0
@@ -81,7 +81,7 @@ def log(io: Terminal, target: str, follow: bool) -> None:
     io.run(work)
 
 
-class _Lines:
+class Lines:
     """Prints entries; the day is said whenever it changes."""
 
     def __init__(self, io: Terminal) -> None:

@@ -118,6 +118,10 @@ class Commands:
         trouble: Unavailable | None = None
         for attempt in range(TRIES):
             if done := world.done(id):
+                if not sure:  # the tail may have brought only the first events of its batch
+                    await self._log.catch_up()
+                    sure = True
+                    continue
                 return _accepted(id, done)
             planned = plan(world)
             if isinstance(planned, Plan):

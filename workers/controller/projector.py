@@ -32,6 +32,8 @@ class Projector:
         self._writer = writer
         self._reader = reader
         self._moved = asyncio.Event()
+        #: A commit began whose end is not known: only a rebuild is sure to store what it took.
+        self._unsure = False
         log.watch(self._moved.set)
 
     async def run(self, epoch: int) -> None:
@@ -46,7 +48,9 @@ class Projector:
     async def _project(self, epoch: int) -> None:
         stored, revision = await self._writer.checkpoint()
         views = self._log.views
-        if stored is None or stored.log != views.log or stored.sequence > views.sequence:
+        if stored is not None and stored.log == views.log and stored.sequence > views.sequence:
+            await self._log.catch_up()  # the leader before wrote once more: views never go back
+        if self._unsure or stored is None or stored.log != views.log or stored.sequence > views.sequence:
             revision = await self._rebuild(epoch, revision)
             after = views.sequence
         else:
@@ -58,20 +62,16 @@ class Projector:
             changes = views.take(after)
             if changes or first:
                 first = False
-                try:
-                    revision = await self._writer.commit(
-                        changes, Checkpoint(views.sequence, views.log, epoch), revision
-                    )
-                except (Conflict, Unavailable):
-                    # The commit may be stored or not: the whole state is written again, which is always true.
-                    await self._restart(epoch)
-                    return
+                revision = await self._commit(changes, Checkpoint(views.sequence, views.log, epoch), revision)
             after = 0  # whatever is dirty from now on came after the checkpoint
             await self._moved.wait()
 
-    async def _restart(self, epoch: int) -> None:
-        _, revision = await self._writer.checkpoint()
-        await self._rebuild(epoch, revision)
+    async def _commit(self, changes: dict[str, bytes | None], checkpoint: Checkpoint, revision: int) -> int:
+        """Store what was taken. Where that fails or is cut short, the whole state is written next: always true."""
+        self._unsure = True
+        revision = await self._writer.commit(changes, checkpoint, revision)
+        self._unsure = False
+        return revision
 
     async def _rebuild(self, epoch: int, revision: int) -> int:
         """Store every view as the fold has it, and remove what the fold does not know."""
@@ -79,9 +79,10 @@ class Projector:
         everything: dict[str, bytes | None] = dict(views.everything())
         views.settle()
         views.take(views.sequence)
+        self._unsure = True
         checkpoint = Checkpoint(views.sequence, views.log, epoch)
         stored, _ = await self._reader.snapshot(_KINDS)
         for key in stored:
             everything.setdefault(key, None)
         log.info("views_rebuilt", views=len(everything), sequence=checkpoint.sequence)
-        return await self._writer.commit(everything, checkpoint, revision)
+        return await self._commit(everything, checkpoint, revision)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import structlog
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from turnout.workers.inference.settings import WorkerSettings
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 _POLL_S = 0.05
 _HEALTH_TIMEOUT_S = 5.0
@@ -186,14 +189,15 @@ class HostRunner:
         stage, detail, moved = "starting", "", clock.monotonic()
         while True:
             if process is not None:
-                if process.exited:
-                    raise _LoadFailed(stage, "the engine ended")
+                ended = process.exited
                 for line in process.log.new_lines():
                     said = _progress(running.launch, line, stage)
                     if said is not None and said != (stage, detail):
                         stage, detail = said
                         moved = clock.monotonic()
                         progress(stage, detail)
+                if ended:
+                    raise _LoadFailed(stage, "the engine ended")
             if clock.monotonic() - moved > patience:
                 raise _LoadFailed(stage, f"no progress within {patience:g} s")
             why = await self._is_listening(running)
@@ -228,7 +232,8 @@ class HostRunner:
         """The first answer of a fresh engine may compile and allocate first."""
         return min(self._settings.load_timeout_s, max(120.0, self._settings.probe_timeout_s))
 
-    async def _unless_exit(self, running: _Running, work: asyncio.Future[probe.Verdict]) -> probe.Verdict | None:
+    @staticmethod
+    async def _unless_exit(running: _Running, work: asyncio.Future[T]) -> T | None:
         """The work's result; None where the engine ended first."""
         if running.process is None:
             return await work
@@ -281,26 +286,16 @@ class HostRunner:
     async def watch(self, instance: str) -> Failure:
         """Until the engine dies or hangs. See the port."""
         running = self._running[instance]
-        hung = asyncio.ensure_future(self._watch_answers(instance, running))
-        waits: list[asyncio.Future[object]] = [hung]  # type: ignore[list-item]
-        if running.process is not None:
-            waits.append(asyncio.ensure_future(running.process.wait()))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if running.process is not None and running.process.exited:
-                return await self._failed(instance, running, "serving", "the engine ended and nobody asked it to")
-            return await self._failed(instance, running, "serving", await hung)
-        finally:
-            for waiting in waits:
-                waiting.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        reason = await self._unless_exit(running, asyncio.ensure_future(self._watch_answers(instance, running)))
+        reason = reason or "the engine ended and nobody asked it to"
+        return await self._failed(instance, running, "serving", reason)
 
     async def _watch_answers(self, instance: str, running: _Running) -> str:
         """Returns why the engine is taken to hang; never, where health checks are off."""
         if self._health_check_s is None:
             await asyncio.Event().wait()
         clock, patience = self._clock, self._settings.hang_after_s
-        interval = min(self._health_check_s, patience / _PROBES_PER_PATIENCE)
+        interval = min(self._health_check_s or math.inf, patience / _PROBES_PER_PATIENCE)
         timeout_s = min(self._settings.probe_timeout_s, patience)
         answered, used, done = clock.monotonic(), await self._cpu_s(running), await self._work_done(running)
         while True:

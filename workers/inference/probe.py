@@ -7,6 +7,7 @@ not one piece repeated, and the version's own expected text where it has one.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any, cast
 
@@ -99,7 +100,7 @@ def _judge_bytes(body: bytes, expect: str) -> Verdict:
 
 def _fault(answer: dict[str, Any], expect: str, *, logprobs: bool) -> str:
     if answer.get("error"):
-        return f"the engine answered with an error: {_excerpt(msgspec.json.encode(answer['error']))}"
+        return f"the engine answered with an error: {_excerpt(msgspec.json.encode(answer))}"
     if answer.get("object") == "list" and "data" in answer:
         return _fault_in_vectors(answer["data"])
     choices = answer.get("choices")
@@ -174,8 +175,19 @@ def _text(answer: dict[str, Any]) -> str:
 
 
 def _excerpt(body: bytes) -> str:
-    """The start of an error, on one line. An error's text is the engine's; a probe's prompt is no user's."""
-    return " ".join(body[:300].decode("utf-8", "replace").split())
+    """What an error says, on one line. Its text is the engine's; a probe's prompt is no user's."""
+    text = body.decode("utf-8", "replace")
+    with contextlib.suppress(msgspec.MsgspecError):
+        text = msgspec.json.decode(body, type=_ErrorBody).error.message or text
+    return " ".join(text[:300].split())
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _Error = _Error()
 
 
 def body(probe: Probe, model: str) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import structlog
@@ -18,13 +18,14 @@ from turnout.core.decider import Accepted, Rejected
 from turnout.core.instance import ReportFailed, ReportLoading, ReportReady, ReportStopped
 from turnout.core.worker import JoinWorker, LeaveWorker
 from turnout.events import subjects
+from turnout.events.model import EngineSpec
 from turnout.events.store import Unavailable
 from turnout.projections.fleet import InstanceView, WorkerView
 from turnout.workers.inference.runner import Failure, Found, Loaded, Order
 from turnout.workers.ports import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from turnout.workers.clock import Clock
     from turnout.workers.inference.runner import EngineRunner
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from turnout.workers.ports import Beats, Bus, Closeable, ViewEntry, ViewReader
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 ROLE = "worker"
 _RETRY_FIRST_S = 0.1
@@ -97,9 +100,10 @@ class InferenceWorker:
         self._lives: dict[str, _Life] = {}
         self._ended: set[str] = set()  # ended here, and perhaps still in a view that lags behind
         self._key = subjects.view_key("worker", self.id)
-        self._view: WorkerView | None = None
+        self._view = b""
         self._sequence = -1
-        self._joined = 0  # sequence that answered the newest join
+        self._joined: int | None = None  # sequence that answered the newest join
+        self._joining: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._device = asyncio.Lock()
         self._stop = asyncio.Event()
@@ -125,21 +129,20 @@ class InferenceWorker:
         beating = asyncio.create_task(self._beat())
         watching: Closeable | None = None
         try:
-            join = asyncio.create_task(self._join())
-            await _first(join, self._stop.wait())
+            self._start_joining()
             watching = await self._watch_views()
             while not self._stop.is_set():
                 await self._changed.wait()
                 self._changed.clear()
                 if not self._stop.is_set():
-                    await self._reconcile()
+                    self._reconcile()
             if self._stop_engines:
                 await self._end_all()
         finally:
-            beating.cancel()
             if watching is not None:
                 await watching.close()
-            await _cancelled(beating, *(life.task for life in self._lives.values() if life.task))
+            tasks = (beating, self._joining, *(life.task for life in self._lives.values()))
+            await _cancelled(*(task for task in tasks if task is not None))
             self._runner.release()
             log.info("worker_stopped", engines_left=len(self._lives))
 
@@ -157,9 +160,13 @@ class InferenceWorker:
     def _heard(self, entries: Mapping[str, ViewEntry], sequence: int) -> None:
         entry = entries.get(self._key)
         if entry is not None and entry.value:
-            self._view = msgspec.json.decode(entry.value, type=WorkerView)
+            self._view = entry.value
         self._sequence = sequence
         self._changed.set()
+
+    def _start_joining(self) -> None:
+        if self._joining is None or self._joining.done():
+            self._joining = asyncio.create_task(self._join())
 
     async def _join(self) -> None:
         body = JoinWorker(
@@ -168,6 +175,7 @@ class InferenceWorker:
         answer = await self._report("worker.join", body)
         if isinstance(answer, Accepted):
             self._joined = answer.sequence
+            self._changed.set()
             log.info("worker_joined", engines=self._runner.kinds, capacity=self._settings.capacity)
 
     async def _beat(self) -> None:
@@ -181,25 +189,28 @@ class InferenceWorker:
             await self._beats.publish(ROLE, self.id, msgspec.json.encode(beat))
             await asyncio.sleep(self._settings.beat_s)
 
-    async def _reconcile(self) -> None:
-        """Compare the newest view with what runs. Never waits for an engine."""
-        view, sequence = self._view, self._sequence
-        if view is None:
+    def _reconcile(self) -> None:
+        """Compare the newest view with what runs. Never waits for anything."""
+        if not self._view:
             return
-        if view.state != "live" and sequence >= self._joined:
+        view, sequence = msgspec.json.decode(self._view, type=WorkerView), self._sequence
+        if view.state != "live" and self._joined is not None and sequence >= self._joined:
             log.warning("worker_was_lost", state=view.state)
-            await _first(asyncio.create_task(self._join()), self._stop.wait())
+            self._joined = None
+            self._start_joining()
         self._ended &= set(view.instances)
         for instance, wanted in view.instances.items():
             life = self._lives.get(instance)
-            if life is None:
-                if instance not in self._ended:
-                    self._begin(wanted, sequence, None)
-            else:
-                life.sequence = max(life.sequence, sequence) if life.found is None else life.sequence
+            if life is not None:
                 life.view = wanted
+                life.sequence = max(life.sequence, sequence)
                 self._drain_if_asked(life)
+            elif instance not in self._ended:
+                self._begin(wanted, sequence, None)
+        if self._joined is None:
+            return
         for instance, life in self._lives.items():
+            # A view that is being built anew is older than the instance: it does not know it yet, and proves nothing.
             if instance not in view.instances and sequence >= max(life.sequence, self._joined):
                 if not life.drain.is_set():
                     log.info("instance_not_wanted", instance=instance)
@@ -247,11 +258,10 @@ class InferenceWorker:
                 await self._report_life(life, _failed(instance, result))
                 return
             loaded = result
-        if loaded is not None:
-            failure = await self._serve(life, loaded)
-            if failure is not None:
-                await self._report_life(life, _failed(instance, failure))
-                return
+        failure = await self._serve(life, loaded) if loaded else None
+        if failure is not None:
+            await self._report_life(life, _failed(instance, failure))
+            return
         await self._end(life)
 
     async def _load(self, life: _Life) -> Loaded | Failure | None:
@@ -261,7 +271,6 @@ class InferenceWorker:
         """
         view = life.view
         order = Order(view.instance, view.model, view.version, view.engine, life.sequence)
-        outbox = _Progress(self, life)
         begun = self._clock.monotonic()
 
         def progress(stage: str, detail: str) -> None:
@@ -275,8 +284,15 @@ class InferenceWorker:
             async with self._device:
                 return await self._runner.load(order, progress)
 
+        async def report(stage: ReportLoading) -> None:
+            answer = await self._report("instance.loading", stage)
+            if isinstance(answer, Rejected):  # nobody has asked for it
+                life.silent = answer.code == "instance_unknown"
+                life.drain.set()
+
+        outbox = _Progress(report)
         try:
-            return await _first(load(), life.drain.wait())
+            return await _unless(load(), life.drain.wait())
         finally:
             await outbox.close()
 
@@ -297,16 +313,14 @@ class InferenceWorker:
                 fingerprint=loaded.fingerprint,
                 adopted=life.found is not None,
             )
-            answer = await _first(self._report("instance.ready", report), watching_end := _until(watching))
-            del watching_end
+            answer = await _unless(self._report("instance.ready", report), asyncio.wait((watching,)))
             if isinstance(answer, Rejected):
                 log.warning("instance_refused", instance=instance, code=answer.code, reason=answer.reason)
                 life.silent = answer.code == "instance_unknown"
                 return None
             if isinstance(answer, Accepted):
                 life.sequence = max(life.sequence, answer.sequence)
-            await _first(_until(watching), life.drain.wait())
-            return watching.result() if watching.done() else None
+            return await _unless(asyncio.shield(watching), life.drain.wait())
         finally:
             await _cancelled(watching)
 
@@ -340,7 +354,7 @@ class InferenceWorker:
                 log.warning("instance_still_used", instance=instance, what=what, seconds=round(now - begun))
 
         try:
-            return await _first(self._runner.wait_quiet(instance, busy), life.forced.wait())
+            return await _unless(self._runner.wait_quiet(instance, busy), life.forced.wait())
         finally:
             life.unquiet = ""
 
@@ -398,14 +412,17 @@ class InferenceWorker:
 class _Progress:
     """The newest stage of a load that is not yet reported: an outage must not hold the load up."""
 
-    def __init__(self, worker: InferenceWorker, life: _Life) -> None:
-        self._worker = worker
-        self._life = life
+    def __init__(self, report: Callable[[ReportLoading], Awaitable[None]]) -> None:
+        self._report = report
+        self._stage = ""
         self._next: ReportLoading | None = None
         self._task: asyncio.Task[None] | None = None
 
     def put(self, report: ReportLoading) -> None:
-        """Report this next; what has waited until now is out of date."""
+        """Report this next, if it is a new stage; what has waited until now is out of date."""
+        if report.stage == self._stage:
+            return
+        self._stage = report.stage
         self._next = report
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._send())
@@ -413,12 +430,34 @@ class _Progress:
     async def _send(self) -> None:
         while self._next is not None:
             report, self._next = self._next, None
-            answer = await self._worker.report(report)
-            if isinstance(answer, Rejected):  # nobody asked for it
-                self._life.silent = answer.code == "instance_unknown"
-                self._life.drain.set()
+            await self._report(report)
 
     async def close(self) -> None:
         """What is not answered by now is overtaken by the report that follows."""
         if self._task is not None:
             await _cancelled(self._task)
+
+
+#: Of an instance that was found running: its settings stand in the log, and nothing is started by them.
+_NO_ENGINE = EngineSpec("")
+
+
+def _failed(instance: str, failure: Failure) -> ReportFailed:
+    return ReportFailed(instance, failure.stage, failure.reason, failure.log_tail, failure.exit_code)
+
+
+async def _unless(work: Awaitable[T], event: Awaitable[object]) -> T | None:
+    """The work's result; None where the event came first, and the work is cancelled then."""
+    working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(event)
+    try:
+        await asyncio.wait((working, waiting), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        await _cancelled(working, waiting)
+
+
+async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel what is not done, and wait until it is."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

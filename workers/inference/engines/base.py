@@ -130,8 +130,8 @@ def own_probe(spec: EngineSpec, default: tuple[Probe, ...]) -> tuple[Probe, ...]
     if not probe.path and not probe.body:
         return tuple(msgspec.structs.replace(p, expect=probe.expect) for p in default)
     path = probe.path or default[0].path
-    same = next((p.body for p in default if p.path == path), {})
-    return (Probe(path, probe.body or same, probe.expect),)
+    same = next((p for p in default if p.path == path), Probe())
+    return (Probe(path, probe.body or same.body, probe.expect),)
 
 
 # Every failure of a child process of vLLM ends with the same lines; what really happened stands above them.

@@ -224,14 +224,18 @@ class Completions(Shape):
 
     def whole(self, id: str, ask: Ask, plan: Plan) -> bytes:
         """One choice with text, and logprobs where asked for."""
-        choice = {"index": 0, "text": "".join(plan.tokens), "logprobs": None, "finish_reason": plan.finish}
-        if ask.logprobs:
-            choice["logprobs"] = {
-                "text_offset": [],
-                "tokens": plan.tokens,
-                "token_logprobs": [-0.25] * len(plan.tokens),
-                "top_logprobs": [{token: -0.25} for token in plan.tokens],
-            }
+        logprobs = {
+            "text_offset": (),
+            "tokens": plan.tokens,
+            "token_logprobs": [-0.25] * len(plan.tokens),
+            "top_logprobs": [{token: -0.25} for token in plan.tokens],
+        }
+        choice = {
+            "index": 0,
+            "text": "".join(plan.tokens),
+            "logprobs": logprobs if ask.logprobs else None,
+            "finish_reason": plan.finish,
+        }
         return _encode(
             {"id": id, "object": "text_completion", **self._head, "choices": [choice], "usage": self.usage(plan)}
         )
@@ -259,11 +263,13 @@ class Chat(Shape):
     def whole(self, id: str, ask: Ask, plan: Plan) -> bytes:
         """One choice with the assistant's message."""
         message = {"role": "assistant", "content": "".join(plan.tokens)}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": plan.finish}
-        if ask.logprobs:
-            choice["logprobs"] = {
-                "content": [{"token": t, "logprob": -0.25, "bytes": None, "top_logprobs": []} for t in plan.tokens]
-            }
+        logprobs = {"content": [{"token": t, "logprob": -0.25, "bytes": None, "top_logprobs": ()} for t in plan.tokens]}
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": logprobs if ask.logprobs else None,
+            "finish_reason": plan.finish,
+        }
         return _encode(
             {"id": id, "object": "chat.completion", **self._head, "choices": [choice], "usage": self.usage(plan)}
         )
@@ -279,7 +285,7 @@ class Chat(Shape):
             yield b"data: " + _encode({**head, "choices": [], "usage": self.usage(plan)}) + b"\n\n"
 
 
-def _chunk(head: dict[str, object], delta: dict[str, str], finish: str | None) -> bytes:
+def _chunk(head: Mapping[str, object], delta: dict[str, str], finish: str | None) -> bytes:
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
     return b"data: " + _encode({**head, "choices": [choice]}) + b"\n\n"
 
@@ -291,7 +297,7 @@ class Responses(Shape):
     opening = 1
 
     def _response(self, id: str, plan: Plan, status: str) -> dict[str, object]:
-        text = {"type": "output_text", "text": "".join(plan.tokens), "annotations": []}
+        text = {"type": "output_text", "text": "".join(plan.tokens), "annotations": ()}
         output = [{"type": "message", "id": "msg_1", "role": "assistant", "status": status, "content": [text]}]
         count = len(plan.tokens)
         return {
@@ -301,10 +307,10 @@ class Responses(Shape):
             "model": self.model.name,
             "system_fingerprint": self.model.settings.version,
             "status": status,
-            "output": output if status == "completed" else [],
+            "output": output if status == "completed" else (),
             "parallel_tool_calls": False,
             "tool_choice": "auto",
-            "tools": [],
+            "tools": (),
             "usage": {"input_tokens": 8, "output_tokens": count, "total_tokens": 8 + count},
         }
 

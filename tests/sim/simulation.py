@@ -1,0 +1,462 @@
+"""One run: controllers, gateways, workers, clients and operators on a simulated network, all from one seed.
+
+Scripted scenarios use :class:`Simulation` directly; :func:`run_seed` draws a random one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random  # noqa: TID251  seeded: a run is named by its seed
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from tests.sim.fleet import Fleet, Host, SimGateway, SimWorker, tell
+from tests.sim.invariants import Broken, Checker
+from tests.sim.loop import VirtualLoop
+from tests.sim.network import Faults, Network, Process, SimBeats, SimBus, SimLease, SimStore, SimViews
+from turnout.core.config import ModelSwitchingConfig
+from turnout.core.decider import Accepted, Answer
+from turnout.core.handling import Defaults, StartSwitch, StopSwitch, UndoModel
+from turnout.core.model import DeregisterVersion, RegisterVersion
+from turnout.events.model import EngineSpec
+from turnout.workers.controller.controller import Controller
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+#: Once the faults have stopped, everything must have come to rest after this long (the longest back-off is 60 s).
+REST_S = 180.0
+
+
+class Summary(msgspec.Struct):
+    """What a run saw."""
+
+    seed: int
+    broken: list[str]
+    seconds: float
+    events: int
+    digest: str
+    outcomes: dict[str, int]
+    counts: dict[str, int]
+
+
+class Simulation:
+    """Everything of one run. Start processes, do things, then ``rest``."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        controllers: int = 1,
+        gateways: int = 2,
+        workers: int = 2,
+        capacity: int = 4,
+        config: ModelSwitchingConfig | None = None,
+        skew_s: float = 0.0,
+        holds: bool = True,
+        trace: bool = False,
+    ) -> None:
+        self.rng = random.Random(seed)  # noqa: S311  no secret
+        self.loop = VirtualLoop()
+        self.net = Network(self.loop, self.rng, skew_s)
+        if trace:
+            self.net.traces = []
+        self.fleet = Fleet(self.net, holds=holds)
+        self.checker = Checker(self.net, self.fleet)
+        self.world = self.checker.world
+        self.config = config or ModelSwitchingConfig()
+        self.capacity = capacity
+        self.controllers: dict[str, Controller] = {}
+        self.processes: dict[str, Process] = {}
+        self.workers: dict[str, SimWorker] = {}
+        self.gateways: dict[str, SimGateway] = {}
+        self.hosts = {f"w{n + 1}": Host(self.net, f"h{n + 1}", self.fleet) for n in range(workers)}
+        self.ops = Process(self.net, "ops", "ops")
+        self._sizes = (controllers, gateways)
+        self._generations: dict[str, int] = {}
+        self._clients: list[asyncio.Task[Any]] = []
+        self.tasks: list[asyncio.Task[Any]] = []
+        self._sent = 0
+
+    # processes
+
+    def start(self) -> None:
+        """Start every process."""
+        controllers, gateways = self._sizes
+        for n in range(controllers):
+            self.start_controller(f"c{n + 1}")
+        for name in self.hosts:
+            self.start_worker(name)
+        for n in range(gateways):
+            self.start_gateway(f"g{n + 1}")
+
+    async def ready(self) -> None:
+        """Start every process and wait until all have joined."""
+        self.start()
+        await self.until(
+            lambda: len(self.world.live_gateways) == len(self.gateways) and len(self.world.workers) == len(self.workers)
+        )
+
+    def start_controller(self, name: str) -> Process:
+        """A new controller process."""
+        process = self._process(name, "controller")
+        views = SimViews(process)
+        controller = Controller(
+            process.name,
+            store=SimStore(process),
+            bus=SimBus(process),
+            beats=SimBeats(process),
+            reader=views,
+            writer=views,
+            lease=SimLease(process),
+            clock=process,
+            config=self.config,
+            defaults=Defaults(bake_s=1.0, drain_s=8.0),
+        )
+        self.controllers[name] = controller
+        process.spawn(controller.run())
+        return process
+
+    def start_worker(self, name: str) -> Process:
+        """A new worker process on its host, whose engines may still run."""
+        process = self._process(name, "worker")
+        worker = SimWorker(
+            process, name, self.hosts[name], SimBus(process), SimBeats(process), SimViews(process), self.capacity
+        )
+        self.workers[name] = worker
+        process.spawn(worker.run())
+        return process
+
+    def start_gateway(self, name: str) -> Process:
+        """A new gateway process, with an id of its own."""
+        process = self._process(name, "gateway")
+        gateway = SimGateway(process, self.fleet, SimBus(process), SimBeats(process), SimViews(process))
+        self.gateways[name] = gateway
+        process.spawn(gateway.run())
+        return process
+
+    def restart(self, name: str) -> None:
+        """Start a process again that has died."""
+        if self.processes[name].alive:
+            return
+        kind = self.processes[name].kind
+        {"controller": self.start_controller, "worker": self.start_worker, "gateway": self.start_gateway}[kind](name)
+
+    def _process(self, name: str, kind: str) -> Process:
+        generation = self._generations[name] = self._generations.get(name, 0) + 1
+        process = self.processes[name] = Process(self.net, f"{name}.{generation}", kind)
+        return process
+
+    # commands
+
+    async def command(self, verb: str, body: object, id: str = "") -> Answer:
+        """Send a command as an operator until it is answered."""
+        self._sent += 1
+        return await tell(self.ops, SimBus(self.ops), "ops", verb, body, id or f"ops-{self._sent}")
+
+    async def register(self, model: str, version: str, **flags: float) -> Answer:
+        """Register a version of the fake engine: ``load_s`` seconds to load, ``fails`` 1 (loading) or 2 (proof)."""
+        args = tuple(f"--{name.replace('_', '-')}={value}" for name, value in sorted(flags.items()))
+        return await self.command("version.register", RegisterVersion(model, version, EngineSpec("fake", args=args)))
+
+    async def switch(self, model: str, version: str, **fields: Any) -> Answer:
+        """Ask for a switch."""
+        return await self.command("switch.start", StartSwitch(model, version, **fields))
+
+    async def serve(self, model: str, *versions: str, **fields: Any) -> None:
+        """Register versions, switch to the first and wait until it serves."""
+        for version in versions:
+            await self.register(model, version)
+        answer = await self.switch(model, versions[0], **fields)
+        assert isinstance(answer, Accepted), answer
+        await self.until(lambda: self.world.state("model", model).active == versions[0])
+
+    async def until(self, condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+        """Wait for a condition; look often enough to see each step."""
+        end = self.loop.time() + timeout_s
+        while not condition():
+            if self.loop.time() > end:
+                raise Broken(f"waited {timeout_s:g} s in vain")
+            await asyncio.sleep(0.005)
+
+    def clients(self, model: str, every_s: float = 0.2, longest_s: float = 2.0) -> None:
+        """Keep a client busy on random gateways."""
+        self._clients.append(self.loop.create_task(self._client(model, every_s, longest_s)))
+
+    async def _client(self, model: str, every_s: float, longest_s: float) -> None:
+        rng = self.rng
+        while True:
+            await asyncio.sleep(every_s * (0.5 + rng.random()))
+            serving = [
+                g for g in self.gateways.values() if g.process.alive and g.serving and g.manager.applied().get(model)
+            ]
+            if serving and self.world.state("model", model).active:
+                key = b"" if rng.random() < 0.7 else b"user-%d" % rng.randrange(10)
+                duration_s = rng.random() ** 2 * longest_s
+                rng.choice(serving).request(model, duration_s, key)
+
+    # faults
+
+    def wound(self, model: str, version: str) -> None:
+        """From now on the version may have lost an engine to a fault."""
+        self.checker.wounded.add((model, version))
+
+    def crash_engine(self, instance: str, *, hang: bool = False) -> None:
+        """An engine dies or hangs."""
+        for host in self.hosts.values():
+            engine = host.engines.get(instance)
+            if engine is not None and engine.state in ("loading", "up"):
+                engine.faulted = True
+                self.wound(engine.model, engine.version)
+                if hang:
+                    self.net.trace("engine hangs", instance)
+                    engine.state = "hung"
+                else:
+                    engine.die()
+
+    def crash_host(self, name: str) -> None:
+        """A machine dies, with its worker and its engines."""
+        self.processes[name].crash()
+        for instance in sorted(self.hosts[name].engines):
+            self.crash_engine(instance)
+        self.hosts[name].engines.clear()
+
+    # the end
+
+    def heal(self) -> None:
+        """The faults stop: everybody runs and hears everybody."""
+        self.net.faults = Faults()
+        self.net.down = self.net.full = False
+        for name, process in sorted(self.processes.items()):
+            process.cut = False
+            self.restart(name)
+
+    async def rest(self, timeout_s: float = REST_S) -> None:
+        """Stop the faults, wait until nothing runs, and look at what is left."""
+        self.heal()
+        end = self.loop.time() + timeout_s
+        while self.loop.time() < end and not self._at_rest():
+            await asyncio.sleep(0.2)
+        for client in self._clients:
+            client.cancel()
+        await asyncio.sleep(3.0)
+        await self.until(self._projected, 20.0)
+        self.checker.invariant_7_every_switch_ends()
+        self.checker.invariant_5_views_are_a_fold()
+
+    def _at_rest(self) -> bool:
+        for name, process in self.processes.items():
+            if not process.alive:
+                self.restart(name)
+        return not self.world.running and all(t.done() for t in self.tasks)
+
+    def _projected(self) -> bool:
+        """The leader has stored all views of the log's newest events."""
+        leader = next((c for c in self.controllers.values() if c.leading.is_set()), None)
+        if leader is None or leader.log.sequence != len(self.net.log.records):
+            return False
+        stored = {key: entry.value for key, entry in self.net.bucket.entries.items() if entry.value}
+        return stored == leader.log.views.everything() or self._waited_long()
+
+    def _waited_long(self) -> bool:
+        self._looks = getattr(self, "_looks", 0) + 1
+        return self._looks > 1000
+
+    def run(self, scenario: Coroutine[Any, Any, None]) -> None:
+        """Run a scenario to its end.
+
+        Raises:
+            Broken: an invariant did not hold.
+        """
+        asyncio.set_event_loop(None)
+        try:
+            self.loop.run_until_complete(scenario)
+        finally:
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
+            self.loop.run_until_complete(_settle(self.loop))
+            self.loop.close()
+        if self.net.bugs:
+            raise self.net.bugs[0]
+        if self.checker.broken:
+            raise Broken("\n".join(self.checker.broken))
+
+    def summary(self, seed: int) -> Summary:
+        """What the run saw."""
+        outcomes: dict[str, int] = {}
+        for switch in self.world.switches.values():
+            outcomes[switch.phase] = outcomes.get(switch.phase, 0) + 1
+        records = self.net.log.records
+        return Summary(
+            seed=seed,
+            broken=self.checker.broken,
+            seconds=round(self.loop.time(), 3),
+            events=len(records),
+            digest=records[-1].digest if records else "",
+            outcomes=outcomes,
+            counts=self.fleet.counts,
+        )
+
+
+async def _settle(loop: asyncio.AbstractEventLoop) -> None:
+    """Let cancelled tasks end."""
+    me = asyncio.current_task()
+    for _ in range(20):
+        rest = [t for t in asyncio.all_tasks(loop) if t is not me]
+        if not rest:
+            return
+        for task in rest:
+            task.cancel()
+        await asyncio.sleep(0)
+
+
+# --- a random run ------------------------------------------------------------------------------------------------
+
+
+def run_seed(seed: int, *, trace: bool = False) -> Simulation:
+    """Draw a scenario from the seed, run it, and return it. Raises what it finds."""
+    rng = random.Random(f"scenario {seed}")  # noqa: S311  no secret
+    config = ModelSwitchingConfig(
+        max_cached_models=rng.choice((0, 0, 1, 2, 5)),
+        model_ttl_seconds=rng.choice((4.0, 20.0, 3600.0)),
+        max_transition_time=rng.choice((8.0, 20.0, 60.0)),
+    )
+    simulation = Simulation(
+        seed,
+        controllers=rng.choice((1, 2, 2, 3)),
+        gateways=rng.choice((1, 2, 3)),
+        workers=rng.choice((1, 2, 2)),
+        capacity=rng.choice((2, 3, 4)),
+        config=config,
+        skew_s=rng.choice((0.0, 0.05, 1.0)),
+        trace=trace,
+    )
+    try:
+        simulation.run(_random_scenario(simulation, rng))
+    except Exception as e:
+        e.add_note(f"seed {seed}: run it again with  make sim ARGS='--seed {seed} --trace'")
+        e.simulation = simulation  # type: ignore[attr-defined]  # for whoever prints the trace
+        raise
+    return simulation
+
+
+async def _random_scenario(sim: Simulation, rng: random.Random) -> None:
+    await sim.ready()
+    models = ("chat",) if rng.random() < 0.6 else ("chat", "embed")
+    for model in models:
+        await _register_all(sim, model, rng)
+        await sim.switch(model, "v1", bake_s=0.0)
+    await sim.until(lambda: all(sim.world.state("model", m).active for m in models), 40.0)
+    for model in models:
+        sim.clients(model)
+    sim.net.faults = _draw_faults(rng)
+    sim.net.mortal = frozenset(("controller", "worker", "gateway"))
+    length_s = rng.choice((8.0, 15.0, 25.0))
+    actors: list[Awaitable[None]] = [_operator(sim, model, rng, length_s) for model in models]
+    actors.extend(_fault(sim, rng, length_s) for _ in range(rng.choice((0, 1, 2, 4, 6))))
+    sim.tasks = [sim.loop.create_task(a) for a in actors]  # type: ignore[arg-type]  # all are coroutines
+    minder = sim.loop.create_task(_minder(sim, rng))
+    await asyncio.sleep(length_s)
+    minder.cancel()
+    await sim.rest()
+
+
+async def _register_all(sim: Simulation, model: str, rng: random.Random) -> None:
+    await sim.register(model, "v1", load_s=0.5)
+    await sim.register(model, "v2", load_s=rng.choice((0.1, 1.0, 3.0)))
+    await sim.register(model, "v3", load_s=rng.choice((0.1, 6.0)), fails=rng.choice((0, 0, 1, 2)))
+    await sim.register(model, "v4", load_s=rng.choice((0.5, 30.0)))
+
+
+def _draw_faults(rng: random.Random) -> Faults:
+    bad = rng.choice((0.0, 0.0, 0.01, 0.05, 0.15))
+    return Faults(
+        lost_request=bad,
+        lost_answer=bad,
+        duplicate=rng.choice((0.0, 0.05, 0.3)),
+        slow=rng.choice((0.0, 0.05, 0.3)),
+        crash_at_op=rng.choice((0.0, 0.0, 0.002, 0.01)),
+        lost_view=bad,
+        lost_beat=rng.choice((0.0, 0.1)),
+    )
+
+
+async def _minder(sim: Simulation, rng: random.Random) -> None:
+    """Start dead processes again, as a service manager does."""
+    dead: dict[str, float] = {}
+    while True:
+        await asyncio.sleep(0.25)
+        for name, process in sim.processes.items():
+            if process.alive:
+                dead.pop(name, None)
+                continue
+            due = dead.setdefault(name, sim.loop.time() + rng.choice((0.1, 1.0, 4.0, 12.0)))
+            if sim.loop.time() >= due:
+                sim.restart(name)
+
+
+async def _operator(sim: Simulation, model: str, rng: random.Random, length_s: float) -> None:
+    """Ask for things at random, some of them twice, some of them nonsense."""
+    end = sim.loop.time() + length_s
+    asked: list[asyncio.Task[Any]] = []
+    while sim.loop.time() < end:
+        await asyncio.sleep(rng.choice((0.05, 0.3, 1.0, 3.0)))
+        verb, body = _draw_command(sim, model, rng)
+        id = f"{model}-{len(asked)}"
+        asked.append(sim.loop.create_task(sim.command(verb, body, id)))
+        if rng.random() < 0.2:  # the same command again, at the same time, perhaps at another controller
+            asked.append(sim.loop.create_task(sim.command(verb, body, id)))
+    await asyncio.gather(*asked)
+
+
+def _draw_command(sim: Simulation, model: str, rng: random.Random) -> tuple[str, object]:
+    version = rng.choice(("v1", "v1", "v2", "v2", "v2", "v3", "v4", "v9"))
+    draw = rng.random()
+    if draw < 0.6:
+        bake_s, drain_s = rng.choice((0.0, 0.5, 2.0)), rng.choice((0.5, 5.0, 20.0))
+        return "switch.start", StartSwitch(model, version, bake_s=bake_s, drain_s=drain_s)
+    if draw < 0.75:
+        running = sim.world.state("model", model).switch
+        return "switch.abort", StopSwitch(running or "sw-nothing")
+    if draw < 0.88:
+        return "model.undo", UndoModel(model)
+    if draw < 0.94:
+        return "version.deregister", DeregisterVersion(model, version)
+    return "version.register", RegisterVersion(model, version, EngineSpec("fake", args=("--load-s=0.5",)))
+
+
+async def _fault(sim: Simulation, rng: random.Random, length_s: float) -> None:
+    """One thing goes wrong, and perhaps right again."""
+    await asyncio.sleep(rng.random() * length_s * 0.8)
+    names = sorted(sim.processes)
+    long_s = rng.choice((0.3, 1.5, 4.0, 9.0, 14.0))
+    kind = rng.choice(("crash", "crash", "cut", "cut", "engine", "hang", "down", "full", "host", "leave", "wave"))
+    sim.net.trace("fault", kind)
+    match kind:
+        case "crash":
+            sim.processes[rng.choice(names)].crash()
+        case "wave":
+            for name in names:
+                if sim.processes[name].kind == rng.choice(("controller", "gateway", "worker")):
+                    sim.processes[name].crash()
+        case "cut":
+            process = sim.processes[rng.choice(names)]
+            process.cut = True
+            sim.net.trace("cut", process.name)
+            await asyncio.sleep(long_s)
+            process.cut = False
+        case "down" | "full":
+            setattr(sim.net, kind, True)
+            await asyncio.sleep(long_s)
+            setattr(sim.net, kind, False)
+        case "engine" | "hang":
+            engines = sorted(i for h in sim.hosts.values() for i in h.engines)
+            if engines:
+                sim.crash_engine(rng.choice(engines), hang=kind == "hang")
+        case "host":
+            sim.crash_host(rng.choice(sorted(sim.hosts)))
+        case _:
+            gateway = sim.gateways[rng.choice(sorted(sim.gateways))]
+            if gateway.process.alive and gateway.serving:
+                gateway.process.spawn(gateway.leave())
