@@ -40,28 +40,40 @@ class Stream(msgspec.Struct):
     failed: int
 
 
-def request(host: str, *, model: str = "chat", chunks: int = 0, pause_us: int = 0) -> bytes:
-    """A chat request of about 1 kB, as the official Python client words it; a stream where ``chunks`` is given."""
+#: Headers of the official Python client.
+HEADERS = {
+    "Accept": "application/json",
+    "Content-Type": "application/json",
+    "User-Agent": "OpenAI/Python 3.54.0",
+    "X-Stainless-Lang": "python",
+    "X-Stainless-Async": "false",
+    "X-Stainless-Retry-Count": "0",
+    "Authorization": "Bearer sk-0123456789abcdef0123456789abcdef",
+}
+
+
+def body(model: str = "chat", *, chunks: int = 0, pause_us: int = 0, max_tokens: int = 64) -> bytes:
+    """A chat request of about 1 kB; where ``chunks`` is given it asks for a stream of so many."""
     asked: dict[str, object] = {
         "model": model,
         "messages": [
-            {"role": "system", "content": "You are a patient teacher of railway engineering. Answer in three sentences."},
+            {"role": "system", "content": "You teach railway engineering. Answer in three sentences."},
             {"role": "user", "content": _PROMPT},
         ],
-        "max_tokens": chunks or 64,
+        "max_tokens": chunks or max_tokens,
         "temperature": 0.7,
         "stream": bool(chunks),
     }
     if chunks:
         asked["seed"] = pause_us
-    body = msgspec.json.encode(asked)
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAccept-Encoding: identity\r\nConnection: keep-alive\r\n"
-        "Accept: application/json\r\nContent-Type: application/json\r\nUser-Agent: OpenAI/Python 3.54.0\r\n"
-        "X-Stainless-Lang: python\r\nX-Stainless-Async: false\r\nX-Stainless-Retry-Count: 0\r\n"
-        f"Authorization: Bearer sk-0123456789abcdef0123456789abcdef\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+    return msgspec.json.encode(asked)
+
+
+def request(content: bytes) -> bytes:
+    """The whole message around a body."""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in HEADERS.items())
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n{lines}Content-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
 
 
 def connect(port: int) -> socket.socket:
@@ -170,7 +182,7 @@ def many(port: int, message: bytes, connections: int, seconds: float) -> Flow:
 
 
 def streams(port: int, message: bytes, connections: int, seconds: float) -> Stream:
-    """So many clients that read one stream after the other; their starts are spread so that they do not beat in step."""
+    """Clients that read one stream after the other; their starts are spread, so that they do not beat in step."""
     clock = time.monotonic
     epoll = select.epoll()
     sockets: dict[int, socket.socket] = {}

@@ -1,4 +1,4 @@
-"""An engine that costs almost nothing: fixed answers on a TCP port and on a Unix socket, so that a bench measures the proxy.
+"""An engine that costs almost nothing, on a TCP port and on a Unix socket, so that a bench measures the proxy.
 
 It answers as an OpenAI server does, as fast as uvloop can write. ``max_tokens`` of a streaming request is the number of
 chunks and ``seed`` the microseconds between two of them; each chunk carries the time at which it was written
@@ -30,7 +30,9 @@ _TEXT = (
 
 
 def _answer(body: str, status: str = "200 OK") -> bytes:
-    head = f"HTTP/1.1 {status}\r\nserver: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = (
+        f"HTTP/1.1 {status}\r\nserver: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
     return (head + body).encode()
 
 

@@ -100,7 +100,7 @@ class Audit:
                 self._names[instance] = f"{instance} ({model} {version})"
                 self._models[instance], self._causes[instance] = model, cause
             case SwitchRequested(switch, model, target):
-                self._names[switch] = f"{model} to {target}"
+                self._names[switch] = f"{model} → {target}"
                 self._models[switch] = model
             case RouteChanged(model, revision, _, _, _, cause):
                 self._revisions[model, revision] = cause
@@ -252,7 +252,8 @@ def _say_switch(event: object, recorded: Recorded, names: Mapping[str, str]) -> 
         case StepStarted(_, step, weight, revision, reason):
             return f"{name}: step {step} gives it {weight:g} % with revision {revision}{_because(reason)}"
         case StepApplied(_, step, _, gateways, took_s):
-            return f"{name}: step {step} applied in {seconds(took_s)} by {_several(gateways)}"
+            by = _several(gateways) if gateways else "no gateway, as none is live"
+            return f"{name}: step {step} applied in {seconds(took_s)} by {by}"
         case BakeStarted(_, until):
             left_s = max(0.0, (until - recorded.envelope.time).total_seconds())
             return f"{name}: watched for {seconds(left_s)} while the old version stays warm"
@@ -263,7 +264,7 @@ def _say_switch(event: object, recorded: Recorded, names: Mapping[str, str]) -> 
         case RollbackStarted(_, revision, cause, reason):
             return f"{name}: goes back with revision {revision} ({cause}){_because(reason)}"
         case RolledBack(_, gateways, took_s):
-            return f"{name}: rolled back in {seconds(took_s)} by {_several(gateways)}"
+            return f"{name}: rolled back in {seconds(took_s)} by {_several(gateways) or 'no gateway'}"
         case SwitchAborted(_, reason):
             return f"{name}: aborted{_because(reason)}"
         case SwitchFailed(_, stage, reason, log_tail):
@@ -353,6 +354,4 @@ def _last_words(log_tail: tuple[str, ...]) -> str:
 
 
 def _several(names: tuple[str, ...]) -> str:
-    if not names:
-        return "nobody"
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"

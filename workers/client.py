@@ -50,7 +50,7 @@ _TYPES: dict[str, type[Any]] = {
 }
 _decoders = {kind: msgspec.json.Decoder(type) for kind, type in _TYPES.items()}
 _answers: msgspec.json.Decoder[Accepted | Rejected | Failed | Plan] = msgspec.json.Decoder(
-    Accepted | Rejected | Failed | Plan  # type: ignore[arg-type]  # a union is a type here
+    Accepted | Rejected | Failed | Plan
 )
 
 V = TypeVar("V")

@@ -96,14 +96,13 @@ class Connection:
             self._watch.cancel()
         await self.nc.close()
 
-    async def open(self, url: str, name: str, inbox_prefix: str) -> None:
+    async def open(self, url: str, name: str) -> None:
         """Connect; used by :func:`connect`."""
         try:
             async with asyncio.timeout(CONNECT_S):
                 await self.nc.connect(
                     servers=url.split(","),
                     name=name,
-                    inbox_prefix=inbox_prefix,
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=0.25,  # type: ignore[arg-type]  # annotated int, used as seconds
                     connect_timeout=1,
@@ -173,7 +172,6 @@ async def connect(
     name: str,
     clock: Clock,
     *,
-    inbox_prefix: str = "_INBOX",
     away_s: float = 30.0,
     away: Callable[[str], None] | None = None,
 ) -> Connection:
@@ -183,7 +181,6 @@ async def connect(
         url: one address or several with commas, ``nats://user:password@host:port``.
         name: of this process, as the server's tools show it.
         clock: for the watchdog.
-        inbox_prefix: where answers go; a process with an account of its own has its own, see deploy/nats.
         away_s: seconds without a connection after which ``away`` is called, once for each outage.
         away: gets the reason. Also called where the server ended the connection for good: only a new process, or a
             new connection, helps then.
@@ -194,7 +191,7 @@ async def connect(
     connection = Connection(url, clock, away_s, away)
     if not await _any_listens(url):
         raise Unavailable(_unreachable(connection.server, "nothing listens there"))
-    await connection.open(url, name, inbox_prefix)
+    await connection.open(url, name)
     return connection
 
 

@@ -18,6 +18,7 @@ import msgspec
 
 from turnout.core import model
 from turnout.core.config import ModelSwitchingConfig
+from turnout.core.decider import Rejected
 from turnout.core.handling import Defaults
 from turnout.core.strategies import STRATEGIES
 from turnout.events.model import EngineSpec, Probe
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 FILE = "turnout.toml"
-DEFAULT_NATS = "nats://127.0.0.1:4222"
 #: Port of the gateway where none is named; the engines' usual 8000 stays free for them.
 DEFAULT_PORT = 8400
 
@@ -211,7 +211,7 @@ class _Reader:
         if "file" in self._tree:  # a field of the struct, not a table of the file
             self.problems.append(Problem(self.where(("file",)), f"unknown key 'file'{_nearest('file', _tables())}"))
         tree = {name: value for name, value in self._tree.items() if name != "file"}
-        read = self._struct(Settings, tree, (), Settings())
+        read: Settings = self._struct(Settings, tree, (), Settings())
         return msgspec.structs.replace(read, file=file)
 
     def where(self, path: Path_) -> str:
@@ -358,7 +358,7 @@ def _model_problems(settings: Settings, name: str, one: DeclaredModel, reader: _
             yield Problem(where, f"[models.{name}.versions.{version}] command has an open quote: {declared.command}")
             continue
         decided = model.decide(model.initial, model.RegisterVersion(name, version, declared.spec(settings.folder)))
-        if isinstance(decided, model.Rejected):
+        if isinstance(decided, Rejected):
             hint = decided.hint.replace("--source PATH", 'source = "PATH"').replace(
                 "--engine openai", 'engine = "openai"'
             )

@@ -1,4 +1,4 @@
-"""Supervises the processes of one machine for ``turnout up`` and ``turnout gateway --processes``: start, watch, restart.
+"""Supervises processes of one machine, for ``turnout up`` and ``turnout gateway --processes``: start, watch, restart.
 
 Each child has a process group of its own, gets SIGTERM when this process ends however it ends, says on its stdout that
 it is ready, and logs to a file. Knows no NATS and prints nothing: it tells its owner.
@@ -54,6 +54,15 @@ class Told(msgspec.Struct, frozen=True):
     text: str
 
 
+class Home:
+    """What all children of one supervisor share: where their logs lie, the clock, and who is told of them."""
+
+    def __init__(self, logs: Path, clock: Clock, tell: Callable[[Told], None]) -> None:
+        self.logs = logs
+        self.clock = clock
+        self.tell = tell
+
+
 class Child:
     """One supervised process.
 
@@ -68,20 +77,20 @@ class Child:
         name: str,
         args: Sequence[str],
         env: Mapping[str, str],
-        logs: Path,
-        clock: Clock,
-        tell: Callable[[Told], None],
+        home: Home,
+        stop_signal: signal.Signals = signal.SIGTERM,
     ) -> None:
         self.name = name
         self.said: dict[str, Any] = {}
         self.ready = asyncio.Event()
         self._args = (sys.executable, "-m", "turnout.workers.cli", *args, "--json")
         self._env = {**os.environ, **env}
-        self._file = logs / f"{name}.log"
-        self._clock = clock
-        self._tell = tell
+        self._file = home.logs / f"{name}.log"
+        self._clock = home.clock
+        self._tell = home.tell
         self._process: asyncio.subprocess.Process | None = None
         self._failure: dict[str, str] = {}
+        self._stop_signal = stop_signal
         self._stopping = False
 
     @property
@@ -114,13 +123,13 @@ class Child:
             await asyncio.sleep(pause_s)
 
     async def stop(self) -> None:
-        """Ask it to end, and wait; kill its group where it does not."""
+        """Ask it to end by its signal, and wait; kill its group where it does not."""
         self._stopping = True
         process = self._process
         if process is None or process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
-            process.terminate()
+            process.send_signal(self._stop_signal)
         try:
             async with asyncio.timeout(STOP_S):
                 await process.wait()
@@ -195,7 +204,8 @@ class Supervisor:
         self._tasks = [asyncio.create_task(child.run()) for child in self.children]
         waiting = asyncio.gather(*(child.ready.wait() for child in self.children))
         try:
-            await asyncio.wait((waiting, *self._tasks), return_when=asyncio.FIRST_COMPLETED)
+            watched: list[asyncio.Future[Any]] = [waiting, *self._tasks]
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             for task in self._tasks:
                 if task.done():
                     task.result()

@@ -1,31 +1,17 @@
-"""The only module that names concrete adapters: builds each process from its settings and runs it until it is stopped.
-
-Each ``run_…`` returns the exit code. A server that can't be reached or used at the start is one sentence and code 1.
-"""
+"""The only module that names the adapters to NATS: makes the control plane of a process from an address."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import shlex
-import signal
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import msgspec
-import structlog
 
 from turnout.events import jsapi, subjects
 from turnout.events.jetstream import JetStreamStore
-from turnout.events.store import LogReplaced, Unavailable
+from turnout.events.store import Unavailable
 from turnout.workers import running
 from turnout.workers.clock import SystemClock
-from turnout.workers.controller.controller import Controller
-from turnout.workers.declared import Declared
-from turnout.workers.inference.host import HostRunner, engines
-from turnout.workers.inference.worker import InferenceWorker
-from turnout.workers.metrics import Gauge, MetricsServer
 from turnout.workers.nats import (
     Incompatible,
     NatsBeats,
@@ -36,41 +22,45 @@ from turnout.workers.nats import (
     connect,
     ensure_streams,
 )
-from turnout.workers.settings import DEFAULT_NATS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Coroutine
+    from collections.abc import AsyncGenerator, Callable
 
     from turnout.workers.clock import Clock
-    from turnout.workers.inference.policy import WorkerPolicy
     from turnout.workers.nats import Connection
     from turnout.workers.ports import Request
-    from turnout.workers.settings import Settings
 
-log = structlog.get_logger()
+__all__ = ["ControlPlane", "Incompatible", "control_plane", "nats_url"]
 
+#: Where NATS is where nothing is said.
+DEFAULT_NATS = "nats://127.0.0.1:4222"
 #: Whole seconds that a leader's lease lasts: on one server, and where the streams have replicas.
 _LEASE_S = 2
 _LEASE_REPLICATED_S = 15
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Stopped(Exception):
-    """The process can't go on; the message says why and what to do."""
 
 
 class ControlPlane:
     """One connection to NATS and everything that a process asks of it."""
 
-    def __init__(self, connection: Connection, clock: Clock, replicas: int = 1) -> None:
+    def __init__(self, connection: Connection, clock: Clock) -> None:
         self.connection = connection
         self.clock = clock
-        self.replicas = replicas
-        self.store = JetStreamStore(connection.nc, replicas=replicas)
+        self.replicas = 1
+        self.store = JetStreamStore(connection.nc)
         self.bus = NatsBus(connection)
         self.beats = NatsBeats(connection)
         self.reader = NatsViewReader(connection, clock)
         self.writer = NatsViewWriter(connection)
+
+    async def prepare(self, replicas: int) -> None:
+        """Make the streams that are missing, with so many replicas, and check those that exist.
+
+        Raises:
+            Unavailable: no answer.
+            Incompatible: the server, or what it holds, is not for this turnout.
+        """
+        self.replicas = await ensure_streams(self.connection.nc, replicas)
+        self.store = JetStreamStore(self.connection.nc, replicas=self.replicas)
 
     def lease(self, role: str) -> NatsLease:
         """The leadership of a role."""
@@ -86,10 +76,8 @@ class ControlPlane:
             subject = subjects.command(role, verb)
             return await jsapi.request(self.connection.nc, subject, msgspec.json.encode(request), timeout_s)
         except Unavailable as e:
-            raise Unavailable(f"no controller answered at {self.connection.server} ({e}); {_START}") from e
-
-
-_START = "start one: turnout up, or turnout controller"
+            where = self.connection.server
+            raise Unavailable(f"no controller answers at {where}; start one: turnout up, or turnout controller") from e
 
 
 def nats_url(named: str = "") -> str:
@@ -101,193 +89,29 @@ def nats_url(named: str = "") -> str:
 
 
 @asynccontextmanager
-async def control_plane(url: str = "", name: str = "turnout client") -> AsyncGenerator[ControlPlane]:
-    """The control plane for a client, while the block runs.
+async def control_plane(
+    url: str = "",
+    name: str = "turnout client",
+    *,
+    clock: Clock | None = None,
+    away_s: float = 30.0,
+    away: Callable[[str], None] | None = None,
+) -> AsyncGenerator[ControlPlane]:
+    """The control plane, while the block runs.
+
+    Args:
+        url: of NATS; empty as in :func:`nats_url`.
+        name: of this process, as the server's tools show it.
+        clock: of this process; a new one where there is none yet.
+        away_s: seconds without a connection after which ``away`` is called.
+        away: gets the reason, once for each outage.
 
     Raises:
         Unavailable: NATS can't be reached.
     """
-    clock = SystemClock()
-    connection = await connect(nats_url(url), name, clock)
+    clock = clock or SystemClock()
+    connection = await connect(nats_url(url), name, clock, away_s=away_s, away=away)
     try:
         yield ControlPlane(connection, clock)
     finally:
         await connection.close()
-
-
-async def run_controller(settings: Settings, ready: Callable[[dict[str, object]], None]) -> int:
-    """Run a controller until SIGTERM or SIGINT; ``ready`` is called once it answers commands."""
-    clock = SystemClock()
-    lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    def away(reason: str) -> None:
-        if not lost.done():
-            lost.set_result(reason)
-
-    async with _connected(settings, "controller", clock, away) as connection:
-        replicas = await ensure_streams(connection.nc, settings.nats.replicas)
-        plane = ControlPlane(connection, clock, replicas)
-        controller = Controller(
-            settings.controller.id or clock.id("controller-"),
-            store=plane.store,
-            bus=plane.bus,
-            beats=plane.beats,
-            reader=plane.reader,
-            writer=plane.writer,
-            lease=plane.lease("controller"),
-            clock=clock,
-            config=settings.switching,
-            defaults=settings.switch,
-        )
-        metrics = _metrics(settings, settings.metrics.controller, lambda: _controller_gauges(controller))
-        try:
-            return await _until_stopped(
-                controller.run(),
-                Declared(controller, settings, clock).run(),
-                _say_ready(controller.serving, ready, {"process": "controller", "id": controller.id}),
-                lost=lost,
-            )
-        finally:
-            if metrics is not None:
-                metrics.close()
-
-
-async def run_worker(settings: Settings, ready: Callable[[dict[str, object]], None]) -> int:
-    """Run a worker until a signal: SIGINT stops its engines, SIGTERM leaves them to the next worker of this folder.
-
-    Never ends for want of NATS once it runs.
-    """
-    clock, own = SystemClock(), settings.worker
-    async with _connected(settings, "worker", clock) as connection:
-        plane = ControlPlane(connection, clock)
-        check_s = settings.switching.health_check_interval if settings.switching.enable_health_checks else None
-        own = msgspec.structs.replace(own, policy=_own_policy(settings))
-        runner = HostRunner(own, engines(own), clock, check_s)
-        worker = InferenceWorker(own, bus=plane.bus, beats=plane.beats, views=plane.reader, clock=clock, runner=runner)
-        metrics = _metrics(settings, settings.metrics.worker, lambda: _worker_gauges(worker, connection))
-        ready({"process": "worker", "id": worker.id, "engines": list(runner.kinds)})
-        try:
-            return await _until_stopped(
-                worker.run(), stop=lambda number: worker.stop(stop_engines=number == signal.SIGINT)
-            )
-        finally:
-            if metrics is not None:
-                metrics.close()
-
-
-def _own_policy(settings: Settings) -> WorkerPolicy:
-    """The worker's policy; what turnout.toml itself declares is allowed, because the owner wrote both."""
-    policy = settings.worker.policy
-    declared = settings.engines().values()
-    roots = dict.fromkeys(policy.model_roots or (".",)) | dict.fromkeys(e.path for e in declared if e.path)
-    commands = dict.fromkeys(policy.commands) | dict.fromkeys(shlex.join(e.command) for e in declared if e.command)
-    hosts = dict.fromkeys(policy.hosts) | dict.fromkeys(urlsplit(e.url).hostname or "" for e in declared if e.url)
-    return msgspec.structs.replace(policy, model_roots=tuple(roots), commands=tuple(commands), hosts=tuple(hosts))
-
-
-@asynccontextmanager
-async def _connected(
-    settings: Settings, name: str, clock: Clock, away: Callable[[str], None] | None = None
-) -> AsyncGenerator[Connection]:
-    url = nats_url(settings.nats.url)
-    connection = await connect(url, f"turnout {name} {os.getpid()}", clock, away_s=settings.nats.away_s, away=away)
-    try:
-        yield connection
-    finally:
-        await connection.close()
-
-
-async def _say_ready(event: asyncio.Event, ready: Callable[[dict[str, object]], None], said: dict[str, object]) -> None:
-    await event.wait()
-    ready(said)
-
-
-async def _until_stopped(
-    main: Coroutine[object, object, None],
-    *beside: Coroutine[object, object, None],
-    lost: asyncio.Future[str] | None = None,
-    stop: Callable[[int], None] | None = None,
-) -> int:
-    """Run ``main`` until it ends, a signal asks to stop, or the connection is lost; ``beside`` may end before.
-
-    Args:
-        main: what the process is.
-        beside: what runs along; its errors end the process.
-        lost: gets the reason why the connection is given up.
-        stop: gets the first signal, and makes ``main`` end; without it ``main`` is cancelled. A second one cancels.
-
-    Raises:
-        Stopped: the connection is lost, or the log is another one.
-    """
-    loop = asyncio.get_running_loop()
-    work = asyncio.ensure_future(main)
-    others = [asyncio.ensure_future(one) for one in beside]
-    asked: list[int] = []
-
-    def on_signal(number: int) -> None:
-        asked.append(number)
-        if stop is not None and len(asked) == 1:
-            stop(number)
-        else:
-            work.cancel()
-
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, on_signal, number)
-    waiting: set[asyncio.Future[object]] = {work, *others} | ({lost} if lost is not None else set())
-    try:
-        while not work.done():
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if lost is not None and lost in done and not asked:
-                raise Stopped(lost.result())
-            for one in done - {work}:
-                one.result()
-        if not (asked and work.cancelled()):
-            work.result()
-    except LogReplaced as e:
-        raise Stopped(f"the log was replaced while this process ran ({e}): start it again") from e
-    finally:
-        for one in (work, *others):
-            one.cancel()
-        await asyncio.gather(work, *others, return_exceptions=True)
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
-    return 0
-
-
-def _metrics(settings: Settings, listen: str, read: Callable[[], tuple[Gauge, ...]]) -> MetricsServer | None:
-    if not listen or not settings.switching.enable_metrics:
-        return None
-    try:
-        return MetricsServer(listen, read)
-    except (OSError, ValueError, OverflowError) as e:
-        raise Stopped(f"/metrics can't be answered at {listen}: {e}; choose another address in [metrics]") from e
-
-
-def _controller_gauges(controller: Controller) -> tuple[Gauge, ...]:
-    """Read in another thread: every collection is copied in one step."""
-    world = controller.log.world
-    phases: dict[str, int] = {}
-    for instance in list(world.instances.values()):
-        phases[instance.phase] = phases.get(instance.phase, 0) + 1
-    return (
-        Gauge("turnout_controller_leading", "1 while this controller leads.", float(controller.leading.is_set())),
-        Gauge("turnout_log_sequence", "Newest event that was folded.", controller.log.sequence),
-        Gauge("turnout_models", "Registered models.", len(world.models)),
-        Gauge("turnout_switches_running", "Switches that have not ended.", len(world.running)),
-        Gauge("turnout_gateways_live", "Gateways whose acknowledgements are awaited.", len(world.live_gateways)),
-        Gauge("turnout_workers_live", "Workers that are heard of.", sum(w.live for w in list(world.workers.values()))),
-        *(
-            Gauge("turnout_instances", "Instances by phase, ended ones too.", count, {"phase": phase})
-            for phase, count in sorted(phases.items())
-        ),
-    )
-
-
-def _worker_gauges(worker: InferenceWorker, connection: Connection) -> tuple[Gauge, ...]:
-    return (
-        Gauge("turnout_worker_instances", "Engines that run, load or stop.", len(worker.instances)),
-        Gauge("turnout_worker_connected", "1 while there is a connection to NATS.", float(connection.connected)),
-    )
-
-
-__all__ = ["ControlPlane", "Incompatible", "Stopped", "control_plane", "nats_url", "run_controller", "run_worker"]

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from turnout.core.strategies import ImmediateSwitch, SwitchingStrategy
     from turnout.events.model import EngineSpec, Probe
     from turnout.events.store import Unavailable
-    from turnout.events.version import VERSION as __version__
     from turnout.workers.client import (
         Client,
         CommandRejected,
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
         connect,
     )
     from turnout.workers.registry import BaseRegistry, find_engines
+
+    __version__: str
 
 __all__ = [
     "BaseRegistry",

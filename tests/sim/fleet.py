@@ -1,4 +1,4 @@
-"""The simulated fleet: engines on hosts, workers that reconcile them, gateways that send clients' requests to them.
+"""The simulated fleet: engines on hosts for the real InferenceWorker, and gateways that send clients' requests to them.
 
 Gateways route with the real TransitionManager and RequestTracker.
 """
@@ -6,19 +6,18 @@ Gateways route with the real TransitionManager and RequestTracker.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from turnout.core.decider import Accepted, Failed, Rejected
+from turnout.core.decider import Accepted, Failed
 from turnout.core.gateway import JoinGateway, LeaveGateway, ReportApplied, ReportDrained
-from turnout.core.instance import ReportFailed, ReportLoading, ReportReady, ReportStopped
-from turnout.core.worker import JoinWorker
 from turnout.events import subjects
 from turnout.events.store import Unavailable
-from turnout.projections.fleet import GatewayView, InstanceView, WorkerView
+from turnout.projections.fleet import GatewayView
 from turnout.projections.routing import RouteView
 from turnout.workers.gateway.transition import Choice, NoRoute, RequestTracker, Slot, TransitionManager
+from turnout.workers.inference.runner import Failure, Found, Loaded, Order
 from turnout.workers.ports import Request, ViewEntry
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 BEAT_S = 1.0
 #: An engine must have been without a connection for this long before its worker stops it.
 QUIET_S = 0.3
-#: How long a gateway waits for a first byte, and a worker for a sign of life of an engine.
+#: How long a gateway waits for a first byte, and a worker for a sign of life from an engine.
 FIRST_BYTE_S = 1.5
 HANG_S = 3.0
 
@@ -57,16 +56,21 @@ async def tell(process: Process, bus: Bus, role: str, verb: str, body: object, i
 class SimEngine:
     """One engine process. ``state``: loading, up, hung, dead (it crashed or was killed) or stopped (as asked)."""
 
-    def __init__(self, host: Host, view: InstanceView) -> None:
+    def __init__(self, host: Host, order: Order) -> None:
         self.host = host
-        self.instance = view.instance
-        self.model = view.model
-        self.version = view.version
-        self.spec = view.engine
-        self.address = f"unix:/run/{view.instance}"
+        self.instance = order.instance
+        self.model = order.model
+        self.version = order.version
+        self.spec = order.engine
+        self.sequence = order.sequence
+        self.address = f"unix:/run/{order.instance}"
         self.state = "loading"
-        self.up_at = host.net.loop.time() + setting(view.engine, "load-s", 0.2)
+        self.started_at = host.net.loop.time()
+        self.up_at = self.started_at + setting(order.engine, "load-s", 0.2)
+        self.load_s = 0.0
         self.proven = False
+        #: Its worker lets nobody connect any more.
+        self.shut = False
         #: Fault injection has crashed or hung it.
         self.faulted = False
         self.flights: set[Flight] = set()
@@ -77,6 +81,7 @@ class SimEngine:
             return
         self.host.net.trace("engine", state, self.instance, self.model, self.version)
         self.state = state
+        self.host.moved()
         for flight in sorted(self.flights, key=lambda f: f.number):
             flight.broken()
 
@@ -98,6 +103,8 @@ class Host:
         self.name = name
         self.fleet = fleet
         self.engines: dict[str, SimEngine] = {}
+        #: Called when an engine changes by itself.
+        self.moved: Callable[[], None] = lambda: None
 
 
 class Fleet:
@@ -125,159 +132,107 @@ class Fleet:
 # --- workers -----------------------------------------------------------------------------------------------------
 
 
-class SimWorker:
-    """Makes its host agree with its view, by the contract of the real worker."""
+class SimRunner:
+    """The engines of one host, as the real worker's :class:`~turnout.workers.inference.runner.EngineRunner`."""
 
-    def __init__(self, process: Process, id: str, host: Host, bus: Bus, beats: Beats, reader: ViewReader, capacity: int) -> None:
-        self.process = process
-        self.id = id
+    kinds = ("fake",)
+
+    def __init__(self, process: Process, host: Host) -> None:
+        self._process = process
         self._host = host
-        self._bus = bus
-        self._beats = beats
-        self._reader = reader
-        self._capacity = capacity
-        self._view: WorkerView | None = None
-        self._sequence = 0
-        self._moved = asyncio.Event()
-        self._busy: dict[str, str] = {}
-        self._over: set[str] = set()
+        self._changed = asyncio.Event()
 
-    async def run(self) -> None:
-        self.process.spawn(self._beat())
-        joined = await self._join()
-        await self._reader.watch((subjects.view_key("worker", self.id),), self._changed)
-        while self._sequence < joined:
-            await self._wait()
-        while True:
-            self._reconcile()
-            await self._wait()
-            if self._view is not None and self._view.state == "lost":
-                joined = await self._join()
-                while self._sequence < joined:
-                    await self._wait()
+    async def found(self) -> dict[str, Found]:
+        """Take over what runs."""
+        self._host.moved = self._changed.set
+        return {id: Found(e.sequence, self._loaded(e)) for id, e in sorted(self._host.engines.items())}
 
-    async def _join(self) -> int:
-        join = JoinWorker(self.id, self._host.name, ("fake",), (), self._capacity)
-        answer = await tell(self.process, self._bus, "worker", "worker.join", join, self.process.id("join-"))
-        assert isinstance(answer, Accepted), answer
-        return answer.sequence
-
-    async def _beat(self) -> None:
-        while True:
-            await self._beats.publish("worker", self.id, b"{}")
-            await asyncio.sleep(BEAT_S)
-
-    async def _wait(self) -> None:
-        try:
-            async with asyncio.timeout(0.5):
-                await self._moved.wait()
-        except TimeoutError:
-            pass
-        self._moved.clear()
-
-    def _changed(self, entries: Mapping[str, ViewEntry], sequence: int) -> None:
-        self._sequence = max(self._sequence, sequence)
-        for entry in entries.values():
-            self._view = msgspec.json.decode(entry.value, type=WorkerView) if entry.value else None
-        self._moved.set()
-
-    def _reconcile(self) -> None:
-        wanted = {} if self._view is None else self._view.instances
-        for id, view in wanted.items():
-            engine = self._host.engines.get(id)
-            if id in self._over:
-                continue
-            if view.phase == "draining":
-                self._begin(id, "drain", self._drain(id, forced=bool(view.forced_by)))
-            elif engine is None and view.phase == "requested":
-                self._start(view)
-            elif engine is None:
-                self._begin(id, "report", self._failed(id, view.stage or "serving", "its process is gone"))
-            elif engine.state == "dead":
-                self._begin(id, "report", self._failed(id, "serving" if engine.proven else "loading", "it exited"))
-            elif engine.state == "hung":
-                self._begin(id, "hang", self._hang(engine))
-            elif not engine.proven or view.phase != "ready":
-                self._begin(id, "load", self._load(engine))
-        for id in sorted(self._host.engines.keys() - wanted.keys()):
-            self._stop(self._host.engines[id])  # it has ended in the log: whatever is left of it goes
-
-    def _start(self, view: InstanceView) -> None:
-        engine = SimEngine(self._host, view)
-        self._host.engines[view.instance] = engine
-        self._host.fleet.engines[engine.address] = engine
-        self._begin(view.instance, "load", self._load(engine))
-
-    def _begin(self, id: str, what: str, work: Any) -> None:
-        if self._busy.get(id) in (what, "drain", "report"):
-            work.close()
-            return
-        self._busy[id] = what
-        self.process.spawn(self._do(id, what, work))
-
-    async def _do(self, id: str, what: str, work: Any) -> None:
-        await work
-        if self._busy.get(id) == what:
-            del self._busy[id]
-        self._moved.set()
-
-    async def _load(self, engine: SimEngine) -> None:
-        began = self.process.monotonic()
-        await self._say("instance.loading", ReportLoading(engine.instance, "starting", 0.0))
-        fails = setting(engine.spec, "fails", 0)
+    async def load(self, order: Order, progress: Callable[[str, str], None]) -> Loaded | Failure:
+        """Start or go on, then prove."""
+        engine = self._host.engines.get(order.instance)
+        if engine is None:
+            engine = self._host.engines[order.instance] = SimEngine(self._host, order)
+            self._host.fleet.engines[engine.address] = engine
+        progress("starting", "")
         loop = self._host.net.loop
-        if engine.up_at > loop.time():
-            await asyncio.sleep(engine.up_at - loop.time())
-        if engine.state != "loading" and not (engine.state == "up"):
-            return
-        if fails == 1:
-            engine.die()
-            await self._failed(engine.instance, "loading", "the weights are damaged")
-            return
-        engine.state = "up"
-        await self._say("instance.loading", ReportLoading(engine.instance, "proving", 0.1))
+        await self._until(lambda: engine.state != "loading" or loop.time() >= engine.up_at, engine.up_at - loop.time())
+        fails = setting(engine.spec, "fails", 0)
+        if engine.state == "loading":
+            engine.state = "up"
+        progress("proving", "")
         await asyncio.sleep(0.02)
-        if engine.state != "up" or engine.instance in self._over:
-            return
-        if fails == 2:
+        if fails or engine.state != "up":
             engine.die()
-            await self._failed(engine.instance, "proving", "its answers are garbage")
-            return
+            self._host.engines.pop(engine.instance, None)
+            return Failure("loading" if fails == 1 else "proving", "the weights are damaged", ("engine's last words",))
         engine.proven = True
-        load_s = round(self.process.monotonic() - began, 3)
-        answer = await self._say("instance.ready", ReportReady(engine.instance, engine.address, load_s, 0.02))
-        if isinstance(answer, Rejected) and answer.code == "instance_unknown":
-            self._stop(engine)
+        engine.load_s = round(loop.time() - engine.started_at, 3)
+        return self._loaded(engine) or Failure("proving", "not proven")
 
-    async def _hang(self, engine: SimEngine) -> None:
-        await asyncio.sleep(HANG_S)
-        engine.die()
-        await self._failed(engine.instance, "serving", "no answer to the golden question")
-
-    async def _failed(self, id: str, stage: str, reason: str) -> None:
-        self._over.add(id)
-        await self._say("instance.failed", ReportFailed(id, stage, reason))
-        self._host.engines.pop(id, None)
-
-    async def _drain(self, id: str, *, forced: bool) -> None:
-        engine = self._host.engines.get(id)
-        quiet_s = 0.0
-        while engine is not None and engine.state == "up" and not forced and quiet_s < QUIET_S:
-            await asyncio.sleep(0.1)
-            quiet_s = quiet_s + 0.1 if self._host.fleet.quiet(engine) else 0.0
+    async def watch(self, instance: str) -> Failure:
+        """Until it has died or hangs."""
+        engine = self._host.engines.get(instance)
+        while engine is not None and engine.state == "up":
+            await self._until(lambda: engine.state != "up", None)
+            if engine.state == "hung":
+                await asyncio.sleep(HANG_S)
         if engine is not None:
-            self._stop(engine)
-        self._over.add(id)
-        await self._say("instance.stopped", ReportStopped(id, 0.1))
+            engine.die()
+        self._host.engines.pop(instance, None)
+        return Failure("serving", "it exited")
 
-    def _stop(self, engine: SimEngine) -> None:
-        if engine.state not in ("dead", "stopped"):
+    async def wait_quiet(self, instance: str, busy: Callable[[str], None]) -> Failure | None:
+        """Until it had no connection for a while; then its door is shut."""
+        engine = self._host.engines.get(instance)
+        quiet_s = 0.0
+        while engine is not None and quiet_s < QUIET_S:
+            if engine.state in ("hung", "dead"):
+                engine.die()
+                self._host.engines.pop(instance, None)
+                return Failure("serving", "it died while it drained")
+            if self._host.fleet.quiet(engine):
+                quiet_s += 0.1
+            else:
+                quiet_s = 0.0
+                busy("a connection")
+            if quiet_s < QUIET_S:
+                await asyncio.sleep(0.1)
+        if engine is not None:
+            engine.shut = True
+        return None
+
+    async def stop(self, instance: str) -> None:
+        """End it."""
+        if not self._process.alive:
+            return
+        engine = self._host.engines.pop(instance, None)
+        if engine is not None and engine.state not in ("dead", "stopped"):
             self._host.fleet.on_stop(engine)
             engine.die("stopped")
-        self._host.engines.pop(engine.instance, None)
 
-    async def _say(self, verb: str, body: object) -> Answer:
-        return await tell(self.process, self._bus, "worker", verb, body, self.process.id(f"{verb}-"))
+    def remains(self, instance: str) -> Failure:
+        """What is known of one that is not there."""
+        return Failure("serving", "its process is gone")
+
+    def trouble(self, instance: str) -> str:
+        """Nothing is known."""
+        return ""
+
+    def release(self) -> None:
+        """They run on."""
+
+    def _loaded(self, engine: SimEngine) -> Loaded | None:
+        return Loaded(engine.address, engine.load_s, 0.02) if engine.proven else None
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float | None) -> None:
+        """Wait for a change of the host's engines, or for the time."""
+        try:
+            async with asyncio.timeout(None if timeout_s is None else max(0.0, timeout_s)):
+                while not condition():
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
 
 
 # --- gateways ----------------------------------------------------------------------------------------------------
@@ -357,7 +312,7 @@ class Flight:
         if self.done:
             return
         engine = gateway.fleet.engines.get(self.choice.address)
-        if engine is None or engine.state in ("dead", "stopped", "loading"):
+        if engine is None or engine.shut or engine.state in ("dead", "stopped", "loading"):
             gateway.manager.connection_failed(self.choice, gateway.process.monotonic())
             self._elsewhere()
             return

@@ -19,6 +19,8 @@ from turnout.events.route import RouteChanged
 from turnout.projections.views import Views
 
 if TYPE_CHECKING:
+    import asyncio
+
     from tests.sim.fleet import Fleet, Flight, SimEngine, SimGateway
     from tests.sim.network import Network
     from turnout.events.envelope import Recorded
@@ -39,6 +41,8 @@ class Checker:
         self.fleet = fleet
         self.world = World()
         self.broken: list[str] = []
+        #: Who waits for the log to move.
+        self.watchers: list[asyncio.Future[None]] = []
         #: (model, version) and model of engines that fault injection has crashed or hung.
         self.wounded: set[tuple[str, str]] = set()
         #: Commands → the answer that their sender may rely on.
@@ -83,6 +87,10 @@ class Checker:
                     pass
             self.world.apply(recorded)
         self.invariant_4_the_source_can_serve_everything()
+        watchers, self.watchers = self.watchers, []
+        for moved in watchers:
+            if not moved.done():
+                moved.set_result(None)
 
     def _answered(self, request: Request, raw: bytes) -> None:
         """Invariant 6, the other half: who asks twice hears the same."""

@@ -6,40 +6,59 @@ No real time, no sockets, no threads. With a seeded source of randomness beside 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import heapq
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections import deque
+    from contextvars import Context
 
 
 class Stuck(Exception):
     """Everything waits, and no timer will ever wake anything."""
 
 
-class _Jumps:
-    """Stands where the loop has its selector: a wait is a jump of the clock."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def select(self, timeout: float | None) -> list[Any]:
-        if timeout is None:
-            raise Stuck("everything waits for something that no timer will bring")
-        if timeout > 0:
-            self.now += timeout
-        return []
-
-
 class VirtualLoop(asyncio.BaseEventLoop):
     """Runs until the main task is done; ``time()`` is seconds since the start of the simulation."""
 
+    _ready: deque[asyncio.Handle]
+
     def __init__(self) -> None:
         super().__init__()
-        self._jumps = self._selector = _Jumps()
+        self._now = 0.0
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._made = 0
 
     def time(self) -> float:
         """Simulated seconds."""
-        return self._jumps.now
+        return self._now
 
-    def _process_events(self, event_list: list[Any]) -> None:
-        """There is nothing outside that could send one."""
+    def call_at(  # type: ignore[override]  # the callback's arguments are checked where they are given
+        self, when: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Call at a time; timers of the same time in the order in which they were made."""
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._made += 1
+        heapq.heappush(self._timers, (when, self._made, timer))
+        return timer
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """It is passed over when its time comes."""
+
+    def _run_once(self) -> None:
+        """Everything that is ready; where nothing is, the clock jumps to the next timer."""
+        ready = self._ready
+        while not ready:
+            if not self._timers:
+                raise Stuck("everything waits for something that no timer will bring")
+            when, _, timer = heapq.heappop(self._timers)
+            if not timer.cancelled():
+                self._now = max(self._now, when)
+                ready.append(timer)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle.cancelled():
+                handle._run()
 
     def _write_to_self(self) -> None:
         """No other thread can wake this loop."""

@@ -145,7 +145,8 @@ class Process:
         Raises:
             Unavailable: the server did it, but its answer did not arrive.
         """
-        await asyncio.sleep(self.net.delay())
+        if self.net.rng.random() < 0.3:  # else both ways are in the delay of the first
+            await asyncio.sleep(self.net.delay())
         await self.op(before=False)
         if not self.connected or self.net.chance(self.net.faults.lost_answer):
             await self.no_answer(timeout_s, what)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 import traceback
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=10, help="stop after so many failures")
     args = parser.parse_args()
     silence()
+    gc.set_threshold(200_000, 20, 50)  # a run makes many objects and soon drops them all
     seeds = range(args.start, args.start + args.seeds) if args.seed is None else range(args.seed, args.seed + 1)
     failed: list[int] = []
     totals: dict[str, int] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tests.sim.fleet import Fleet, Host, SimGateway, SimWorker, tell
+from tests.sim.fleet import Fleet, Host, SimGateway, SimRunner, tell
 from tests.sim.invariants import Broken, Checker
 from tests.sim.loop import VirtualLoop
 from tests.sim.network import Faults, Network, Process, SimBeats, SimBus, SimLease, SimStore, SimViews
@@ -21,6 +21,8 @@ from turnout.core.handling import Defaults, StartSwitch, StopSwitch, UndoModel
 from turnout.core.model import DeregisterVersion, RegisterVersion
 from turnout.events.model import EngineSpec
 from turnout.workers.controller.controller import Controller
+from turnout.workers.inference.settings import WorkerSettings
+from turnout.workers.inference.worker import InferenceWorker
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -69,7 +71,7 @@ class Simulation:
         self.capacity = capacity
         self.controllers: dict[str, Controller] = {}
         self.processes: dict[str, Process] = {}
-        self.workers: dict[str, SimWorker] = {}
+        self.workers: dict[str, InferenceWorker] = {}
         self.gateways: dict[str, SimGateway] = {}
         self.hosts = {f"w{n + 1}": Host(self.net, f"h{n + 1}", self.fleet) for n in range(workers)}
         self.ops = Process(self.net, "ops", "ops")
@@ -113,6 +115,7 @@ class Simulation:
             clock=process,
             config=self.config,
             defaults=Defaults(bake_s=1.0, drain_s=8.0),
+            poll_s=0.4,
         )
         self.controllers[name] = controller
         process.spawn(controller.run())
@@ -121,8 +124,13 @@ class Simulation:
     def start_worker(self, name: str) -> Process:
         """A new worker process on its host, whose engines may still run."""
         process = self._process(name, "worker")
-        worker = SimWorker(
-            process, name, self.hosts[name], SimBus(process), SimBeats(process), SimViews(process), self.capacity
+        worker = InferenceWorker(
+            WorkerSettings(id=name, capacity=self.capacity),
+            bus=SimBus(process),
+            beats=SimBeats(process),
+            views=SimViews(process),
+            clock=process,
+            runner=SimRunner(process, self.hosts[name]),
         )
         self.workers[name] = worker
         process.spawn(worker.run())
@@ -178,7 +186,11 @@ class Simulation:
         while not condition():
             if self.loop.time() > end:
                 raise Broken(f"waited {timeout_s:g} s in vain")
-            await asyncio.sleep(0.005)
+            moved = self.loop.create_future()
+            self.checker.watchers.append(moved)
+            timer = self.loop.call_later(0.05, _wake, moved)
+            await moved
+            timer.cancel()
 
     def clients(self, model: str, every_s: float = 0.2, longest_s: float = 2.0) -> None:
         """Keep a client busy on random gateways."""
@@ -212,15 +224,18 @@ class Simulation:
                 if hang:
                     self.net.trace("engine hangs", instance)
                     engine.state = "hung"
+                    host.moved()
                 else:
                     engine.die()
 
     def crash_host(self, name: str) -> None:
         """A machine dies, with its worker and its engines."""
         self.processes[name].crash()
-        for instance in sorted(self.hosts[name].engines):
+        host = self.hosts[name]
+        host.moved = lambda: None
+        for instance in sorted(host.engines):
             self.crash_engine(instance)
-        self.hosts[name].engines.clear()
+        host.engines.clear()
 
     # the end
 
@@ -297,6 +312,11 @@ class Simulation:
             outcomes=outcomes,
             counts=self.fleet.counts,
         )
+
+
+def _wake(moved: asyncio.Future[None]) -> None:
+    if not moved.done():
+        moved.set_result(None)
 
 
 async def _settle(loop: asyncio.AbstractEventLoop) -> None:

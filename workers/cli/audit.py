@@ -89,6 +89,7 @@ class Lines:
         self._day = ""
 
     def add(self, entry: Entry, recorded: Recorded) -> None:
+        """Print one."""
         if self._io.json:
             made: dict[str, Any] = msgspec.to_builtins(entry)
             made |= {

@@ -24,7 +24,9 @@ _FAKE_ARGS = ("--first-token-ms=20", "--token-ms=10", "--tokens=20", "--load-sec
 
 @click.command()
 @click.option("--engine", type=click.Choice(("vllm", "fake")), default="vllm", show_default=True)
-@click.option("--switches", type=click.IntRange(1), default=2, show_default=True, help="Back and forth; the last undoes.")
+@click.option(
+    "--switches", type=click.IntRange(1), default=2, show_default=True, help="Back and forth; the last undoes."
+)
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests each second.")
 @click.option("--seconds", type=Duration(), help="Load before, between and after the switches, together.")
 @common

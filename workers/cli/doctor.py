@@ -64,7 +64,7 @@ def _show(io: Terminal, checks: list[Check]) -> None:
             lines.append(("", "", Text(f"→ {check.hint}", "dim")))
     made = table("", "", "")
     made.show_header = False
-    io.out.print(rows(made, lines))
+    io.show(rows(made, lines))
 
 
 def _checks(config: str) -> Iterator[Check]:

@@ -151,7 +151,7 @@ def models(io: Terminal) -> None:
             io.next("turnout register MODEL VERSION --engine fake")
             return DONE
         made = table("MODEL", "SERVES", "VERSIONS", "KNOWN GOOD", "SWITCH")
-        io.out.print(rows(made, [_line(view, found) for view in known]))
+        io.show(rows(made, [_line(view, found) for view in known]))
         return DONE
 
     io.run(work)
@@ -217,7 +217,7 @@ def get(io: Terminal, model: str, watch: bool) -> None:
         if io.json:
             io.emit(seen)
         else:
-            io.out.print(tree(seen, client.clock.now()))
+            io.show(tree(seen, client.clock.now()))
         return DONE
 
     io.run(work)
@@ -242,7 +242,7 @@ async def _watch(io: Terminal, client: Client, model: str) -> int:
                 elif io.out.is_terminal:
                     live.update(tree(seen, client.clock.now()), refresh=True)
                 elif raw != said and not io.json:
-                    io.out.print(tree(seen, client.clock.now()))
+                    io.show(tree(seen, client.clock.now()))
                 said = raw
                 await following.moved(1.0)
 

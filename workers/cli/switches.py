@@ -287,7 +287,7 @@ def _show(io: Terminal, view: SwitchView, now: datetime) -> None:
     lines.extend((name, f"{took}{'  ' if took and detail else ''}{detail}") for name, took, detail in _stages(view))
     made = table("", "")
     made.show_header = False
-    io.out.print(rows(made, [(Text(f"  {name}", "dim"), value) for name, value in lines]))
+    io.show(rows(made, [(Text(f"  {name}", "dim"), value) for name, value in lines]))
     for line in view.log_tail[-15:]:
         io.out.print(Text(f"  | {line}", "dim"))
 
@@ -302,7 +302,7 @@ def _show_plan(io: Terminal, plan: Plan) -> None:
         table("STEP", "SECONDS"),
         [(step.what, "not measured yet" if step.seconds is None else f"{step.seconds:g}") for step in plan.steps],
     )
-    io.out.print(made)
+    io.show(made)
     if plan.bytes:
         io.say(f"memory of {plan.target}: {size(plan.bytes)}")
     io.next(f"turnout switch {plan.model} {plan.target} --wait")

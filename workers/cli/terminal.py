@@ -24,6 +24,8 @@ from turnout.workers.client import Client, CommandRejected, ControllerBug, conne
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from rich.console import RenderableType
+
 DONE, FAILED, USAGE, BACK, HELD, TIMEOUT = 0, 1, 2, 3, 4, 5
 _INTERRUPTED = 130
 
@@ -33,7 +35,7 @@ _UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|min|m|h|)")
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType[float]):
     """``30``, ``30s``, ``500ms``, ``5m``, ``1h``, ``1h30m`` → seconds."""
 
     name = "duration"
@@ -74,6 +76,15 @@ class Terminal:
         """A line for people; silent with ``--json``."""
         if not self.json:
             self.out.print(text, style=style or None)
+
+    def show(self, what: RenderableType) -> None:
+        """A table or tree; without blanks at the ends of its lines where it goes into a pipe."""
+        if self.out.is_terminal:
+            self.out.print(what)
+            return
+        with self.out.capture() as captured:
+            self.out.print(what)
+        sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def next(self, text: str) -> None:
         """What to do next."""
@@ -166,6 +177,6 @@ def _console(stream: Any) -> Console:
 
 
 def _reason_and_hint(text: str) -> tuple[str, str]:
-    """The text of an infrastructure error: its last part, after a semicolon or colon, says what to do."""
+    """The text of an infrastructure error: what stands after a semicolon says what to do."""
     reason, _, hint = text.rpartition("; ")
-    return (reason, hint) if reason else (text, "")
+    return (reason, hint) if reason else (text, "see that turnout runs: turnout up, or name its NATS with --nats URL")

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-#: Between two tries for the lease, seconds; with jitter, so that several candidates don't run in step.
-_POLL_S = 0.1
-
 
 class Controller:
     """One controller process."""
@@ -45,6 +42,7 @@ class Controller:
         config: ModelSwitchingConfig,
         defaults: Defaults,
         renew_s: float = 0.5,
+        poll_s: float = 0.1,
     ) -> None:
         self.id = id
         self.log = Log(store, self._replaced)
@@ -54,6 +52,8 @@ class Controller:
         self._sagas = SagaRunner(self.log, self.commands, self._liveness, clock, config)
         self._bus, self._beats, self._lease, self._clock = bus, beats, lease, clock
         self._renew_s = renew_s
+        #: Between two tries for the lease, seconds; with jitter, so that several candidates don't run in step.
+        self._poll_s = poll_s
         self._lost_log: asyncio.Future[None] | None = None
         #: Set while this process leads.
         self.leading = asyncio.Event()
@@ -100,7 +100,7 @@ class Controller:
                 grant = None
             if grant is not None:
                 await self._lead(grant)
-            await asyncio.sleep(_POLL_S * (0.5 + self._clock.jitter()))
+            await asyncio.sleep(self._poll_s * (0.5 + self._clock.jitter()))
 
     async def _lead(self, grant: Grant) -> None:
         """Lead until the lease is lost; whatever was owed is then owed by the next leader."""

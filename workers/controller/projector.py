@@ -52,7 +52,7 @@ class Projector:
             await self._log.catch_up()  # the leader before wrote once more: views never go back
         if self._unsure or stored is None or stored.log != views.log or stored.sequence > views.sequence:
             revision = await self._rebuild(epoch, revision)
-            after = views.sequence
+            after = 0  # what has become dirty meanwhile is not in it
         else:
             after = stored.sequence
         first = True

@@ -18,7 +18,7 @@ import structlog
 
 from turnout.workers.inference import client, probe, quiet
 from turnout.workers.inference import process as host_process
-from turnout.workers.inference.engines.base import STAGES, Launch, Refusal, Site, cause
+from turnout.workers.inference.engines.base import STAGES, Launch, Refusal, Sign, Site, cause
 from turnout.workers.inference.engines.fake import FakeEngine
 from turnout.workers.inference.engines.openai import OpenAIEngine
 from turnout.workers.inference.engines.vllm import VllmEngine, find_vllm
@@ -191,7 +191,7 @@ class HostRunner:
             if process is not None:
                 ended = process.exited
                 for line in process.log.new_lines():
-                    said = _progress(running.launch, line, stage)
+                    said = stage_of(running.launch.signs, line, stage)
                     if said is not None and said != (stage, detail):
                         stage, detail = said
                         moved = clock.monotonic()
@@ -435,9 +435,9 @@ def _exit_text(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _progress(launch: Launch, line: str, stage: str) -> tuple[str, str] | None:
+def stage_of(signs: tuple[Sign, ...], line: str, stage: str) -> tuple[str, str] | None:
     """Stage and detail that a log line stands for; None for any other line. A stage never goes back."""
-    for sign in launch.signs:
+    for sign in signs:
         if re.search(sign.pattern, line):
             later = max(stage, sign.stage, key=STAGES.index)
             return later, line.split("] ", 1)[-1].strip()[:200]

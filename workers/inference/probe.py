@@ -48,7 +48,11 @@ class Verdict(msgspec.Struct, frozen=True):
 def looping(text: str) -> bool:
     """Whether the text is one piece said at least ``LOOP_TIMES`` times, the last perhaps not to its end."""
     text = text.strip()
-    return any(text[period:] == text[:-period] for period in range(1, len(text) // LOOP_TIMES + 1))
+    return any(
+        said[period:] == said[:-period]
+        for said in (text, text + " ")  # words repeat with the blank after them
+        for period in range(1, len(said) // LOOP_TIMES + 1)
+    )
 
 
 def judge(reply: client.Reply, expect: str, fingerprint: str, *, logprobs: bool) -> Verdict:
@@ -182,11 +186,11 @@ def _excerpt(body: bytes) -> str:
     return " ".join(text[:300].split())
 
 
-class _Error(msgspec.Struct):
+class _Error(msgspec.Struct, frozen=True):
     message: str = ""
 
 
-class _ErrorBody(msgspec.Struct):
+class _ErrorBody(msgspec.Struct, frozen=True):
     error: _Error = _Error()
 
 

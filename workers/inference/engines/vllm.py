@@ -20,7 +20,7 @@ from turnout.workers.inference.engines.base import CHAT, COMPLETIONS, Launch, Re
 if TYPE_CHECKING:
     from turnout.events.model import EngineSpec
 
-_SIGNS = (
+SIGNS = (
     Sign("Starting to load model", "loading"),
     Sign("Loading safetensors checkpoint shards: +[0-9]+%", "loading"),
     Sign("Loading weights took", "warming"),
@@ -159,7 +159,7 @@ class VllmEngine:
             fingerprint=version if named else "",
             logprobs=not omni,
             counts=True,
-            signs=_SIGNS,
+            signs=SIGNS,
         )
 
     def _defaults(self, args: tuple[str, ...]) -> tuple[str, ...]:

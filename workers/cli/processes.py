@@ -1,0 +1,361 @@
+"""``up``, ``controller``, ``worker``, ``gateway``: the processes, and everything at once on one machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.text import Text
+
+from turnout.events.store import Unavailable
+from turnout.events.version import VERSION
+from turnout.projections.audit import Audit, seconds
+from turnout.workers import log as logs
+from turnout.workers import running, settings
+from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common
+from turnout.workers.clock import SystemClock
+from turnout.workers.up import Child, ChildFailed, Home, PortTaken, Supervisor, Told, reserve
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable
+
+    from turnout.workers.embedded import EmbeddedServer
+    from turnout.workers.settings import Settings
+
+_config = click.option("--config", metavar="PATH", default="", help="The settings file. Default: turnout.toml here.")
+_level = click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
+
+
+def _load(io: Terminal, config: str, flags: dict[str, object]) -> Settings:
+    """The settings, or all their problems and the end of the process."""
+    if io.nats:
+        flags["nats.url"] = io.nats
+    try:
+        return settings.load(config, os.environ, {key: value for key, value in flags.items() if value is not None})
+    except settings.SettingsError as e:
+        if io.json:
+            problems = [{"where": p.where, "what": p.what} for p in e.problems]
+            io.emit(
+                {
+                    "status": "error",
+                    "code": "settings_invalid",
+                    "reason": str(e),
+                    "hint": "correct them; nothing was started",
+                    "problems": problems,
+                }
+            )
+        else:
+            count = len(e.problems)
+            io.err.print(Text(f"the settings have {count} problem{'s' if count > 1 else ''}:", "bold red"))
+            for problem in e.problems:
+                io.err.print(Text.assemble("  ", (f"{problem.where}: ", "bold"), problem.what))
+        raise SystemExit(FAILED) from None
+
+
+def _run(
+    io: Terminal, name: str, level: str, start: Callable[[Callable[[dict[str, object]], None]], Awaitable[int]]
+) -> None:
+    """Run one process to its end; what keeps it from running is one sentence."""
+    from turnout.workers.processes import Stopped
+    from turnout.workers.wiring import Incompatible
+
+    logs.set_up(level, process=name)
+
+    def ready(said: dict[str, object]) -> None:
+        if io.json:
+            io.emit({"status": "ready", **said})
+
+    async def work() -> int:
+        try:
+            return await start(ready)
+        except Incompatible as e:
+            io.fail("nats_incompatible", str(e))
+        except Stopped as e:
+            io.fail("stopped", str(e))
+        return FAILED
+
+    io.run_process(work)
+
+
+@click.command()
+@_config
+@_level
+@common
+def controller(io: Terminal, config: str, log_level: str) -> None:
+    """Run a controller. Several may run on one NATS; one of them leads, the others answer commands and wait."""
+    loaded = _load(io, config, {})
+    from turnout.workers.processes import run_controller
+
+    _run(io, "controller", log_level, lambda ready: run_controller(loaded, ready))
+
+
+@click.command()
+@click.option("--id", "id_", default=None, help="Stays the same over restarts. Default: the host's name.")
+@_config
+@_level
+@common
+def worker(io: Terminal, id_: str | None, config: str, log_level: str) -> None:
+    """Run the worker of this host. It runs what its own settings allow, [worker.policy], and nothing else.
+
+    SIGTERM ends it and leaves its engines serving: the next worker of this folder takes them over. Ctrl-C (SIGINT)
+    stops them too.
+    """
+    loaded = _load(io, config, {"worker.id": id_})
+    from turnout.workers.processes import run_worker
+
+    _run(io, "worker", log_level, lambda ready: run_worker(loaded, ready))
+
+
+@click.command()
+@click.option("--host", default=None, help="Address to listen on. Default: 127.0.0.1.")
+@click.option("--port", type=click.IntRange(0, 65535), default=None, help="Default: 8400. 0 takes a free one.")
+@click.option("--processes", type=click.IntRange(1, 256), default=1, help="As many, on one port: one for each core.")
+@_config
+@_level
+@common
+def gateway(io: Terminal, host: str | None, port: int | None, processes: int, config: str, log_level: str) -> None:
+    """Run a gateway. It serves on by its last route when NATS or every controller is away."""
+    loaded = _load(io, config, {"gateway.host": host, "gateway.port": port})
+    if processes > 1:
+        logs.set_up(log_level, process="gateways")
+        log_folder = Path(running.FOLDER).absolute() / "logs"
+        io.run_process(lambda: _gateways(io, loaded, processes, log_folder))
+    from turnout.workers.processes import run_gateway
+
+    _run(io, "gateway", log_level, lambda ready: run_gateway(loaded, ready))
+
+
+async def _gateways(io: Terminal, loaded: Settings, processes: int, log_folder: Path) -> int:
+    """Several gateways on one port."""
+    shown = _Shown(io)
+    try:
+        with reserve(loaded.gateway.host, loaded.gateway.port) as held:
+            home = Home(log_folder, SystemClock(), shown.tell)
+            children = _gateway_children(held, loaded, processes, home, {})
+            return await _supervise(io, Supervisor(children), lambda: _say_gateways(io, _url(loaded, held), processes))
+    except PortTaken as e:
+        io.fail("port_taken", str(e), "stop what listens there, or choose another: --port")
+        return FAILED
+
+
+def _say_gateways(io: Terminal, url: str, processes: int) -> None:
+    if io.json:
+        io.emit({"status": "ready", "process": "gateway", "address": url, "processes": processes})
+    else:
+        io.say(f"{processes} gateways at {url}; Ctrl-C stops them")
+
+
+@click.command()
+@click.option("--host", default=None, help="Address of the gateway. Default: 127.0.0.1.")
+@click.option("--port", type=click.IntRange(0, 65535), default=None, help="Port of the gateway. Default: 8400.")
+@click.option("--processes", type=click.IntRange(1, 256), default=1, help="Gateway processes on that port.")
+@click.option("--folder", default=running.FOLDER, show_default=True, help="Where everything is kept.")
+@_config
+@common
+def up(io: Terminal, host: str | None, port: int | None, processes: int, folder: str, config: str) -> None:
+    """Run everything on this machine: a NATS server of its own (unless --nats), controller, worker and gateway.
+
+    Models of turnout.toml are registered and served at once. Everything is kept in ./.turnout, so the next start goes
+    on where this one ended. Ctrl-C stops everything, the engines too.
+    """
+    loaded = _load(io, config, {"gateway.host": host, "gateway.port": port})
+    logs.set_up("error")
+    io.run_process(lambda: _up(io, loaded, processes, Path(folder).absolute()))
+
+
+async def _up(io: Terminal, loaded: Settings, processes: int, folder: Path) -> int:
+    clock = SystemClock()
+    begun = clock.monotonic()
+    if (other := running.find(folder)) is not None:
+        io.fail(
+            "already_running", f"turnout up runs here already (process {other.pid})", f"clients use {other.gateway}/v1"
+        )
+        return FAILED
+    from turnout.workers.embedded import EmbeddedServer, EmbeddedServerError
+    from turnout.workers.wiring import Incompatible, control_plane
+
+    server = None if loaded.nats.url else EmbeddedServer(folder / "nats", clock)
+    shown = _Shown(io)
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            held = stack.enter_context(reserve(loaded.gateway.host, loaded.gateway.port))
+            if server is not None:
+                await server.start()
+                stack.callback(server.stop)
+            nats = server.url if server is not None else loaded.nats.url
+            async with control_plane(nats, "turnout up") as plane:  # so that all processes can start at once
+                await plane.prepare(loaded.nats.replicas)
+        except PortTaken as e:
+            io.fail("port_taken", str(e), "stop what listens there, or choose another: --port")
+            return FAILED
+        except (EmbeddedServerError, Incompatible) as e:
+            io.fail("nats_unusable", str(e))
+            return FAILED
+        env = {"TURNOUT_NATS_URL": nats}
+        if "run_folder" not in _written(loaded):
+            env["TURNOUT_WORKER_RUN_FOLDER"] = str(folder / "engines")
+        home = Home(folder / "logs", clock, shown.tell)
+        options = ["--config", loaded.file] if loaded.file else []
+        children = [
+            Child("controller", ["controller", *options], env, home),
+            Child("worker", ["worker", *options], env, home, stop_signal=signal.SIGINT),
+            *_gateway_children(held, loaded, processes, home, env),
+        ]
+        supervisor = Supervisor(children, ("gateway", "worker", "controller"))
+        url = _url(loaded, held)
+
+        def ready() -> None:
+            pids = {child.name: child.pid for child in children} | ({"nats": server.pid} if server is not None else {})
+            running.write(folder, running.Running(os.getpid(), nats, url, pids))
+            _say_up(io, loaded, url, nats, folder, clock.monotonic() - begun)
+
+        stack.callback(running.remove, folder)
+        beside = [_tell_log(nats, shown)] if not io.json else []
+        if server is not None:
+            beside.append(_keep_server(server, shown))
+        return await _supervise(io, supervisor, ready, *beside)
+
+
+def _written(loaded: Settings) -> set[str]:
+    """Keys of [worker] that differ from what is there without a file."""
+    default = type(loaded.worker)()
+    return {f for f in default.__struct_fields__ if getattr(default, f) != getattr(loaded.worker, f)}
+
+
+def _gateway_children(
+    held: socket.socket, loaded: Settings, processes: int, home: Home, env: dict[str, str]
+) -> list[Child]:
+    shared = {
+        **env,
+        "TURNOUT_GATEWAY_HOST": loaded.gateway.host,
+        "TURNOUT_GATEWAY_PORT": str(held.getsockname()[1]),
+        "TURNOUT_GATEWAY_REUSE_PORT": "true",
+    }
+    if loaded.nats.url:
+        shared.setdefault("TURNOUT_NATS_URL", loaded.nats.url)
+    options = ["--config", loaded.file] if loaded.file else []
+    names = ["gateway"] if processes == 1 else [f"gateway-{n}" for n in range(1, processes + 1)]
+    return [Child(name, ["gateway", *options], shared, home) for name in names]
+
+
+def _url(loaded: Settings, held: socket.socket) -> str:
+    host = f"[{loaded.gateway.host}]" if ":" in loaded.gateway.host else loaded.gateway.host
+    return f"http://{host}:{held.getsockname()[1]}"
+
+
+async def _supervise(io: Terminal, supervisor: Supervisor, ready: Callable[[], None], *beside: Any) -> int:
+    """Start all, stay until a signal, stop all. A second signal kills."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            supervisor.kill()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    tasks: list[asyncio.Task[Any]] = []
+    stopping = asyncio.create_task(stop.wait())
+    starting = asyncio.create_task(supervisor.start())
+    try:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            ready()
+            tasks = [asyncio.create_task(one) for one in beside]
+            beside = ()
+            await stopping
+        io.say("")
+        io.say("stopping: requests and engines end first")
+    except ChildFailed as e:
+        io.fail(e.code, e.reason, e.hint)
+        return FAILED
+    finally:
+        for one in beside:
+            one.close()
+        for task in (*tasks, starting, stopping):
+            task.cancel()
+        await asyncio.gather(*tasks, starting, stopping, return_exceptions=True)
+        await supervisor.stop()
+    io.say("stopped")
+    return DONE
+
+
+async def _keep_server(server: EmbeddedServer, shown: _Shown) -> None:
+    """Start the NATS server again where it ends."""
+    from turnout.workers.embedded import EmbeddedServerError
+
+    while True:
+        await asyncio.sleep(0.2)
+        if server.running:
+            continue
+        shown.tell(Told("nats", "warning", "the NATS server ended; requests go on, it is started again"))
+        try:
+            await server.restart()
+        except EmbeddedServerError as e:
+            shown.tell(Told("nats", "error", str(e)))
+            await asyncio.sleep(2.0)
+
+
+def _say_up(io: Terminal, loaded: Settings, url: str, nats: str, folder: Path, took_s: float) -> None:
+    if io.json:
+        io.emit({"status": "ready", "gateway": url, "nats": nats, "folder": str(folder), "pid": os.getpid()})
+        return
+    with contextlib.suppress(ValueError):
+        folder = folder.relative_to(Path.cwd())
+    io.say(Text.assemble(("turnout ", "bold"), (VERSION, "bold"), f" is up after {seconds(took_s)}"))
+    io.say("")
+    io.say(Text.assemble("  clients   ", (f"{url}/v1", "bold cyan")))
+    io.say(f"  NATS      {nats}")
+    io.say(f"  kept in   {folder}  (logs of the processes in {folder / 'logs'})")
+    io.say("")
+    if not loaded.models:
+        io.say("In another terminal, in this folder:", "dim")
+        io.say("  turnout register chat v1 --engine fake")
+        io.say("  turnout switch chat v1 --wait")
+        io.say("")
+    io.say("Ctrl-C stops everything. What happens:", "dim")
+
+
+class _Shown:
+    """What a supervising terminal shows of its children."""
+
+    def __init__(self, io: Terminal) -> None:
+        self.io = io
+        self._clock = SystemClock()
+
+    def tell(self, told: Told) -> None:
+        """A child's warning."""
+        style = "bold red" if told.level == "error" else "yellow"
+        if not self.io.json:
+            self.line(Text.assemble((told.name, "bold"), "  ", (told.text, style)))
+
+    def line(self, text: Text) -> None:
+        """One line with its time."""
+        self.io.out.print(Text.assemble((f"{self._clock.now().astimezone():%H:%M:%S}  ", "dim"), text))
+
+
+async def _tell_log(nats: str, shown: _Shown) -> None:
+    """Say what the log says from now on, without the small print."""
+    from turnout.workers.wiring import control_plane
+
+    styles = {"good": "green", "warning": "yellow", "bad": "bold red"}
+    audit = Audit()
+    with contextlib.suppress(Unavailable):
+        async with control_plane(nats, "turnout up") as plane:
+            last = await plane.store.last_sequence()
+
+            def deliver(recorded: Any) -> None:
+                entry = audit.entry(recorded)
+                if recorded.sequence > last and entry.tone in ("good", "warning", "bad"):
+                    shown.line(Text(entry.sentence, styles[entry.tone]))
+
+            await plane.store.tail(0, deliver, lambda _: None)
+            await asyncio.Event().wait()

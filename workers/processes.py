@@ -1,0 +1,202 @@
+"""Builds each process from its settings and runs it until it is stopped. Adapters come from wiring.py.
+
+Each ``run_…`` returns the exit code. What keeps a process from running is one sentence, raised at the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from turnout.events.store import LogReplaced
+from turnout.workers.clock import SystemClock
+from turnout.workers.controller.controller import Controller
+from turnout.workers.declared import Declared
+from turnout.workers.inference.host import HostRunner, engines
+from turnout.workers.inference.worker import InferenceWorker
+from turnout.workers.metrics import Gauge, MetricsServer
+from turnout.workers.wiring import control_plane
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from turnout.workers.inference.policy import WorkerPolicy
+    from turnout.workers.settings import Settings
+    from turnout.workers.wiring import ControlPlane
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """The process can't go on; the message says why and what to do."""
+
+
+async def run_controller(settings: Settings, ready: Callable[[dict[str, object]], None]) -> int:
+    """Run a controller until SIGTERM or SIGINT; ``ready`` is called once it answers commands."""
+    clock = SystemClock()
+    lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def away(reason: str) -> None:
+        if not lost.done():
+            lost.set_result(reason)
+
+    async with control_plane(
+        settings.nats.url, f"turnout controller {os.getpid()}", clock=clock, away_s=settings.nats.away_s, away=away
+    ) as plane:
+        await plane.prepare(settings.nats.replicas)
+        controller = Controller(
+            settings.controller.id or clock.id("controller-"),
+            store=plane.store,
+            bus=plane.bus,
+            beats=plane.beats,
+            reader=plane.reader,
+            writer=plane.writer,
+            lease=plane.lease("controller"),
+            clock=clock,
+            config=settings.switching,
+            defaults=settings.switch,
+        )
+        metrics = _metrics(settings, settings.metrics.controller, lambda: _controller_gauges(controller))
+        try:
+            return await _until_stopped(
+                controller.run(),
+                Declared(controller, settings, clock).run(),
+                _say_ready(controller.serving, ready, {"process": "controller", "id": controller.id}),
+                lost=lost,
+            )
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+
+async def run_worker(settings: Settings, ready: Callable[[dict[str, object]], None]) -> int:
+    """Run a worker until a signal: SIGINT stops its engines, SIGTERM leaves them to the next worker of this folder.
+
+    Never ends for want of NATS once it runs.
+    """
+    clock, own = SystemClock(), settings.worker
+    async with control_plane(settings.nats.url, f"turnout worker {os.getpid()}", clock=clock) as plane:
+        check_s = settings.switching.health_check_interval if settings.switching.enable_health_checks else None
+        own = msgspec.structs.replace(own, policy=_own_policy(settings))
+        runner = HostRunner(own, engines(own), clock, check_s)
+        worker = InferenceWorker(own, bus=plane.bus, beats=plane.beats, views=plane.reader, clock=clock, runner=runner)
+        metrics = _metrics(settings, settings.metrics.worker, lambda: _worker_gauges(worker, plane))
+        ready({"process": "worker", "id": worker.id, "engines": list(runner.kinds)})
+        try:
+            return await _until_stopped(
+                worker.run(), stop=lambda number: worker.stop(stop_engines=number == signal.SIGINT)
+            )
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+
+def _own_policy(settings: Settings) -> WorkerPolicy:
+    """The worker's policy; what turnout.toml itself declares is allowed, because the owner wrote both."""
+    policy = settings.worker.policy
+    declared = settings.engines().values()
+    roots = dict.fromkeys(policy.model_roots or (".",)) | dict.fromkeys(e.path for e in declared if e.path)
+    commands = dict.fromkeys(policy.commands) | dict.fromkeys(shlex.join(e.command) for e in declared if e.command)
+    hosts = dict.fromkeys(policy.hosts) | dict.fromkeys(urlsplit(e.url).hostname or "" for e in declared if e.url)
+    return msgspec.structs.replace(policy, model_roots=tuple(roots), commands=tuple(commands), hosts=tuple(hosts))
+
+
+async def _say_ready(event: asyncio.Event, ready: Callable[[dict[str, object]], None], said: dict[str, object]) -> None:
+    await event.wait()
+    ready(said)
+
+
+async def _until_stopped(
+    main: Coroutine[object, object, None],
+    *beside: Coroutine[object, object, None],
+    lost: asyncio.Future[str] | None = None,
+    stop: Callable[[int], None] | None = None,
+) -> int:
+    """Run ``main`` until it ends, a signal asks to stop, or the connection is lost; ``beside`` may end before.
+
+    Args:
+        main: what the process is.
+        beside: what runs along; its errors end the process.
+        lost: gets the reason why the connection is given up.
+        stop: gets the first signal, and makes ``main`` end; without it ``main`` is cancelled. A second one cancels.
+
+    Raises:
+        Stopped: the connection is lost, or the log is another one.
+    """
+    loop = asyncio.get_running_loop()
+    work = asyncio.ensure_future(main)
+    others = [asyncio.ensure_future(one) for one in beside]
+    asked: list[int] = []
+
+    def on_signal(number: int) -> None:
+        asked.append(number)
+        if stop is not None and len(asked) == 1:
+            stop(number)
+        else:
+            work.cancel()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+    waiting: set[asyncio.Future[Any]] = {work, *others}
+    if lost is not None:
+        waiting.add(lost)
+    try:
+        while not work.done():
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if lost is not None and lost in done and not asked:
+                raise Stopped(lost.result())
+            for one in done - {work}:
+                one.result()
+        if not (asked and work.cancelled()):
+            work.result()
+    except LogReplaced as e:
+        raise Stopped(f"the log was replaced while this process ran ({e}): start it again") from e
+    finally:
+        for one in (work, *others):
+            one.cancel()
+        await asyncio.gather(work, *others, return_exceptions=True)
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+    return 0
+
+
+def _metrics(settings: Settings, listen: str, read: Callable[[], tuple[Gauge, ...]]) -> MetricsServer | None:
+    if not listen or not settings.switching.enable_metrics:
+        return None
+    try:
+        return MetricsServer(listen, read)
+    except (OSError, ValueError, OverflowError) as e:
+        raise Stopped(f"/metrics can't be answered at {listen}: {e}; choose another address in [metrics]") from e
+
+
+def _controller_gauges(controller: Controller) -> tuple[Gauge, ...]:
+    """Read in another thread: every collection is copied in one step."""
+    world = controller.log.world
+    phases: dict[str, int] = {}
+    for instance in list(world.instances.values()):
+        phases[instance.phase] = phases.get(instance.phase, 0) + 1
+    return (
+        Gauge("turnout_controller_leading", "1 while this controller leads.", float(controller.leading.is_set())),
+        Gauge("turnout_log_sequence", "Newest event that was folded.", controller.log.sequence),
+        Gauge("turnout_models", "Registered models.", len(world.models)),
+        Gauge("turnout_switches_running", "Switches that have not ended.", len(world.running)),
+        Gauge("turnout_gateways_live", "Gateways whose acknowledgements are awaited.", len(world.live_gateways)),
+        Gauge("turnout_workers_live", "Workers that are heard of.", sum(w.live for w in list(world.workers.values()))),
+        *(
+            Gauge("turnout_instances", "Instances by phase, ended ones too.", count, {"phase": phase})
+            for phase, count in sorted(phases.items())
+        ),
+    )
+
+
+def _worker_gauges(worker: InferenceWorker, plane: ControlPlane) -> tuple[Gauge, ...]:
+    return (
+        Gauge("turnout_worker_instances", "Engines that run, load or stop.", len(worker.instances)),
+        Gauge("turnout_worker_connected", "1 while there is a connection to NATS.", float(plane.connection.connected)),
+    )
