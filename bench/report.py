@@ -98,6 +98,11 @@ def machine() -> dict[str, str]:
     return described
 
 
+def environment() -> dict[str, str]:
+    """For processes that are to run this checkout, whatever the environment has installed."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+
+
 def main(name: str, bench: Callable[[bool], Outcome]) -> int:
     """Run one bench as a program: ``--quick`` for a short trial that is not kept, ``--no-write`` to keep nothing."""
     parser = argparse.ArgumentParser(prog=f"bench/{name}.py", description=(sys.modules["__main__"].__doc__ or ""))

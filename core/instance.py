@@ -35,6 +35,7 @@ class InstanceState(msgspec.Struct, frozen=True):
     bytes: int = 0
     reason: str = ""
     log_tail: tuple[str, ...] = ()
+    forced: bool = False
 
 
 initial = InstanceState()
@@ -49,8 +50,9 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
             return msgspec.structs.replace(state, phase="ready", stage="", address=address, bytes=bytes)
         case InstanceRequested(instance, model, version, worker, engine, cause, attempt):
             return InstanceState(instance, model, version, worker, engine, "requested", "", "", cause, attempt)
-        case InstanceDraining(_, reason):
-            return msgspec.structs.replace(state, phase="draining", reason=reason)
+        case InstanceDraining(_, reason, forced_by):
+            forced = state.forced or bool(forced_by)
+            return msgspec.structs.replace(state, phase="draining", reason=reason, forced=forced)
         case InstanceStopped():
             return msgspec.structs.replace(state, phase="stopped")
         case InstanceFailed(_, stage, reason, log_tail):
@@ -133,7 +135,9 @@ def decide(state: InstanceState, command: InstanceCommand) -> tuple[InstanceEven
         case _ if state.phase in ENDED:
             return ()
         case DrainInstance(instance, reason, forced_by):
-            return () if state.phase == "draining" else (InstanceDraining(instance, reason, forced_by),)
+            if state.phase == "draining" and (state.forced or not forced_by):  # a force that comes later is news
+                return ()
+            return (InstanceDraining(instance, reason, forced_by),)
         case ReportStopped(instance, seconds):
             return (InstanceStopped(instance, seconds),)
         case ReportFailed(instance, stage, reason, log_tail, exit_code):

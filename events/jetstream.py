@@ -15,7 +15,7 @@ import msgspec
 import nats.errors
 import structlog
 
-from turnout.events import jsapi
+from turnout.events import jsapi, subjects
 from turnout.events.codec import decode, record
 from turnout.events.envelope import ENVELOPE_HEADER, TYPE_HEADER, Recorded
 from turnout.events.store import Conflict, LogReplaced, StoreFull, Unavailable, check_appends
@@ -115,6 +115,22 @@ class JetStreamStore:
         except jsapi.Refused as e:
             raise Unavailable(f"the event log cannot be read: {e}") from e
         return tuple(found)
+
+    async def page(self, after: int) -> tuple[tuple[Recorded, ...], int]:
+        """The next events above sequence ``after``, and how many are left behind them.
+
+        By direct get, without a consumer: for accounts that may read the log and do nothing else.
+
+        Raises:
+            Unavailable: no answer.
+            Damaged: an event cannot be read.
+        """
+        query = {"seq": after + 1, "next_by_subj": f"{subjects.EVENTS}.>", "batch": jsapi.BATCH_LIMIT}
+        try:
+            got = await jsapi.direct_get(self._nc, self._stream, query, self._timeout_s)
+        except jsapi.Refused as e:
+            raise Unavailable(f"the event log cannot be read: {e}") from e
+        return tuple(_got(message) for message in got.messages), got.pending
 
     async def _newest(self, subject: str) -> int:
         """Sequence of a subject's newest event, from the stream's leader; 0 where there is none."""

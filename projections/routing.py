@@ -59,10 +59,21 @@ class Routing(Fold):
 
     def _route_changed(self, event: RouteChanged, recorded: Recorded) -> None:
         model = event.model
-        self.routes[model] = RouteView(model, event.revision, event.splits, event.salt, event.drain_s)
+        left = _left(self.routes.get(model), event)
+        self.routes[model] = RouteView(model, event.revision, event.splits, event.salt, event.drain_s, left)
         self.changed.add(model)
 
     def _model_registered(self, event: ModelRegistered, recorded: Recorded) -> None:
         if event.model not in self.routes:
             self.routes[event.model] = RouteView(event.model)
             self.changed.add(event.model)
+
+
+def _left(before: RouteView | None, event: RouteChanged) -> dict[str, int]:
+    """What has left by this event, newest last."""
+    if before is None:
+        return {}
+    here = {split.version for split in event.splits}
+    left = {version: revision for version, revision in before.left.items() if version not in here}
+    left |= {split.version: event.revision for split in before.splits if split.version not in here}
+    return dict(list(left.items())[-LEFT_MOST:])

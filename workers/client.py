@@ -29,6 +29,7 @@ from turnout.workers.ports import Request
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
+    from turnout.events.envelope import Recorded
     from turnout.events.model import EngineSpec
     from turnout.events.store import EventStore
     from turnout.workers.clock import Clock
@@ -40,6 +41,8 @@ DEADLINE_S = 10.0
 #: For one answer, seconds; a controller that restarts is found again by the next try.
 _ANSWER_S = 2.0
 _RETRY_S = 0.1
+#: How often a followed log is looked at while no controller projects, seconds.
+_POLL_LOG_S = 2.0
 
 _TYPES: dict[str, type[Any]] = {
     "model": ModelView,
@@ -88,6 +91,10 @@ class Plane(Protocol):
     @property
     def store(self) -> EventStore:
         """The log, to be read."""
+        ...
+
+    async def log_page(self, after: int) -> tuple[tuple[Recorded, ...], int]:
+        """The next events above sequence ``after``, and how many are left behind them. Raises Unavailable."""
         ...
 
     async def ask(self, role: str, verb: str, request: Request, timeout_s: float) -> bytes:
@@ -248,6 +255,32 @@ class Client:
         """
         entries, checkpoint = await self._plane.reader.snapshot(keys)
         return {key: entry.value for key, entry in entries.items() if entry.value}, checkpoint
+
+    async def log(self, *, follow: bool = False) -> AsyncGenerator[Recorded]:
+        """The event log from its start; to what is stored now, or on and on.
+
+        Needs no right but to read the log and, to follow it, the views.
+
+        Raises:
+            Unavailable: it can't be read.
+            Damaged: an event can't be read.
+        """
+        after, left = 0, 1
+        while left:
+            records, left = await self._plane.log_page(after)
+            for recorded in records:
+                yield recorded
+                after = recorded.sequence
+        if not follow:
+            return
+        async with self.follow() as following:  # no key: the checkpoint moves with every event
+            while True:
+                records, left = await self._plane.log_page(after)
+                for recorded in records:
+                    yield recorded
+                    after = recorded.sequence
+                if not left:
+                    await following.moved(_POLL_LOG_S)
 
     @asynccontextmanager
     async def follow(self, *keys: str) -> AsyncGenerator[Following]:

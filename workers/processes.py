@@ -18,6 +18,7 @@ from turnout.events.store import LogReplaced
 from turnout.workers.clock import SystemClock
 from turnout.workers.controller.controller import Controller
 from turnout.workers.declared import Declared
+from turnout.workers.gateway.main import Gateway
 from turnout.workers.inference.host import HostRunner, engines
 from turnout.workers.inference.worker import InferenceWorker
 from turnout.workers.metrics import Gauge, MetricsServer
@@ -95,6 +96,38 @@ async def run_worker(settings: Settings, ready: Callable[[dict[str, object]], No
         finally:
             if metrics is not None:
                 metrics.close()
+
+
+async def run_gateway(settings: Settings, ready: Callable[[dict[str, object]], None]) -> int:
+    """Run a gateway until SIGTERM or SIGINT; ``ready`` is called once it takes requests.
+
+    Never ends for want of NATS once it runs.
+    """
+    clock, config = SystemClock(), settings.switching
+    own = msgspec.structs.replace(
+        settings.gateway,
+        metrics=settings.gateway.metrics and config.enable_metrics,
+        track_requests=settings.gateway.track_requests and config.enable_request_tracking,
+    )
+    async with control_plane(settings.nats.url, f"turnout gateway {os.getpid()}", clock=clock) as plane:
+        gateway = Gateway(
+            own,
+            id=clock.id("gateway-"),
+            bus=plane.bus,
+            beats=plane.beats,
+            views=plane.reader,
+            clock=clock,
+            connected=lambda: plane.connection.connected,
+        )
+
+        def listening(url: str) -> None:
+            ready({"process": "gateway", "id": gateway.id, "address": url})
+
+        try:
+            return await _until_stopped(gateway.run(listening), stop=lambda _: gateway.stop())
+        except OSError as e:
+            why, hint = e.strerror or str(e), "stop what listens there, or choose another: --port"
+            raise Stopped(f"port {own.port} on {own.host} can't be used: {why}; {hint}") from e
 
 
 def _own_policy(settings: Settings) -> WorkerPolicy:

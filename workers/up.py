@@ -90,6 +90,7 @@ class Child:
         self._tell = home.tell
         self._process: asyncio.subprocess.Process | None = None
         self._failure: dict[str, str] = {}
+        self._last_line = ""
         self._stop_signal = stop_signal
         self._stopping = False
 
@@ -114,7 +115,7 @@ class Child:
                 raise ChildFailed(
                     self.name,
                     self._failure.get("code", "child_failed"),
-                    self._failure.get("reason", f"{self.name} ended at its start ({_how(code)})"),
+                    self._failure.get("reason", f"{self.name} ended at its start: {self._last_line or _how(code)}"),
                     self._failure.get("hint", f"its log is {self._file}"),
                 )
             pause_s = _BACK_OFF_S if self._clock.monotonic() - begun > _SOUND_S else min(pause_s * 2, _BACK_OFF_S_MAX)
@@ -146,7 +147,7 @@ class Child:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def _run_once(self) -> int:
-        self._failure = {}
+        self._failure, self._last_line = {}, ""
         self._process = process = await asyncio.create_subprocess_exec(
             *self._args,
             stdin=asyncio.subprocess.DEVNULL,
@@ -181,9 +182,10 @@ class Child:
                 file.flush()
                 try:
                     entry: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
-                except msgspec.DecodeError:
-                    continue  # not one of our lines: the file has it
-                if entry.get("level") in ("warning", "error", "critical"):
+                except msgspec.DecodeError:  # not one of our lines, e.g. of a traceback
+                    self._last_line = line.decode(errors="replace").strip() or self._last_line
+                    continue
+                if entry.get("level") in ("error", "critical"):
                     self._tell(Told(self.name, str(entry["level"]), _entry_text(entry)))
 
 
@@ -202,7 +204,7 @@ class Supervisor:
             ChildFailed: one ended before it was ready; the others may be running.
         """
         self._tasks = [asyncio.create_task(child.run()) for child in self.children]
-        waiting = asyncio.gather(*(child.ready.wait() for child in self.children))
+        waiting = asyncio.create_task(self._all_ready())
         try:
             watched: list[asyncio.Future[Any]] = [waiting, *self._tasks]
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -212,6 +214,10 @@ class Supervisor:
             await waiting
         finally:
             waiting.cancel()
+
+    async def _all_ready(self) -> None:
+        for child in self.children:
+            await child.ready.wait()
 
     async def stop(self) -> None:
         """Stop all, group by group."""

@@ -26,6 +26,7 @@ from turnout.workers.nats import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    from turnout.events.envelope import Recorded
     from turnout.workers.clock import Clock
     from turnout.workers.nats import Connection
     from turnout.workers.ports import Request
@@ -65,6 +66,15 @@ class ControlPlane:
     def lease(self, role: str) -> NatsLease:
         """The leadership of a role."""
         return NatsLease(self.connection, role, self.clock, _LEASE_S if self.replicas == 1 else _LEASE_REPLICATED_S)
+
+    async def log_page(self, after: int) -> tuple[tuple[Recorded, ...], int]:
+        """The next events above sequence ``after``, and how many are left behind them.
+
+        Raises:
+            Unavailable: no answer.
+            Damaged: an event can't be read.
+        """
+        return await self.store.page(after)
 
     async def ask(self, role: str, verb: str, request: Request, timeout_s: float) -> bytes:
         """Send a command once; the JSON of its answer.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from turnout.events.envelope import Recorded
     from turnout.workers.clock import SystemClock
     from turnout.workers.nats import Connection
-    from turnout.workers.ports import ViewEntry
+    from turnout.workers.ports import Closeable, ViewEntry
 
     Until = Callable[[Callable[[], object]], Awaitable[None]]
 
@@ -76,14 +76,13 @@ def port(nats_binary: Path, tmp_path: Path, runner: asyncio.Runner, until: Until
 
 @pytest.mark.parametrize("conf", ["server.conf", "cluster.conf"])
 def test_the_configuration_is_valid(nats_binary: Path, tmp_path: Path, conf: str) -> None:
-    route = '"nats://routes:pw@127.0.0.1:6222"'
     environ = {
         "TURNOUT_STORE_DIR": str(tmp_path),
         "TURNOUT_SERVER_NAME": "n1",
         "TURNOUT_HOST": "127.0.0.1",
         "TURNOUT_ROUTES_HOST": "127.0.0.1",
         "TURNOUT_ROUTES_PASSWORD": "pw",
-        **{f"TURNOUT_ROUTE_{n}": route for n in (1, 2, 3)},
+        **{f"TURNOUT_ROUTE_{n}": f'"nats://routes:pw@127.0.0.{n}:6222"' for n in (1, 2, 3)},
         **PASSWORDS,
     }
     checked = subprocess.run(
@@ -143,7 +142,7 @@ def test_every_role_can_do_its_work(port: int, clock: SystemClock, runner: async
         beats: list[tuple[str, str, bytes]] = []
         listening = await NatsBeats(controller).listen(lambda *beat: beats.append(beat))
         copies: dict[str, int] = {}
-        watches = []
+        watches: list[Closeable] = []
         for role, connection in {"gw": gateway, "worker": worker, "ops": ops}.items():
             assert await NatsBus(connection).ask(role, "x.y", Request("1", "a")) == Accepted(f"{role} x.y", 1)
 
@@ -269,7 +268,7 @@ def test_a_cluster_of_three_loses_nothing_when_its_leader_is_killed(
                 except Unavailable:
                     await asyncio.sleep(0.1)
 
-    async def again(store: JetStreamStore, n: int, head: object) -> tuple[Recorded, ...]:
+    async def again(store: JetStreamStore, n: int) -> tuple[Recorded, ...]:
         """Append until it is stored: on any doubt look whether it is."""
         subject = subjects.event("gateway", "g")
         async with asyncio.timeout(40):
@@ -296,12 +295,12 @@ def test_a_cluster_of_three_loses_nothing_when_its_leader_is_killed(
         tail = await store.tail(0, heard.append, lost.append)
         history: tuple[Recorded, ...] = ()
         for n in range(20):
-            history = await again(store, n, history)
+            history = await again(store, n)
 
         leader = (await jsapi.api(connection.nc, "STREAM.INFO.EVENTS", None, 5))["cluster"]["leader"]
         os.killpg(servers[leader].pid, signal.SIGKILL)
         for n in range(20, 40):
-            history = await again(store, n, history)
+            history = await again(store, n)
         await until(lambda: len(heard) == 80)
         await tail.close()
         await connection.close()

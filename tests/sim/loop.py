@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from contextvars import Context
 
 
+#: Rounds without any passing of time after which something is taken to run in circles.
+SPIN = 100_000
+
+
 class Stuck(Exception):
-    """Everything waits, and no timer will ever wake anything."""
+    """Everything waits and no timer will ever wake anything, or something runs in circles while no time passes."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -28,6 +32,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._now = 0.0
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._made = 0
+        self._rounds = 0
 
     def time(self) -> float:
         """Simulated seconds."""
@@ -53,8 +58,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 raise Stuck("everything waits for something that no timer will bring")
             when, _, timer = heapq.heappop(self._timers)
             if not timer.cancelled():
-                self._now = max(self._now, when)
+                if when > self._now:
+                    self._now = when
+                    self._rounds = 0
                 ready.append(timer)
+        self._rounds += 1
+        if self._rounds > SPIN:
+            raise Stuck(f"{SPIN} rounds at {self._now} s; next is {ready[0]!r}")
         for _ in range(len(ready)):
             handle = ready.popleft()
             if not handle.cancelled():

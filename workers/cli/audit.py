@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,32 +17,11 @@ from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common
 from turnout.workers.client import CommandRejected
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from turnout.events.envelope import Recorded
     from turnout.workers.client import Client
 
 _STYLES = {"good": "green", "warning": "yellow", "bad": "bold red", "detail": "dim", "": ""}
 _KINDS = ("model.*", "route.*", "switch.*", "worker.*", "gateway.*")
-
-
-@asynccontextmanager
-async def _records(client: Client) -> AsyncGenerator[tuple[asyncio.Queue[Recorded | Exception], int]]:
-    """The log from its start and on, and the sequence of its newest event now."""
-    queue: asyncio.Queue[Recorded | Exception] = asyncio.Queue()
-    last = await client.store.last_sequence()
-    tail = await client.store.tail(0, queue.put_nowait, queue.put_nowait)
-    try:
-        yield queue, last
-    finally:
-        await tail.close()
-
-
-async def _next(queue: asyncio.Queue[Recorded | Exception]) -> Recorded:
-    got = await queue.get()
-    if isinstance(got, Exception):
-        raise got
-    return got
 
 
 @click.command("log")
@@ -57,15 +34,11 @@ def log(io: Terminal, target: str, follow: bool) -> None:
     async def work(client: Client) -> int:
         audit, said = Audit(), Lines(io)
         found = False
-        async with _records(client) as (queue, last):
-            at = 0
-            while follow or at < last:
-                recorded = await _next(queue)
-                at = recorded.sequence
-                entry = audit.entry(recorded)
-                if not target or target in (entry.model, entry.switch):
-                    found = True
-                    said.add(entry, recorded)
+        async for recorded in client.log(follow=follow):
+            entry = audit.entry(recorded)
+            if not target or target in (entry.model, entry.switch):
+                found = True
+                said.add(entry, recorded)
         if not found and target:
             raise CommandRejected(
                 Rejected(
@@ -131,8 +104,7 @@ def verify(io: Terminal) -> None:
 
     async def work(client: Client) -> int:
         stored, checkpoint = await client.raw_views(*_KINDS)
-        async with _records(client) as (queue, last):
-            records = [await _next(queue) for _ in range(last)]
+        records = [recorded async for recorded in client.log()]
         views = Views()
         upto = checkpoint.sequence if checkpoint is not None else 0
         for recorded in records:

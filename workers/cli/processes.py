@@ -59,7 +59,11 @@ def _load(io: Terminal, config: str, flags: dict[str, object]) -> Settings:
 
 
 def _run(
-    io: Terminal, name: str, level: str, start: Callable[[Callable[[dict[str, object]], None]], Awaitable[int]]
+    io: Terminal,
+    name: str,
+    level: str,
+    start: Callable[[Callable[[dict[str, object]], None]], Awaitable[int]],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> None:
     """Run one process to its end; what keeps it from running is one sentence."""
     from turnout.workers.processes import Stopped
@@ -77,10 +81,11 @@ def _run(
         except Incompatible as e:
             io.fail("nats_incompatible", str(e))
         except Stopped as e:
-            io.fail("stopped", str(e))
+            reason, _, hint = str(e).rpartition("; ")
+            io.fail("stopped", reason or hint, hint if reason else "")
         return FAILED
 
-    io.run_process(work)
+    io.run_process(work, loop_factory)
 
 
 @click.command()
@@ -126,9 +131,11 @@ def gateway(io: Terminal, host: str | None, port: int | None, processes: int, co
         logs.set_up(log_level, process="gateways")
         log_folder = Path(running.FOLDER).absolute() / "logs"
         io.run_process(lambda: _gateways(io, loaded, processes, log_folder))
+    import uvloop
+
     from turnout.workers.processes import run_gateway
 
-    _run(io, "gateway", log_level, lambda ready: run_gateway(loaded, ready))
+    _run(io, "gateway", log_level, lambda ready: run_gateway(loaded, ready), uvloop.new_event_loop)
 
 
 async def _gateways(io: Terminal, loaded: Settings, processes: int, log_folder: Path) -> int:

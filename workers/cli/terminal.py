@@ -22,7 +22,7 @@ from turnout.events.store import Damaged, LogReplaced, Unavailable
 from turnout.workers.client import Client, CommandRejected, ControllerBug, connect
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from rich.console import RenderableType
 
@@ -109,14 +109,15 @@ class Terminal:
 
         self.run_process(connected)
 
-    def run_process(self, work: Callable[[], Awaitable[int]]) -> NoReturn:
+    def run_process(
+        self,
+        work: Callable[[], Coroutine[Any, Any, int]],
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    ) -> NoReturn:
         """Do the work, end the process with its exit code. The edge where errors become words."""
-
-        async def whole() -> int:
-            return await work()
-
         try:
-            code = asyncio.run(whole())
+            with asyncio.Runner(loop_factory=loop_factory) as runner:
+                code = runner.run(work())
         except CommandRejected as e:
             self.refused(e.answer)
             code = FAILED

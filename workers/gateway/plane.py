@@ -83,9 +83,11 @@ class DataPlane:
         return f"http://{host}:{bound.getsockname()[1]}"
 
     async def listen(self) -> None:
-        """Take requests. ``bind`` comes first."""
+        """Take requests. ``bind`` comes first; after ``stop`` it does nothing."""
         if self._socket is None:
             raise RuntimeError("bind() comes before listen()")
+        if self.context.stopping:
+            return
         self._server = await self._loop.create_server(
             lambda: ClientConnection(self.context, self.connections), sock=self._socket, backlog=_BACKLOG
         )

@@ -96,7 +96,7 @@ class HostRunner:
         for record in self._folder.records():
             taken = EngineProcess.adopt(record, self._folder)
             if taken is None:
-                self._kill_leftovers(record)
+                await self._kill_leftovers(record)
                 self._folder.forget(record.instance)
                 continue
             self._running[record.instance] = _Running(record.launch, taken)
@@ -110,13 +110,15 @@ class HostRunner:
             if instance not in answer:
                 log.warning("engine_unrecorded", instance=instance, pid=leader.pid)
                 host_process.kill_session(leader.pid, leader.started)
+                await host_process.wait_gone(leader.pid, self._clock)
         self._folder.sweep_logs(set(answer))
         return answer
 
-    def _kill_leftovers(self, record: Record) -> None:
+    async def _kill_leftovers(self, record: Record) -> None:
         """The leader is gone; its children may not be (vLLM's outlive a killed API process)."""
         if record.boot == host_process.boot_id() and host_process.look(record.pid) is None:
             host_process.kill_session(record.pid, None)
+            await host_process.wait_gone(record.pid, self._clock)
 
     async def load(self, order: Order, progress: Callable[[str, str], None]) -> Loaded | Failure:
         """Start, wait until it listens, prove. See the port."""
@@ -323,7 +325,7 @@ class HostRunner:
         """Tokens that the engine says it has read and written; 0 where it does not say."""
         if not running.launch.counts:
             return 0.0
-        return await quiet.tokens(running.launch.address, _HEALTH_TIMEOUT_S)
+        return await quiet.tokens(running.launch.address, min(_HEALTH_TIMEOUT_S, self._settings.probe_timeout_s))
 
     def _note(self, instance: str, running: _Running, verdict: probe.Verdict) -> None:
         """Keep what a health check has shown; say it when it changes."""

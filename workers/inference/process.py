@@ -35,7 +35,8 @@ SHUT = ".shut"
 LOG_LINES = 200
 _TAIL_BYTES = 1 << 18
 LOG_LIMIT_BYTES = 64 << 20
-_TICK_S = 0.05
+_TICK_S = 0.02
+_GONE_S = 30.0
 #: Names the instance in the environment of its processes, so that one is found even where its file was never written.
 MARK = "TURNOUT_INSTANCE"
 _SECRET_PREFIXES = ("TURNOUT_", "NATS_")
@@ -143,6 +144,13 @@ def kill_session(leader: int, started: int | None) -> None:
     for member in members(leader):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(member.pid, signal.SIGKILL)
+
+
+async def wait_gone(leader: int, clock: Clock) -> None:
+    """Until a killed group has left; at most half a minute, as what hangs in the kernel can't be killed."""
+    deadline = clock.monotonic() + _GONE_S
+    while members(leader) and clock.monotonic() < deadline:  # noqa: ASYNC110  /proc tells no event
+        await asyncio.sleep(_TICK_S)
 
 
 class RunFolder:
@@ -391,9 +399,7 @@ class EngineProcess:
                 async with asyncio.timeout(grace_s):
                     await self.wait()
         self.signal(signal.SIGKILL)
-        deadline = clock.monotonic() + 30
-        while members(self.pid) and clock.monotonic() < deadline:  # noqa: ASYNC110  /proc tells no event
-            await asyncio.sleep(_TICK_S)
+        await wait_gone(self.pid, clock)
         return self._reap()
 
     def release(self) -> None:

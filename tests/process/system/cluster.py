@@ -1,8 +1,8 @@
 """A real turnout on this machine: nats-server, controllers, workers and gateways, each a process of its own.
 
 Every process is started by the ``turnout`` command in its own session, with settings from one turnout.toml in a short
-temporary folder, and its output in a file there. ``kill``, ``freeze`` and ``thaw`` hit that one process only. At the end
-every process is asked to stop, every engine is ended by the worker's own records, and what is still alive after that is
+temporary folder, and its output in a file there. ``kill``, ``freeze`` and ``thaw`` hit that one process only. At the
+end every process is asked to stop, every engine is ended by the records of its worker, and what is alive after that is
 an error. Reads the log by a tail of its own, so that a test can act in the moment in which something happened.
 """
 
@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import msgspec
+from tests.process.system.history import History, Seen
+from tests.process.system.relay import Relay
+from tests.process.system.traffic import Traffic, get
 
 import turnout
-from tests.process.system.history import History, Seen
-from tests.process.system.traffic import Traffic, get
 from turnout.core.world import World
+from turnout.events import jsapi
 from turnout.events.model import EngineSpec, Probe
-from turnout.projections.fleet import GatewayView, WorkerView
 from turnout.workers import wiring
 from turnout.workers.client import Client, DynamicModelRegistry, ModelSwitcher, SwitchOperation
 from turnout.workers.clock import SystemClock
@@ -133,7 +134,7 @@ class Cluster:
         controllers, workers, gateways: how many of each; named ``c1``, ``w1``, ``g1`` and so on.
         base: the settings that ``settings`` is added to.
         store: settings of the nats-server.
-        via: gateway name → port of a relay that it reaches NATS by.
+        via: gateways that reach NATS by a relay of their own, see ``relays``.
     """
 
     def __init__(
@@ -146,11 +147,13 @@ class Cluster:
         base: str = SETTINGS,
         nats_folder: Path | None = None,
         store: dict[str, Any] | None = None,
-        via: dict[str, int] | None = None,
+        via: tuple[str, ...] = (),
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="to-"))
         self.clock = SystemClock()
-        self.nats = EmbeddedServer(nats_folder or self.folder / "nats", self.clock, free_port(), **(store or {}))
+        port = free_port()
+        self.nats_url = f"nats://127.0.0.1:{port}"
+        self.nats = EmbeddedServer(nats_folder or self.folder / "nats", self.clock, port, **(store or {}))
         self.seen: list[Seen] = []
         self.world = World()
         self.traffic: list[Traffic] = []
@@ -158,7 +161,8 @@ class Cluster:
         self.gateways: dict[str, str] = {}
         self.lost: list[Exception] = []
         self._counts = {"controller": controllers, "worker": workers, "gateway": gateways}
-        self._via = via or {}
+        target = int(self.nats_url.rpartition(":")[2])
+        self.relays = {name: Relay(free_port(), target) for name in via}
         self._moved = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
         self._tail: Tail | None = None
@@ -171,6 +175,8 @@ class Cluster:
     async def __aenter__(self) -> Cluster:
         try:
             await self.nats.start()
+            for relay in self.relays.values():
+                await relay.start()
             for name in self._names("controller"):
                 self.start(name)
             await self.connect()
@@ -191,7 +197,7 @@ class Cluster:
 
         async def reachable() -> bool:
             try:
-                plane = await self._stack.enter_async_context(wiring.control_plane(self.nats.url, "test"))
+                plane = await self._stack.enter_async_context(wiring.control_plane(self.nats_url, "test"))
                 self._client = Client(plane, "test")
                 self._tail = await self.client.store.tail(0, self._deliver, self.lost.append)
             except Exception as e:  # noqa: BLE001  whatever it is, the deadline shows it
@@ -209,12 +215,14 @@ class Cluster:
         if self._tail is not None:
             await self._tail.close()
         running = [p for p in self.processes.values() if p.alive]
+        for relay in self.relays.values():
+            relay.mend()
         for process in running:
             process.signal(signal.SIGCONT)
             process.signal(signal.SIGTERM)
         end = self.clock.monotonic() + _STOP_S
         for process in running:
-            while process.alive and self.clock.monotonic() < end:
+            while process.alive and self.clock.monotonic() < end:  # noqa: ASYNC110  a child's end is no event
                 await asyncio.sleep(_POLL_S)
             if process.alive:
                 problems.append(f"{process.name} did not stop within {_STOP_S:g} s of SIGTERM")
@@ -222,11 +230,13 @@ class Cluster:
             elif code := process.poll():
                 problems.append(f"{process.name} ended with code {code} on SIGTERM")
         await self._stack.aclose()
+        for relay in self.relays.values():
+            await relay.close()
         for record in self.records():
             host_process.kill_session(record.pid, record.started)
         self.nats.kill()
         end = self.clock.monotonic() + 5
-        while (left := _mentioning(str(self.folder))) and self.clock.monotonic() < end:
+        while (left := _mentioning(str(self.folder))) and self.clock.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
         for pid, line in left.items():
             problems.append(f"left alive: {pid} {line}")
@@ -327,7 +337,7 @@ class Cluster:
 
     def _env(self, kind: str, name: str) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("TURNOUT_")}
-        url = f"nats://127.0.0.1:{self._via[name]}" if name in self._via else self.nats.url
+        url = f"nats://127.0.0.1:{self.relays[name].port}" if name in self.relays else self.nats_url
         env |= {
             "PYTHONPATH": str(Path(turnout.__file__).parent.parent),
             "TURNOUT_CONFIG": str(self.folder / "turnout.toml"),
@@ -454,10 +464,8 @@ class Cluster:
 
     async def views_are_the_fold(self) -> None:
         """Wait until the stored views stand for the whole log, and compare them with a fold from nothing."""
-        last = 0
 
         async def complete() -> bool:
-            nonlocal last
             last = await self.client.store.last_sequence()
             _, checkpoint = await self.client.raw_views("_ckpt")
             return checkpoint is not None and checkpoint.sequence >= last
@@ -472,27 +480,26 @@ class Cluster:
     async def command(self, *words: str) -> tuple[int, str, str]:
         """Run ``turnout …`` against this cluster: exit code, stdout, stderr."""
         process = await asyncio.create_subprocess_exec(
-            *turnout_argv(*words, "--nats", self.nats.url),
+            *turnout_argv(*words, "--nats", self.nats_url),
             env=self._env("", "cli"), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )  # fmt: skip
         out, err = await process.communicate()
         return process.returncode or 0, out.decode(), err.decode()
 
-    async def health(self, gateway: str) -> dict[str, Any]:
-        """``/healthz`` of a gateway."""
-        found: dict[str, Any] = json.loads((await get(self.gateways[gateway], "/healthz")).body)
+    async def control_plane(self, gateway: str) -> str:
+        """What a gateway's ``/healthz`` says of its connection."""
+        return str(json.loads((await get(self.gateways[gateway], "/healthz")).body)["control_plane"])
+
+    async def requests(self, gateway: str) -> list[dict[str, Any]]:
+        """``/requests`` of a gateway: what runs now."""
+        found: list[dict[str, Any]] = json.loads((await get(self.gateways[gateway], "/requests")).body)["requests"]
         return found
 
-    async def gateway_view(self, gateway: str) -> GatewayView:
-        """The newest view of the gateway at this name's address."""
-        views = await self.client.views("gateway.*")
-        return [v for v in views.values() if v.address == self.gateways[gateway]][-1]
-
-    async def worker_view(self, worker: str = "w1") -> WorkerView:
-        """The view of a worker."""
-        view: WorkerView = (await self.client.views(f"worker.{worker}"))[f"worker.{worker}"]
-        return view
+    async def drop_views(self) -> None:
+        """Throw away the checkpoint and every view."""
+        async with wiring.control_plane(self.nats_url, "test") as plane:
+            await jsapi.api(plane.connection.nc, "STREAM.PURGE.KV_VIEWS", None, 2.0)
 
 
 class Stage:
@@ -538,7 +545,7 @@ def on_stage(test: Callable[[Cluster], Coroutine[Any, Any, None]]) -> Callable[[
     def run(stage: Stage) -> None:
         stage.run(test(stage.cluster))
 
-    del run.__wrapped__  # type: ignore[attr-defined]  # pytest would look at the coroutine's parameters
+    del run.__wrapped__  # pytest would look at the coroutine's parameters
     return run
 
 

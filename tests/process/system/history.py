@@ -19,7 +19,7 @@ from turnout.events.gateway import GatewayJoined, RouteApplied
 from turnout.events.instance import InstanceDraining, InstanceEvent, InstanceFailed, InstanceStopped
 from turnout.events.model import SwitchAdmitted, SwitchClosed
 from turnout.events.route import RouteChanged, Split
-from turnout.events.switch import RolledBack, StepApplied
+from turnout.events.switch import StepApplied
 from turnout.projections.views import Views
 
 if TYPE_CHECKING:
@@ -96,14 +96,13 @@ class History:
 
     def sound(self) -> None:
         """Every rule that holds whatever was killed."""
-        problems = [
-            *self._chain(),
-            *self._once(),
-            *self._switches(),
-            *self._world(),
-            *self._answers(),
-        ]
+        problems = self.problems()
         assert not problems, "\n".join(problems[:20])
+
+    def problems(self, but: str = "\0") -> list[str]:
+        """What breaks a rule, but for what names ``but``."""
+        checks = (self._chain(), self._once(), self._switches(), self._world(), self._answers())
+        return [problem for check in checks for problem in check if but not in problem]
 
     def views(self, upto: int) -> dict[str, Any]:
         """Every view, folded from nothing."""
@@ -204,7 +203,8 @@ class History:
             for endpoint in split.endpoints:
                 state = world.state("instance", endpoint.instance)
                 if state.phase != "ready" or state.address != endpoint.address:
-                    yield f"revision {event.revision} of {event.model} names {endpoint.instance}, which is {state.phase}"
+                    where = f"revision {event.revision} of {event.model}"
+                    yield f"{where} names {endpoint.instance}, which is {state.phase}"
 
     def _answers(self) -> Iterator[str]:
         """Each answer is by a version that its revision names, by an instance that was not asked to stop (1)."""
@@ -250,6 +250,3 @@ class History:
             if isinstance(event, SwitchAdmitted) and event.switch == switch:
                 return event.model
         return ""
-
-
-__all__ = ["History", "RolledBack", "Seen"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-
 from tests.process.system.cluster import Cluster, Stage, on_stage
 
 if TYPE_CHECKING:

@@ -58,7 +58,8 @@ def test_the_line_that_names_the_cause(lines: list[str], expected: str) -> None:
 
 
 def test_the_stages_of_a_recorded_start_come_in_their_order() -> None:
-    stages, stage = [], "starting"
+    stages: list[str] = []
+    stage = "starting"
     for line in recorded("vllm_sound_start.log"):
         said = stage_of(SIGNS, line, stage)
         if said is not None and said[0] != stage:

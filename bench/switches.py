@@ -1,0 +1,265 @@
+"""Switches under load: how fast all gateways follow a command, and what the clients notice of it.
+
+``turnout up`` with two fake-engine versions that stay warm, switched back and forth without a bake. *Cutover* is taken
+twice: from the log (the switch was accepted → the last gateway's acknowledgement was recorded) and from outside (just
+before the command is sent → the last request is sent that the old version answered).
+
+    python bench/switches.py [--quick] [--switches 1000]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import busy
+import msgspec
+import report
+import system
+
+from turnout.events.gateway import RouteApplied
+from turnout.events.switch import StepApplied, StepStarted, SwitchCompleted, SwitchRequested
+from turnout.workers.client import ModelSwitcher, connect
+
+if TYPE_CHECKING:
+    from busy import Asked
+
+    from turnout.events.envelope import Recorded
+    from turnout.workers.client import Client
+
+STREAMING = 12
+TOKENS = 20
+_ARGS = '["--first-token-ms=10", "--token-ms=5", "--tokens=20"]'
+_CONFIGURATION = f"""
+[models.chat]
+active = "v1"
+[models.chat.versions.v1]
+engine = "fake"
+args = {_ARGS}
+[models.chat.versions.v2]
+engine = "fake"
+args = {_ARGS}
+"""
+GOAL_MS = 50.0
+
+
+class _Switch(msgspec.Struct):
+    """One switch: what the log says of it, in the clients' clock (CLOCK_MONOTONIC, nanoseconds)."""
+
+    target: str
+    asked_ns: int = 0
+    answered_ns: int = 0
+    requested_ns: int = 0
+    revision: int = 0
+    applied_ns: int = 0
+    recorded_ns: int = 0
+    completed_ns: int = 0
+
+
+def run(quick: bool, switches: int = 0) -> report.Outcome:
+    """Switch so many times (default: 20 where it is quick, else 300)."""
+    wanted = switches or (20 if quick else 300)
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        with system.Turnout(folder / "turnout", _CONFIGURATION) as turnout:
+            return asyncio.run(_drive(turnout, folder / "seen", wanted, 3.0 if quick else 10.0))
+
+
+async def _drive(turnout: system.Turnout, path: Path, wanted: int, calm_s: float) -> report.Outcome:
+    async with connect(turnout.nats, actor="bench") as client:
+        await _serve_both(client)
+        with busy.Busy(turnout.port, STREAMING, TOKENS, path) as clients:
+            await asyncio.sleep(calm_s)
+            done = [await _switch(client, "v2" if n % 2 == 0 else "v1") for n in range(wanted)]
+            await asyncio.sleep(0.5)
+            seen = await asyncio.to_thread(clients.stop)
+        _read(await _log(client), dict(done))
+    return _outcome([one for _, one in done], seen)
+
+
+async def _serve_both(client: Client) -> None:
+    """Load both versions once, so that every switch that is measured has a warm target."""
+    while not (await client.model("chat")).active:  # noqa: ASYNC110  a view, looked at now and then
+        await asyncio.sleep(0.05)
+    for target in ("v2", "v1"):
+        while (await client.model("chat")).switch:  # noqa: ASYNC110  likewise
+            await asyncio.sleep(0.05)
+        await _switch(client, target)
+
+
+async def _switch(client: Client, target: str) -> tuple[str, _Switch]:
+    asked_ns = time.monotonic_ns()
+    operation = await ModelSwitcher(client).switch_model("chat", target, bake_s=0.0, reason="bench")
+    answered_ns = time.monotonic_ns()
+    view = await operation.wait(60.0)
+    if view.phase != "completed":
+        raise RuntimeError(f"the switch to {target} {view.phase}: {view.reason}")
+    return operation.id, _Switch(target, asked_ns, answered_ns)
+
+
+async def _log(client: Client) -> list[Recorded]:
+    last = await client.store.last_sequence()
+    log: list[Recorded] = []
+    whole: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def deliver(recorded: Recorded) -> None:
+        log.append(recorded)
+        if recorded.sequence >= last and not whole.done():
+            whole.set_result(None)
+
+    tail = await client.store.tail(0, deliver, whole.set_exception)
+    try:
+        await whole
+    finally:
+        await tail.close()
+    return log
+
+
+def _read(log: list[Recorded], switches: dict[str, _Switch]) -> None:
+    """Note the log's times in the switches."""
+    now_ns, now = time.monotonic_ns(), datetime.now(UTC)
+
+    def at_ns(recorded: Recorded) -> int:
+        return now_ns - round((now - recorded.envelope.time).total_seconds() * 1e9)
+
+    by_revision: dict[int, _Switch] = {}
+    for recorded in log:
+        match recorded.event:
+            case SwitchRequested(id) if id in switches:
+                switches[id].requested_ns = at_ns(recorded)
+            case StepStarted(id, _, _, revision) if id in switches:
+                switches[id].revision = revision
+                by_revision[revision] = switches[id]
+            case RouteApplied(_, _, revision) if revision in by_revision:
+                by_revision[revision].applied_ns = at_ns(recorded)
+            case StepApplied(id) if id in switches:
+                switches[id].recorded_ns = at_ns(recorded)
+            case SwitchCompleted(id) if id in switches:
+                switches[id].completed_ns = at_ns(recorded)
+            case _:
+                pass
+
+
+def _outcome(done: list[_Switch], seen: list[Asked]) -> report.Outcome:
+    seen.sort(key=lambda asked: asked.sent_ns)
+    applied = [(one.applied_ns - one.requested_ns) / 1e6 for one in done]
+    whole = [(one.completed_ns - one.requested_ns) / 1e6 for one in done]
+    outside = [_outside_ms(one, seen) for one in done]
+    answered = [(one.answered_ns - one.asked_ns) / 1e6 for one in done]
+    failed = [a for a in seen if a.outcome == "failed"]
+    cut = [a for a in seen if a.outcome == "cut"]
+    stale = _stale(done, seen)
+    first, last = done[0].requested_ns, done[-1].completed_ns
+    streams = [a for a in seen if not a.probe and a.outcome == "ok"]
+    before = [a for a in streams if a.ended_ns < first]
+    during = [a for a in streams if a.ended_ns > first and a.sent_ns < last]
+    share = _share_of_time(done)
+    figures: dict[str, object] = {
+        "switches": len(done),
+        "requests": len(seen),
+        "failed": len(failed),
+        "cut": len(cut),
+        "stale": len(stale),
+        "cutover_ms_p50": report.percentile(applied, 50),
+        "cutover_ms_p99": report.percentile(applied, 99),
+        "cutover_ms_max": max(applied),
+        "cutover_outside_ms_p50": report.percentile(outside, 50),
+        "cutover_outside_ms_p99": report.percentile(outside, 99),
+        "answer_ms_p50": report.percentile(answered, 50),
+        "answer_ms_p99": report.percentile(answered, 99),
+        "whole_switch_ms_p50": report.percentile(whole, 50),
+        "whole_switch_ms_p99": report.percentile(whole, 99),
+        "p95_before_ms": _p95_ms(before),
+        "p95_during_ms": _p95_ms(during),
+        "first_p95_before_ms": _first_p95_ms(before),
+        "first_p95_during_ms": _first_p95_ms(during),
+        "share_of_time_in_a_switch": share,
+        "reasons": sorted({a.reason for a in (*failed, *cut)})[:5],
+        "cutovers_ms": [round(ms, 3) for ms in applied],
+    }
+    p99 = report.percentile(applied, 99)
+    change = _p95_ms(during) / _p95_ms(before) - 1
+    return report.Outcome(
+        figures=figures,
+        tables=[
+            report.Table(
+                f"{len(done)} switches with a warm target, {STREAMING} streaming clients and a prober",
+                ["", "p50 (ms)", "p99", "max"],
+                [
+                    _row("accepted → last gateway's acknowledgement in the log", applied),
+                    _row("command sent → last request that the old version got", outside),
+                    _row("command sent → answered", answered),
+                    _row("accepted → old version drained, switch completed", whole),
+                ],
+                [
+                    f"{len(seen):,} requests: {len(failed)} failed, {len(cut)} cut, {len(stale)} stale. "
+                    f"Whole answers, p95: {_p95_ms(before):.1f} ms before, {_p95_ms(during):.1f} ms during "
+                    f"({100 * share:.0f} % of this time a switch was running); first byte, p95: "
+                    f"{_first_p95_ms(before):.1f} and {_first_p95_ms(during):.1f} ms."
+                ],
+            )
+        ],
+        goals=[
+            report.Goal("cutover p99, warm target", "< 50 ms", f"{p99:.1f} ms", p99 < GOAL_MS),
+            report.Goal(
+                "failed / cut / stale requests",
+                "0 / 0 / 0",
+                f"{len(failed)} / {len(cut)} / {len(stale)} of {len(seen):,}",
+                not (failed or cut or stale),
+            ),
+            report.Goal("latency p95 during switches", "< 5 % above before", f"{100 * change:+.1f} %", change < 0.05),
+        ],
+    )
+
+
+def _row(name: str, values: list[float]) -> list[str]:
+    return [
+        name,
+        f"{report.percentile(values, 50):.1f}",
+        f"{report.percentile(values, 99):.1f}",
+        f"{max(values):.1f}",
+    ]
+
+
+def _outside_ms(one: _Switch, seen: list[Asked]) -> float:
+    """From just before the command to the sending of the last request that another version than the target answered."""
+    late = [
+        a.sent_ns for a in seen if one.asked_ns <= a.sent_ns < one.completed_ns and a.version not in ("", one.target)
+    ]
+    return (max(late) - one.asked_ns) / 1e6 if late else 0.0
+
+
+def _stale(done: list[_Switch], seen: list[Asked]) -> list[Asked]:
+    """Answered by the old version though sent after every gateway had acknowledged, and before the next command."""
+    found: list[Asked] = []
+    ends = [one.asked_ns for one in done[1:]] + [seen[-1].ended_ns + 1]
+    for one, end in zip(done, ends, strict=True):
+        found += [a for a in seen if one.applied_ns < a.sent_ns < end and a.first_ns < end and a.version != one.target]
+    return [a for a in found if a.version]
+
+
+def _share_of_time(done: list[_Switch]) -> float:
+    inside = sum(one.completed_ns - one.requested_ns for one in done)
+    return inside / (done[-1].completed_ns - done[0].requested_ns)
+
+
+def _p95_ms(asked: list[Asked]) -> float:
+    return report.percentile(((a.ended_ns - a.sent_ns) / 1e6 for a in asked), 95)
+
+
+def _first_p95_ms(asked: list[Asked]) -> float:
+    return report.percentile(((a.first_ns - a.sent_ns) / 1e6 for a in asked), 95)
+
+
+if __name__ == "__main__":
+    wanted = 0
+    if "--switches" in sys.argv:
+        at = sys.argv.index("--switches")
+        wanted = int(sys.argv[at + 1])
+        del sys.argv[at : at + 2]
+    raise SystemExit(report.main("switches", lambda quick: run(quick, wanted)))
