@@ -2,8 +2,8 @@
 
 The proxy that is measured has one core for itself; upstream, load and everything else share another one. All proxies
 run from the start, each is measured in turn, and again, in many rounds; the figures are medians over the rounds. The
-share of its core that a proxy used is shown: below about 95 % something else was the limit. A block during which the
-hypervisor took processor time away is measured again; how often is shown too.
+share of its core that a proxy used is shown: below about 95 % something else was the limit. A measurement during which
+the hypervisor took processor time away is repeated; how often is shown too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import load
 import msgspec
@@ -30,7 +30,7 @@ from turnout.core.switch import FORWARD
 from turnout.workers.client import ModelSwitcher, connect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 CONNECTIONS = 16
 STREAMS = 8
@@ -44,9 +44,11 @@ ROUTER = f"vllm-router {rivals.VLLM_ROUTER}, TCP upstream"
 TURNOUT_UNIX = "turnout, Unix-socket upstream"
 TURNOUT_TCP = "turnout, TCP upstream"
 
-#: A block with more stolen time than this share of one core is measured again, at most so often.
-STOLEN_MOST = 0.02
-RETRIES = 4
+#: A measurement with more stolen time than this share of one core is repeated, at most so often in a row.
+STOLEN_MOST = 0.03
+RETRIES = 3
+
+M = TypeVar("M")
 
 UPSTREAM = str(report.ROOT / "bench" / "upstream.py")
 _CONFIGURATION = """
@@ -82,17 +84,37 @@ class Contestant(msgspec.Struct):
     model: str = "chat"
 
 
-class Block(msgspec.Struct):
-    """One measurement of one contestant. Times in microseconds; ``busy``: the proxy's share of its core."""
+class Single(msgspec.Struct):
+    """One connection, one request after the other. Microseconds."""
 
     p50_us: float
     p99_us: float
+    failed: int
+
+
+class Many(msgspec.Struct):
+    """Closed loops. ``busy``: the proxy's share of its core; ``cpu_us``: its processor time for each request."""
+
     per_s: float
     busy: float
     cpu_us: float
-    chunk_p50_us: float
-    chunk_p99_us: float
     failed: int
+
+
+class Chunks(msgspec.Struct):
+    """From the upstream's write to the client's read of each chunk. Microseconds."""
+
+    p50_us: float
+    p99_us: float
+    failed: int
+
+
+class Block(msgspec.Struct):
+    """What one round has measured of one contestant; ``stolen``: share of a core, in the worst of the three."""
+
+    single: Single
+    many: Many
+    chunks: Chunks
     stolen: float
 
 
@@ -103,16 +125,13 @@ def run(quick: bool) -> report.Outcome:
     measured, load_core = processes.cores()
     with tempfile.TemporaryDirectory(prefix="bench-") as name, _contestants(Path(name), measured, load_core) as found:
         system.pinned(load_core)
-        meter = _Meter(Path(name), load_core)
+        meter = _Meter(Path(name), load_core, most=3 * rounds * len(found))
         blocks: dict[str, list[Block]] = {one.name: [] for one in found}
-        for one in found:
-            meter.warm(one)
         for _ in range(rounds):
             for one in found:
                 blocks[one.name].append(meter.block(one))
-        again = meter.again
     os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))
-    return _outcome(blocks, again, rounds)
+    return _outcome(blocks, meter.again, rounds)
 
 
 @contextlib.contextmanager
@@ -172,157 +191,172 @@ async def _two_versions(nats: str) -> Path:
 
 
 class _Meter:
-    """Measures blocks, again where the hypervisor disturbed."""
+    """Measures, and measures again where the hypervisor disturbed: at most once for each measurement on average."""
 
-    def __init__(self, folder: Path, core: int) -> None:
+    def __init__(self, folder: Path, core: int, most: int) -> None:
         self.again = 0
+        self._most = most
         self._folder = folder
         self._core = core
 
-    def warm(self, one: Contestant) -> None:
-        self._once(one)
-
     def block(self, one: Contestant) -> Block:
-        tries = [self._once(one)]
-        while tries[-1].stolen > STOLEN_MOST and len(tries) <= RETRIES:
+        """The three measurements of one contestant."""
+        single, stolen_1 = self._calm(lambda: self._single(one))
+        many, stolen_2 = self._calm(lambda: self._many(one))
+        chunks, stolen_3 = self._calm(lambda: self._chunks(one))
+        return Block(single, many, chunks, max(stolen_1, stolen_2, stolen_3))
+
+    def _calm(self, measure: Callable[[], M]) -> tuple[M, float]:
+        """The least disturbed of several tries, and how much was stolen during it."""
+        tries: list[tuple[M, float]] = []
+        while True:
+            host = processes.Host()
+            found = measure()
+            tries.append((found, host.stolen))
+            if host.stolen <= STOLEN_MOST or len(tries) > RETRIES or self.again >= self._most:
+                return min(tries, key=lambda t: t[1])
             self.again += 1
-            tries.append(self._once(one))
-        return min(tries, key=lambda block: block.stolen)
 
-    def _once(self, one: Contestant) -> Block:
-        host = processes.Host()
-        message = load.body(one.model)
-        single = load.OneByOne(one.port, load.request(message))
-        single.measure(50)
-        flow = single.measure(800)
-        single.close()
-        begin, cpu = time.monotonic(), one.cpu_s()
-        per_s, requests, failed = self._many(one.port, message)
-        used, seconds = one.cpu_s() - cpu, time.monotonic() - begin
-        asked = load.body(one.model, chunks=CHUNKS, pause_us=PAUSE_US)
-        streams = load.streams(one.port, load.request(asked), STREAMS, 2.0)
-        return Block(
-            p50_us=report.median(flow.latencies_s) * 1e6,
-            p99_us=report.percentile(flow.latencies_s, 99) * 1e6,
-            per_s=per_s,
-            busy=used / seconds,
-            cpu_us=used / requests * 1e6,
-            chunk_p50_us=report.median(streams.delays_s) * 1e6,
-            chunk_p99_us=report.percentile(streams.delays_s, 99) * 1e6,
-            failed=flow.failed + failed + streams.failed,
-            stolen=host.stolen,
-        )
+    def _single(self, one: Contestant) -> Single:
+        client = load.OneByOne(one.port, load.request(load.body(one.model)))
+        client.measure(50)
+        flow = client.measure(1_000)
+        client.close()
+        latencies_us = [s * 1e6 for s in flow.latencies_s]
+        return Single(report.median(latencies_us), report.percentile(latencies_us, 99), flow.failed)
 
-    def _many(self, port: int, message: bytes) -> tuple[float, int, int]:
+    def _many(self, one: Contestant) -> Many:
+        body = load.body(one.model)
+        cpu, begin = one.cpu_s(), time.monotonic()
         if wrk.installed():
             script = self._folder / "wrk.lua"
-            wrk.write_script(script, message)
-            flow = wrk.run(port, script, CONNECTIONS, 2, self._core)
-            return flow.requests / flow.seconds, flow.requests, flow.failed
-        seen = load.many(port, load.request(message), CONNECTIONS, 2.0)
-        return seen.per_s, round(seen.per_s * 2.0), seen.failed
+            wrk.write_script(script, body)
+            flow = wrk.run(one.port, script, CONNECTIONS, 1, self._core)
+            per_s, requests, failed = flow.requests / flow.seconds, flow.requests, flow.failed
+        else:
+            seen = load.many(one.port, load.request(body), CONNECTIONS, 1.0)
+            per_s, requests, failed = seen.per_s, round(seen.per_s), seen.failed
+        used, seconds = one.cpu_s() - cpu, time.monotonic() - begin
+        return Many(per_s, used / seconds, used / max(1, requests) * 1e6, failed)
+
+    def _chunks(self, one: Contestant) -> Chunks:
+        body = load.body(one.model, chunks=CHUNKS, pause_us=PAUSE_US)
+        seen = load.streams(one.port, load.request(body), STREAMS, 1.6)
+        delays_us = [s * 1e6 for s in seen.delays_s]
+        return Chunks(report.median(delays_us), report.percentile(delays_us, 99), seen.failed)
 
 
 def _outcome(blocks: dict[str, list[Block]], again: int, rounds: int) -> report.Outcome:
     base = blocks[DIRECT]
-    rows: list[list[str]] = []
-    ratios: list[list[str]] = []
-    figures: dict[str, object] = {"rounds": rounds, "measured_again": again}
-    for name, own in blocks.items():
-        figures[name] = {
-            field: report.median(getattr(block, field) for block in own) for field in Block.__struct_fields__
-        }
-        rows.append(
+    generator = "wrk" if wrk.installed() else "bench/load.py"
+    requests = report.Table(
+        "Requests through one proxy on one core",
+        ["", "p50, 1 connection (µs)", "p99", "added p50", f"requests/s, {CONNECTIONS} conn.", "core used", "CPU (µs)"],
+        [
             [
                 name,
-                _us(b.p50_us for b in own),
-                _us(b.p99_us for b in own),
-                _us(_less(own, base, "p50_us")) if own is not base else "",
-                f"{report.median(b.per_s for b in own):,.0f}",
-                f"{100 * report.median(b.busy for b in own):.0f} %" if own is not base else "",
-                f"{report.median(b.cpu_us for b in own):.0f}" if own is not base else "",
-                _us(b.chunk_p50_us for b in own),
-                _us(_less(own, base, "chunk_p50_us")) if own is not base else "",
-                _us(b.chunk_p99_us for b in own),
-                str(sum(b.failed for b in own)),
+                _us(b.single.p50_us for b in own),
+                _us(b.single.p99_us for b in own),
+                "" if own is base else _us(_added(own, base)),
+                f"{report.median(b.many.per_s for b in own):,.0f}",
+                "" if own is base else f"{100 * report.median(b.many.busy for b in own):.0f} %",
+                "" if own is base else _us(b.many.cpu_us for b in own),
             ]
-        )
-    goals: list[report.Goal] = []
-    for other in (NGINX_TCP, NGINX_UNIX, ROUTER):
-        if other not in blocks:
-            continue
-        for name in (TURNOUT_UNIX, TURNOUT_TCP):
-            added, per_s, chunk = _ratios(blocks[name], blocks[other], base)
-            ratios.append([f"{name} / {other}", f"{added:.2f}", f"{per_s:.2f}", f"{chunk:.2f}"])
-            figures[f"{name} / {other}"] = {"added_p50": added, "per_s": per_s, "added_chunk_p50": chunk}
-    ours = blocks[TURNOUT_UNIX]
-    if NGINX_TCP in blocks:
-        added, per_s, chunk = _ratios(ours, blocks[NGINX_TCP], base)
-        goals += [
-            report.Goal("added p50, one connection", "≤ 1.15 x nginx (TCP)", f"{added:.2f} x", added <= 1.15),
-            report.Goal("requests/s, 16 connections", "≥ 0.9 x nginx (TCP)", f"{per_s:.2f} x", per_s >= 0.9),
-            report.Goal("added per streamed chunk, p50", "≤ 1 x nginx (TCP)", f"{chunk:.2f} x", chunk <= 1.0),
-        ]
-    if ROUTER in blocks:
-        _, per_s, _ = _ratios(ours, blocks[ROUTER], base)
-        goals.append(report.Goal("requests/s, 16 connections", "≥ 3 x vllm-router", f"{per_s:.2f} x", per_s >= 3.0))
-    figures["blocks"] = {name: [msgspec.to_builtins(b) for b in own] for name, own in blocks.items()}
-    generator = "wrk" if wrk.installed() else "bench/load.py"
-    return report.Outcome(
-        figures=figures,
-        tables=[
-            report.Table(
-                "One proxy on one core; upstream and load on another",
-                [
-                    "",
-                    "p50, 1 conn (µs)",
-                    "p99",
-                    "added p50",
-                    f"requests/s, {CONNECTIONS} conns",
-                    "core used",
-                    "CPU µs/request",
-                    "chunk p50 (µs)",
-                    "added",
-                    "chunk p99",
-                    "failed",
-                ],
-                rows,
-                [
-                    f"Medians of {rounds} rounds; {again} blocks were measured again because more than "
-                    f"{100 * STOLEN_MOST:g} % of a core was stolen by the hypervisor. Load: {generator} with request "
-                    f"bodies of {len(load.body())} bytes; chunk: {STREAMS} streams with a chunk each "
-                    f"{PAUSE_US / 1000:g} ms, from the upstream's write to the client's read.",
-                    "turnout: everything on (metrics, tracking, request id, choice between two versions), one process, "
-                    f"nginx {rivals.nginx_version() or 'not installed'}: one worker, no log, kept-alive upstream.",
-                ],
-            ),
-            report.Table(
-                "Ratios (medians of the rounds' ratios)",
-                ["", "added p50", "requests/s", "added per chunk"],
-                ratios,
-            ),
+            for name, own in blocks.items()
         ],
-        goals=goals,
+        [
+            f"Medians of {rounds} rounds; {again} measurements were repeated because more than {100 * STOLEN_MOST:g} % "
+            f"of a core was stolen by the hypervisor. Failed requests: {sum(map(_failed, blocks.values()))}. Load: "
+            f"{generator}, bodies of {len(load.body())} bytes. CPU: the proxy's processor time for one request. "
+            f"nginx {rivals.nginx_version() or 'is not installed'}: one worker, no log, kept-alive upstream."
+        ],
+    )
+    streams = report.Table(
+        f"Streams through it: {STREAMS} at a time, a chunk each {PAUSE_US / 1000:g} ms",
+        ["", "write → read, p50 (µs)", "added p50", "p99"],
+        [
+            [
+                name,
+                _us(b.chunks.p50_us for b in own),
+                "" if own is base else _us(_added_chunk(own, base)),
+                _us(b.chunks.p99_us for b in own),
+            ]
+            for name, own in blocks.items()
+        ],
+    )
+    compared = {
+        f"{ours} / {theirs}": _ratios(blocks[ours], blocks[theirs], base)
+        for theirs in (NGINX_TCP, NGINX_UNIX, ROUTER)
+        for ours in (TURNOUT_UNIX, TURNOUT_TCP)
+        if theirs in blocks
+    }
+    ratios = report.Table(
+        "Ratios (medians of the rounds' ratios)",
+        ["", "added p50", "requests/s", "CPU for a request", "added for a chunk"],
+        [[name, *(f"{getattr(r, f):.2f}" for f in Ratios.__struct_fields__)] for name, r in compared.items()],
+    )
+    return report.Outcome(
+        figures={
+            "rounds": rounds,
+            "repeated": again,
+            "ratios": {name: msgspec.to_builtins(r) for name, r in compared.items()},
+            "blocks": {name: [msgspec.to_builtins(b) for b in own] for name, own in blocks.items()},
+        },
+        tables=[requests, streams, ratios],
+        goals=_goals(compared),
     )
 
 
-def _ratios(ours: list[Block], theirs: list[Block], base: list[Block]) -> tuple[float, float, float]:
-    """Added p50, requests/s and added time per chunk, each as ours / theirs."""
-    added = _quotients(_less(ours, base, "p50_us"), _less(theirs, base, "p50_us"))
-    chunk = _quotients(_less(ours, base, "chunk_p50_us"), _less(theirs, base, "chunk_p50_us"))
-    per_s = _quotients([b.per_s for b in ours], [b.per_s for b in theirs])
-    return report.median(added), report.median(per_s), report.median(chunk)
+class Ratios(msgspec.Struct):
+    """turnout / another proxy."""
+
+    added_p50: float
+    per_s: float
+    cpu: float
+    added_chunk: float
 
 
-def _less(own: list[Block], base: list[Block], field: str) -> list[float]:
-    return [getattr(a, field) - getattr(b, field) for a, b in zip(own, base, strict=True)]
+def _goals(compared: dict[str, Ratios]) -> list[report.Goal]:
+    goals: list[report.Goal] = []
+    if beside := compared.get(f"{TURNOUT_UNIX} / {NGINX_TCP}"):
+        added, per_s, chunk = beside.added_p50, beside.per_s, beside.added_chunk
+        goals += [
+            report.Goal("added p50, one connection", "≤ 1.15 x nginx (TCP)", f"{added:.2f} x", added <= 1.15),
+            report.Goal("requests/s, 16 connections", "≥ 0.9 x nginx (TCP)", f"{per_s:.2f} x", per_s >= 0.9),
+            report.Goal("added for a streamed chunk", "≤ nginx (TCP)", f"{chunk:.2f} x", chunk <= 1.0),
+        ]
+    if beside := compared.get(f"{TURNOUT_UNIX} / {ROUTER}"):
+        per_s = beside.per_s
+        goals.append(report.Goal("requests/s, 16 connections", "≥ 3 x vllm-router", f"{per_s:.2f} x", per_s >= 3.0))
+    return goals
 
 
-def _quotients(above: list[float], below: list[float]) -> list[float]:
-    return [a / b for a, b in zip(above, below, strict=True) if b > 0]
+def _ratios(ours: list[Block], theirs: list[Block], base: list[Block]) -> Ratios:
+    return Ratios(
+        added_p50=_quotient(_added(ours, base), _added(theirs, base)),
+        per_s=_quotient([b.many.per_s for b in ours], [b.many.per_s for b in theirs]),
+        cpu=_quotient([b.many.cpu_us for b in ours], [b.many.cpu_us for b in theirs]),
+        added_chunk=_quotient(_added_chunk(ours, base), _added_chunk(theirs, base)),
+    )
 
 
-def _us(values: Iterator[float] | list[float]) -> str:
+def _added(own: list[Block], base: list[Block]) -> list[float]:
+    return [a.single.p50_us - b.single.p50_us for a, b in zip(own, base, strict=True)]
+
+
+def _added_chunk(own: list[Block], base: list[Block]) -> list[float]:
+    return [a.chunks.p50_us - b.chunks.p50_us for a, b in zip(own, base, strict=True)]
+
+
+def _quotient(above: list[float], below: list[float]) -> float:
+    return report.median(a / b for a, b in zip(above, below, strict=True) if b > 0)
+
+
+def _failed(own: list[Block]) -> int:
+    return sum(b.single.failed + b.many.failed + b.chunks.failed for b in own)
+
+
+def _us(values: Iterable[float]) -> str:
     return f"{report.median(values):,.0f}"
 
 

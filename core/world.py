@@ -38,9 +38,10 @@ SOUND_S = 60.0
 
 
 class Done(msgspec.Struct, frozen=True, gc=False):
-    """What a command has written: first subject, last sequence, number of events, and the switch it belongs to."""
+    """What a command has written: subject of the first event, its sequence and the last one's, how many, which switch."""
 
     subject: str
+    first: int
     sequence: int
     events: int
     switch: str
@@ -127,11 +128,7 @@ class World:
         self.epoch = max(self.epoch, envelope.epoch)
         aggregate, id = subjects.parse_event(subject)
         if type(recorded.event) not in _ONLY_GROWS:
-            done = self._done.get(envelope.command, Done(subject, 0, 0, ""))
-            switch_id = id if aggregate == "switch" else done.switch
-            self._done[envelope.command] = Done(
-                done.subject, max(done.sequence, recorded.sequence), done.events + 1, switch_id
-            )
+            self._done[envelope.command] = self._done_with(recorded, id if aggregate == "switch" else "")
         event = recorded.event
         if type(event) is Unknown:
             return True
@@ -157,6 +154,15 @@ class World:
                 key=lambda i: i.instance,
             )
         )
+
+    def _done_with(self, recorded: Recorded, switch_id: str) -> Done:
+        """What the event's command has written with it. Its events may come in any order: each subject has its own."""
+        sequence = recorded.sequence
+        done = self._done.get(recorded.envelope.command)
+        if done is None:
+            return Done(recorded.subject, sequence, sequence, 1, switch_id)
+        subject, first = (recorded.subject, sequence) if sequence < done.first else (done.subject, done.first)
+        return Done(subject, first, max(sequence, done.sequence), done.events + 1, switch_id or done.switch)
 
     def _index(self, aggregate: str, id: str, before: Any, after: Any, recorded: Recorded) -> None:
         """Keep what is derived from several events or from their times."""

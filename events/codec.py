@@ -13,10 +13,13 @@ from turnout.events.version import VERSION
 
 _UNIONS = (model.ModelEvent, switch.SwitchEvent, instance.InstanceEvent, worker.WorkerEvent, gateway.GatewayEvent)
 
+_MEMBERS: tuple[type[msgspec.Struct], ...] = (
+    *(member for union in _UNIONS for member in get_args(union)),
+    route.RouteChanged,
+)
+
 #: Every event type by the name that is stored.
-TYPES: dict[str, type[msgspec.Struct]] = {t.__name__: t for union in _UNIONS for t in get_args(union)} | {
-    "RouteChanged": route.RouteChanged
-}
+TYPES: dict[str, type[msgspec.Struct]] = {member.__name__: member for member in _MEMBERS}
 
 _encoder = msgspec.json.Encoder()
 _envelope_decoder = msgspec.json.Decoder(Envelope)

@@ -16,7 +16,7 @@ import nats.errors
 import structlog
 
 from turnout.events import jsapi, subjects
-from turnout.events.codec import decode, record
+from turnout.events.codec import Damaged, decode, record
 from turnout.events.envelope import ENVELOPE_HEADER, TYPE_HEADER, Recorded
 from turnout.events.store import Conflict, LogReplaced, StoreFull, Unavailable, check_appends
 
@@ -241,7 +241,7 @@ class Tail:
                 await self._consumer.open(self._next, self._timeout_s)
                 complained = False
                 await self._consumer.watch()
-            except LogReplaced as e:
+            except (LogReplaced, Damaged) as e:
                 self._end(e)
             except (Unavailable, jsapi.Refused) as e:
                 if not complained:  # once for each outage
@@ -267,14 +267,14 @@ class Tail:
             raise LogReplaced(
                 f"stream {self._stream} ends at {state['last_seq']}, but was read up to {self._next - 1} before"
             )
-        if state["messages"] and state["first_seq"] > self._next:
-            raise LogReplaced(f"stream {self._stream} begins at {state['first_seq']}; event {self._next} is gone")
+        if state["messages"] != state["last_seq"]:
+            raise self._hole(state["first_seq"] if state["first_seq"] > self._next else 0)
 
     def _take(self, sequence: int, subject: bytes, block: bytes, body: bytes) -> bool:
         """Deliver one event; False where it is not the next one."""
         if sequence != self._next or self._ended:
             if sequence > self._next and self._fresh:  # not lost on the way: a new consumer begins with what there is
-                self._end(LogReplaced(f"event {self._next} of stream {self._stream} is gone"))
+                self._end(self._hole(sequence))
             return False
         try:
             self._deliver(_decode(subject.decode(), sequence, block, body))
@@ -284,6 +284,11 @@ class Tail:
         self._next = sequence + 1
         self._fresh = False
         return True
+
+    def _hole(self, then: int) -> Damaged:
+        """Nothing is ever deleted from the log, so the files of its stream were changed or have lost something."""
+        gone = f"events {self._next} to {then - 1} are gone" if then else "some events are gone"
+        return Damaged(f"stream {self._stream} is damaged: {gone}; restore the store folder from a backup")
 
     def _end(self, why: Exception) -> None:
         if not self._ended:

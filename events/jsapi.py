@@ -57,7 +57,7 @@ class _Parser(Parser):
     """
 
     def __init__(self, nc: Client) -> None:
-        super().__init__(nc)
+        super().__init__(nc)  # pyright: ignore[reportUnknownMemberType]
         self.raw: dict[int, Raw] = {}
 
     async def parse(self, data: bytes = b"") -> None:
@@ -91,11 +91,11 @@ class Client(nats.aio.client.Client):
 
     def __init__(self) -> None:
         super().__init__()
-        self._ps: _Parser = _Parser(self)
+        self._ps: _Parser = _Parser(self)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     async def subscribe_raw(self, subject: str, take: Raw) -> Subscription:
         """Subscribe with a plain function, called inside the read loop: it must be short, and must not raise."""
-        subscription = await self.subscribe(subject, cb=_never)
+        subscription = await self.subscribe(subject, cb=_never)  # pyright: ignore[reportUnknownMemberType]
         self._ps.raw[subscription._id] = take  # pyright: ignore[reportPrivateUsage]
         return subscription
 
@@ -282,7 +282,7 @@ async def direct_get(nc: Client, stream: str, query: Mapping[str, object], timeo
 
     inbox = nc.new_inbox()
     try:
-        answers = await nc.subscribe(inbox, cb=take)
+        answers = await nc.subscribe(inbox, cb=take)  # pyright: ignore[reportUnknownMemberType]
         try:
             await nc.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), reply=inbox)
             status = await asyncio.wait_for(done, timeout_s)

@@ -160,11 +160,11 @@ def who(actor: str) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration with the digits that matter: ``8 ms``, ``1.25 s``, ``31 s``, ``12 min``."""
+    """A duration with the digits that matter: ``8 ms``, ``1.25 s``, ``6 s``, ``31 s``, ``12 min``."""
     if value < 0.9995:
         return f"{value * 1000:.0f} ms"
     if value < 9.995:
-        return f"{value:.2f} s"
+        return f"{f'{value:.2f}'.rstrip('0').rstrip('.')} s"
     if value < 300:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min"
@@ -256,7 +256,7 @@ def _say_switch(event: object, recorded: Recorded, names: Mapping[str, str]) -> 
             return f"{name}: step {step} applied in {seconds(took_s)} by {by}"
         case BakeStarted(_, until):
             left_s = max(0.0, (until - recorded.envelope.time).total_seconds())
-            return f"{name}: watched for {seconds(left_s)} while the old version stays warm"
+            return f"{name}: bakes for {seconds(left_s)}, the old version stays warm"
         case DrainStarted(_, version, revision):
             return f"{name}: {version} gets nothing new from revision {revision} on and finishes what it has"
         case SwitchCompleted(_, took_s):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 from turnout.workers.clock import SystemClock
 from turnout.workers.embedded import EmbeddedServer, EmbeddedServerError, find_binary
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
 pytest.register_assert_rewrite("turnout.core.testing")
 
-Until = Callable[[Callable[[], object]], Awaitable[None]]
+settings.register_profile("turnout", deadline=None)  # how long an example takes says nothing about what it tests
+settings.load_profile("turnout")
+
+Until = Callable[[Callable[[], object]], Coroutine[Any, Any, None]]
 MakeServer = Callable[..., EmbeddedServer]
-T = TypeVar("T")
 
 
 @pytest.fixture

@@ -349,12 +349,23 @@ class EmbeddedServer:
                 raise EmbeddedServerError(self._why_dead())
             if url := self._announced():
                 self._url = url
-                if await _jetstream_answers(url):
+                streams = await _streams(url)
+                if streams is not None:
+                    self._check_store(streams)
                     return
             await asyncio.sleep(_POLL_S)
         raise EmbeddedServerError(
             f"nats-server did not answer within {START_S:g} s; its log is {self._log_file}: {self._last_lines()}"
         )
+
+    def _check_store(self, streams: set[str]) -> None:
+        """nats-server passes over a stream whose files it cannot read, and would then make an empty one beside it."""
+        folders = (self.folder / "store" / "jetstream" / "$G" / "streams").glob("*")
+        if lost := sorted({folder.name for folder in folders if folder.is_dir()} - streams):
+            raise EmbeddedServerError(
+                f"the store in {self.folder} is damaged: {' and '.join(lost)} cannot be read. Restore the folder from "
+                f"a backup, or start with an empty one. The server says: {self._last_lines()}"
+            )
 
     def _announced(self) -> str:
         with contextlib.suppress(OSError, ValueError, LookupError):
@@ -389,24 +400,24 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-async def _jetstream_answers(url: str) -> bool:
-    """Ask by the bare protocol: a client library would wait seconds, and print, on a refused first try."""
+async def _streams(url: str) -> set[str] | None:
+    """Streams of the server, None where JetStream does not answer (yet).
+
+    By the bare protocol: a client library would wait seconds, and print, on a refused first try.
+    """
     host, _, port = url.removeprefix("nats://").rpartition(":")
-    try:
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), 1)
-    except (TimeoutError, OSError):
-        return False
-    try:
-        ask = b'CONNECT {"verbose":false,"headers":true}\r\nSUB _INBOX.r 1\r\nPUB $JS.API.INFO _INBOX.r 0\r\n\r\n'
-        writer.write(ask)
-        while line := await asyncio.wait_for(reader.readline(), 1):
-            if line.startswith(b"MSG "):
-                answer = await asyncio.wait_for(reader.readline(), 1)
-                return b'"error"' not in answer
-            if line.startswith((b"HMSG ", b"-ERR")):
-                return False
-    except (TimeoutError, OSError):
-        return False
-    finally:
-        writer.close()
-    return False
+    with contextlib.suppress(OSError, TimeoutError, ValueError):
+        async with asyncio.timeout(1):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            try:
+                writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n')
+                writer.write(b"SUB _INBOX.r 1\r\nPUB $JS.API.STREAM.NAMES _INBOX.r 0\r\n\r\n")
+                while line := await reader.readline():
+                    if line.startswith(b"MSG "):
+                        answer = json.loads(await reader.readline())
+                        return None if "error" in answer else set(answer["streams"] or ())
+                    if line.startswith((b"HMSG ", b"-ERR")):
+                        return None
+            finally:
+                writer.close()
+    return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -278,12 +278,18 @@ async def ensure_streams(nc: jsapi.Client, replicas: int = 1, timeout_s: float =
         Unavailable: no answer.
     """
     await check_server(nc, timeout_s)
-    found = replicas
+    found = {settings["name"]: await _stream(nc, settings["name"], timeout_s) for settings in STREAMS}
+    if found["EVENTS"] is None and any(info["state"]["messages"] for info in found.values() if info is not None):
+        raise Incompatible(
+            "the event log (stream EVENTS) is missing, but what was made from it is there: restore the log from a "
+            "backup, or use an empty store folder or another NATS account"
+        )
     for settings in STREAMS:
-        config = await _ensure_stream(nc, settings, replicas, timeout_s)
-        if settings["name"] == "EVENTS":
-            found = int(config["num_replicas"])
-    return found
+        name = settings["name"]
+        info = found[name] or await _create_stream(nc, settings, replicas, timeout_s)
+        _check_stream(settings, info["config"])
+        found[name] = info
+    return int(found["EVENTS"]["config"]["num_replicas"]) if found["EVENTS"] is not None else replicas
 
 
 async def check_server(nc: jsapi.Client, timeout_s: float = 5.0) -> None:
@@ -309,16 +315,20 @@ async def check_server(nc: jsapi.Client, timeout_s: float = 5.0) -> None:
         )
 
 
-async def _ensure_stream(nc: jsapi.Client, settings: dict[str, Any], replicas: int, timeout_s: float) -> dict[str, Any]:
-    name = settings["name"]
+async def _stream(nc: jsapi.Client, name: str, timeout_s: float) -> dict[str, Any] | None:
+    """The server's account of a stream, None where there is no such stream."""
     try:
-        info = await jsapi.api(nc, f"STREAM.INFO.{name}", None, timeout_s)
+        return await jsapi.api(nc, f"STREAM.INFO.{name}", None, timeout_s)
     except jsapi.Refused as e:
-        if e.code != jsapi.STREAM_NOT_FOUND:
-            raise Unavailable(f"stream {name} gives no account of itself: {e}") from e
-        info = await _create_stream(nc, settings, replicas, timeout_s)
-    config: dict[str, Any] = info["config"]
-    layout = (config.get("metadata") or {}).get(LAYOUT_KEY)
+        if e.code == jsapi.STREAM_NOT_FOUND:
+            return None
+        raise Unavailable(f"stream {name} gives no account of itself: {e}") from e
+
+
+def _check_stream(settings: dict[str, Any], config: dict[str, Any]) -> None:
+    name = settings["name"]
+    metadata: dict[str, str] = config.get("metadata") or {}
+    layout = metadata.get(LAYOUT_KEY)
     if layout != LAYOUT:
         whose = f"has layout {layout}" if layout else "was not made by turnout"
         raise Incompatible(
@@ -331,13 +341,13 @@ async def _ensure_stream(nc: jsapi.Client, settings: dict[str, Any], replicas: i
                 f"stream {name} has {key} = {config.get(key)!r}, turnout needs {value!r}: "
                 f"set it back (`nats stream edit {name}`), or use another NATS account or an empty store folder"
             )
-    return config
 
 
 def _same(found: object, wanted: object) -> bool:
     """The server leaves out what is at its default."""
-    if isinstance(wanted, dict):
-        return isinstance(found, dict) and all(_same(found.get(k), v) for k, v in wanted.items())
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        inner = cast("dict[str, object]", found)
+        return all(_same(inner.get(k), v) for k, v in cast("dict[str, object]", wanted).items())
     return found == wanted or (found is None and not wanted)
 
 
@@ -439,7 +449,7 @@ async def _subscribe(
     nc: jsapi.Client, subject: str, take: Callable[[Msg], Awaitable[None]], queue: str = ""
 ) -> Subscription:
     try:
-        return await nc.subscribe(subject, queue=queue, cb=take)
+        return await nc.subscribe(subject, queue=queue, cb=take)  # pyright: ignore[reportUnknownMemberType]
     except (nats.errors.Error, OSError) as e:
         raise Unavailable(f"cannot subscribe {subject}: {e}") from e
 

@@ -52,7 +52,7 @@ async def run_controller(settings: Settings, ready: Callable[[dict[str, object]]
     ) as plane:
         await plane.prepare(settings.nats.replicas)
         controller = Controller(
-            settings.controller.id or clock.id("controller-"),
+            settings.controller.id or clock.id("c-"),
             store=plane.store,
             bus=plane.bus,
             beats=plane.beats,
@@ -112,7 +112,7 @@ async def run_gateway(settings: Settings, ready: Callable[[dict[str, object]], N
     async with control_plane(settings.nats.url, f"turnout gateway {os.getpid()}", clock=clock) as plane:
         gateway = Gateway(
             own,
-            id=clock.id("gateway-"),
+            id=clock.id("g-"),
             bus=plane.bus,
             beats=plane.beats,
             views=plane.reader,

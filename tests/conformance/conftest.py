@@ -33,7 +33,7 @@ def container_url() -> Iterator[str]:
             if probe.connect_ex(DOCKER_SOCKET) != 0:
                 pytest.skip(f"no Docker engine listens on {DOCKER_SOCKET}, and DOCKER_HOST is not set")
     engine = docker.from_env()
-    engine.ping()
+    engine.ping()  # pyright: ignore[reportUnknownMemberType]
     engine.close()
     with DockerContainer(IMAGE).with_command("-js").with_exposed_ports(4222) as container:
         yield f"nats://{container.get_container_host_ip()}:{container.get_exposed_port(4222)}"

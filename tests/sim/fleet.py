@@ -1,35 +1,33 @@
-"""The simulated fleet: engines on hosts for the real InferenceWorker, and gateways that send clients' requests to them.
+"""The simulated fleet: engines for the real InferenceWorker, and gateways that send clients' requests to them.
 
-Gateways route with the real TransitionManager and RequestTracker.
+A gateway is the real agent, TransitionManager and RequestTracker; only its connections are simulated.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
 from turnout.core.decider import Accepted, Failed
-from turnout.core.gateway import JoinGateway, LeaveGateway, ReportApplied, ReportDrained
-from turnout.events import subjects
 from turnout.events.store import Unavailable
-from turnout.projections.fleet import GatewayView
-from turnout.projections.routing import RouteView
+from turnout.workers.gateway.agent import GatewayAgent
 from turnout.workers.gateway.transition import Choice, NoRoute, RequestTracker, Slot, TransitionManager
 from turnout.workers.inference.runner import Failure, Found, Loaded, Order
-from turnout.workers.ports import Request, ViewEntry
+from turnout.workers.ports import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from tests.sim.network import Network, Process
     from turnout.core.decider import Answer
     from turnout.events.model import EngineSpec
-    from turnout.workers.gateway.transition import Drained
+    from turnout.projections.routing import RouteView
+    from turnout.workers.gateway.plane import DataPlane
+    from turnout.workers.gateway.transition import Drained, Transition
     from turnout.workers.ports import Beats, Bus, ViewReader
 
-BEAT_S = 1.0
 #: An engine must have been without a connection for this long before its worker stops it.
 QUIET_S = 0.3
 #: How long a gateway waits for a first byte, and a worker for a sign of life from an engine.
@@ -115,12 +113,12 @@ class Fleet:
         #: Gateways keep a connection open to each engine that their route names.
         self.holds = holds
         self.engines: dict[str, SimEngine] = {}
-        self.gateways: list[SimGateway] = []
+        self.gateways: list[SimPlane] = []
         self.counts = {"requests": 0, "answered": 0, "excused": 0, "rerouted": 0, "ended": 0}
         self.on_stop: Callable[[SimEngine], None] = lambda _: None
-        self.on_sent: Callable[[SimGateway, Choice], None] = lambda *_: None
-        self.on_failed: Callable[[SimGateway, Flight, str], None] = lambda *_: None
-        self.on_applied: Callable[[SimGateway, RouteView, int], None] = lambda *_: None
+        self.on_sent: Callable[[SimPlane, Choice], None] = lambda *_: None
+        self.on_failed: Callable[[SimPlane, Flight, str], None] = lambda *_: None
+        self.on_applied: Callable[[SimPlane, RouteView, int], None] = lambda *_: None
 
     def quiet(self, engine: SimEngine) -> bool:
         """What the kernel of the engine's host would say: no open connection."""
@@ -256,7 +254,7 @@ class Flight:
         "tried",
     )
 
-    def __init__(self, gateway: SimGateway, model: str, duration_s: float, number: int) -> None:
+    def __init__(self, gateway: SimPlane, model: str, duration_s: float, number: int) -> None:
         self.gateway = gateway
         self.model = model
         self.number = number
@@ -374,127 +372,91 @@ class Flight:
         self.gateway.fleet.on_failed(self.gateway, self, code)
 
 
-class SimGateway:
-    """A gateway process: the real routing, and an agent by the contract of the real one."""
+class SimPlane:
+    """The data plane of one gateway, as its agent knows it: the real routing over simulated connections."""
 
-    def __init__(self, process: Process, fleet: Fleet, bus: Bus, beats: Beats, reader: ViewReader) -> None:
+    def __init__(self, process: Process, fleet: Fleet) -> None:
         self.process = process
-        self.id = process.name
         self.fleet = fleet
         self.loop = process.net.loop
         self.tracker = RequestTracker()
         self.manager = TransitionManager(self.tracker, process.jitter())
+        self.context = self  # the agent reads manager and tracker from it
+        self.connections: set[object] = set()
+        self.gateway = self.id = process.name
+        self.control_plane: Callable[[], str] = str
         self.serving = False
+        #: Engines to which a connection stays open: no request is needed for the engine's worker to see it.
         self.connected: frozenset[str] = frozenset()
-        self._bus = bus
-        self._beats = beats
-        self._reader = reader
-        self._sequence = 0
-        self._lost = False
-        self._moved = asyncio.Event()
-        self._reports: asyncio.Queue[tuple[str, object]] = asyncio.Queue()
-        self._early: dict[str, RouteView] = {}
+        self.drained: Callable[[Drained], None] = lambda _: None
         process.ended = self._died
         fleet.gateways.append(self)
 
-    # agent
+    def bind(self) -> str:
+        """Take an address."""
+        return f"http://{self.id}"
 
-    async def run(self) -> None:
-        joined = await self._join()
-        await self._reader.watch(("route.*", subjects.view_key("gateway", self.id)), self._changed)
-        self.process.spawn(self._beat())
-        self.process.spawn(self._report())
-        while self._sequence < joined:
-            await self._wait()
+    async def listen(self) -> None:
+        """Take requests."""
         self.serving = True
-        for view in self._early.values():
-            self._apply(view)
-        while True:
-            await self._wait()
-            if self._lost:
-                self._lost = False
-                await self._join()
 
-    async def leave(self) -> None:
-        """Stop in order: no new request, the running ones to their end, then say so."""
+    async def stop(self) -> int:
+        """Take no more requests and let the running ones end."""
         self.serving = False
         while self.tracker.in_flight():
             await asyncio.sleep(0.1)
-        await self._tell("gateway.leave", LeaveGateway(self.id))
-        self.process.crash()
+        self.connected = frozenset()
+        return 0
 
-    async def _join(self) -> int:
-        answer = await self._tell("gateway.join", JoinGateway(self.id, f"http://{self.id}"))
-        assert isinstance(answer, Accepted), answer
-        return answer.sequence
+    def on_drained(self, report: Callable[[Drained], None]) -> None:
+        """Whom to tell that a version's last request has ended."""
+        self.drained = report
 
-    async def _beat(self) -> None:
-        while True:
-            await self._beats.publish("gateway", self.id, b"{}")
-            await asyncio.sleep(BEAT_S)
-
-    async def _report(self) -> None:
-        while True:
-            verb, body = await self._reports.get()
-            await self._tell(verb, body)
-
-    async def _tell(self, verb: str, body: object) -> Answer:
-        return await tell(self.process, self._bus, "gw", verb, body, self.process.id(f"{verb}-"))
-
-    async def _wait(self) -> None:
-        await self._moved.wait()
-        self._moved.clear()
-
-    def _changed(self, entries: Mapping[str, ViewEntry], sequence: int) -> None:
-        self._sequence = max(self._sequence, sequence)
-        for key, entry in entries.items():
-            kind, _ = subjects.parse_view_key(key)
-            if not entry.value:
-                continue
-            if kind == "gateway":
-                self._lost = msgspec.json.decode(entry.value, type=GatewayView).state == "lost"
-            else:
-                view = msgspec.json.decode(entry.value, type=RouteView)
-                if self.serving:
-                    self._apply(view)
-                else:
-                    self._early[view.model] = view
-        self._moved.set()
-
-    # data plane
-
-    def _apply(self, view: RouteView) -> None:
-        before = self.manager.applied().get(view.model, 0)
-        transition = self.manager.begin_transition(view, self.process.monotonic())
+    def apply(self, route: RouteView) -> Transition | None:
+        """Route by a revision from the next request on."""
+        before = self.manager.applied().get(route.model, 0)
+        transition = self.manager.begin_transition(route, self.process.monotonic())
         if transition is None:
-            return
-        self.fleet.net.trace("applied", self.id, view.model, view.revision)
+            return None
+        self.fleet.net.trace("applied", self.id, route.model, route.revision)
         if self.fleet.holds:
             self.connected = self.manager.addresses()
-        self.fleet.on_applied(self, view, before)
-        if view.revision:
-            self._reports.put_nowait(("gateway.applied", ReportApplied(self.id, view.model, view.revision)))
-        for drained in transition.drained:
-            self.drained(drained)
+        self.fleet.on_applied(self, route, before)
         if transition.draining:
-            self.loop.call_later(view.drain_s + 0.001, self._sweep)
-
-    def drained(self, drained: Drained) -> None:
-        """To be acknowledged."""
-        report = ReportDrained(self.id, drained.model, drained.version, drained.revision, drained.ended)
-        self._reports.put_nowait(("gateway.drained", report))
+            self.loop.call_later(route.drain_s + 0.001, self._sweep)
+        return transition
 
     def request(self, model: str, duration_s: float, key: bytes = b"") -> None:
         """A client's request."""
         self.fleet.counts["requests"] += 1
         Flight(self, model, duration_s, self.fleet.counts["requests"]).begin(key)
 
+    def flights(self) -> list[Flight]:
+        """What is in flight, oldest first."""
+        return sorted((f for f in self.tracker.running() if isinstance(f, Flight)), key=lambda f: f.number)
+
     def _sweep(self) -> None:
         if self.process.alive:
-            for flight in sorted(self.manager.overdue(self.process.monotonic()), key=lambda f: f.number):  # type: ignore[attr-defined]  # all are Flights
-                flight.cut()  # type: ignore[attr-defined]  # all are Flights
+            overdue = self.manager.overdue(self.process.monotonic())
+            for flight in [f for f in self.flights() if f in overdue]:
+                flight.cut()
 
     def _died(self) -> None:
         self.serving = False
-        for flight in tuple(self.tracker.running()):
-            flight.drop()  # type: ignore[attr-defined]  # all are Flights
+        for flight in self.flights():
+            flight.drop()
+
+
+class SimGateway:
+    """A gateway process: the real agent over a simulated data plane."""
+
+    def __init__(self, process: Process, fleet: Fleet, bus: Bus, beats: Beats, reader: ViewReader) -> None:
+        self.process = process
+        self.plane = SimPlane(process, fleet)
+        data_plane = cast("DataPlane", self.plane)
+        self.agent = GatewayAgent(process.name, data_plane, bus, beats, reader, process, lambda: process.connected)
+
+    async def run(self) -> None:
+        """Serve until told to stop, then end the process."""
+        await self.agent.run(lambda _: None)
+        self.process.crash()

@@ -21,12 +21,16 @@ from turnout.projections.views import Views
 if TYPE_CHECKING:
     import asyncio
 
-    from tests.sim.fleet import Fleet, Flight, SimEngine, SimGateway
+    from tests.sim.fleet import Fleet, Flight, SimEngine, SimPlane
     from tests.sim.network import Network
     from turnout.events.envelope import Recorded
     from turnout.projections.routing import RouteView
     from turnout.workers.gateway.transition import Choice
     from turnout.workers.ports import Request
+
+
+#: A write may be this old when it is stored.
+DECIDED_S_MAX = 3.0
 
 
 class Broken(AssertionError):
@@ -52,6 +56,7 @@ class Checker:
         self._proven: set[str] = set()
         self._names: dict[tuple[str, int], frozenset[str]] = {}
         self._batches = 0
+        self._live: dict[str, float] = {}
         net.log.appended = self._appended
         net.answered = self._answered
         fleet.on_sent = self._sent
@@ -70,7 +75,12 @@ class Checker:
         self._batches += 1
         self.invariant_6_a_command_takes_effect_once(batch)
         self.invariant_7_no_deposed_leader_overwrites(batch)
-        before_live = frozenset(self.world.live_gateways)
+        now = self.net.loop.time()
+        for id in self.world.live_gateways ^ self._live.keys():
+            if self._live.pop(id, None) is None:
+                self._live[id] = now
+        # Who joins again while a decision is on its way is for the worker's proof of quiet to find.
+        before_live = frozenset(id for id, since in self._live.items() if now - since > DECIDED_S_MAX)
         for recorded in batch:
             self.invariant_3_one_switch_and_growing_revisions(recorded)
             match recorded.event:
@@ -101,22 +111,22 @@ class Checker:
         if known != raw:
             self.violation(6, f"command {request.id} was answered {known!r} and {raw!r}")
 
-    def _sent(self, gateway: SimGateway, choice: Choice) -> None:
+    def _sent(self, gateway: SimPlane, choice: Choice) -> None:
         self.invariant_1_only_proven_instances_get_requests(gateway, choice)
 
     def _stopping(self, engine: SimEngine) -> None:
         self.invariant_2_no_engine_is_stopped_under_a_gateway(engine)
 
-    def _applied(self, gateway: SimGateway, view: RouteView, before: int) -> None:
+    def _applied(self, gateway: SimPlane, view: RouteView, before: int) -> None:
         if view.revision < before:
             self.violation(3, f"{gateway.id} went from revision {before} of {view.model} to {view.revision}")
 
-    def _failed(self, gateway: SimGateway, flight: Flight, code: str) -> None:
+    def _failed(self, gateway: SimPlane, flight: Flight, code: str) -> None:
         self.invariant_8_requests_only_fail_with_their_engine(gateway, flight, code)
 
     # invariants
 
-    def invariant_1_only_proven_instances_get_requests(self, gateway: SimGateway, choice: Choice) -> None:
+    def invariant_1_only_proven_instances_get_requests(self, gateway: SimPlane, choice: Choice) -> None:
         """A request is only sent to an instance that was proven ready and not yet stopped."""
         engine = self.fleet.engines.get(choice.address)
         if choice.instance not in self._proven or engine is None or not engine.proven:
@@ -208,7 +218,7 @@ class Checker:
             if model.switch and self.world.state("switch", model.switch).phase in ENDED:
                 self.violation(7, f"{name} is still held by {model.switch}, which has ended")
 
-    def invariant_8_requests_only_fail_with_their_engine(self, gateway: SimGateway, flight: Flight, code: str) -> None:
+    def invariant_8_requests_only_fail_with_their_engine(self, gateway: SimPlane, flight: Flight, code: str) -> None:
         """A request fails only where a fault took every engine that it could go to, or the one under its stream."""
         self.net.trace("request failed", gateway.id, flight.model, code)
         if code == "stream_broken":
@@ -236,7 +246,7 @@ class Checker:
                 self.violation(9, f"the log says that {gateway} applied revision {revision} of {model}; it did not")
 
 
-def _use(gateway: SimGateway, instance: str) -> str:
+def _use(gateway: SimPlane, instance: str) -> str:
     for flight in gateway.tracker.running():
         if flight.choice.instance == instance:
             return "has a request in flight on it"

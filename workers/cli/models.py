@@ -330,7 +330,7 @@ def waits(seen: Picture, switch: SwitchView, now: datetime) -> list[str]:
             behind = [g["gateway"] for g in seen.gateways if g["revision"] < fresh]
             return [f"waits for gateway {', '.join(behind)}"] if behind else []
         case "baking":
-            return [f"watched for {left_s(switch.bake_until, now)} s more; {switch.source} stays warm"]
+            return [f"bakes for {left_s(switch.bake_until, now)} s more; {switch.source} stays warm"]
         case "draining":
             return [f"waits for the last requests of {switch.source}"]
         case _:

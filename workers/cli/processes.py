@@ -361,8 +361,9 @@ async def _tell_log(nats: str, shown: _Shown) -> None:
 
             def deliver(recorded: Any) -> None:
                 entry = audit.entry(recorded)
-                if recorded.sequence > last and entry.tone in ("good", "warning", "bad"):
-                    shown.line(Text(entry.sentence, styles[entry.tone]))
+                told = entry.tone in styles or entry.type == "SwitchRequested"
+                if recorded.sequence > last and told and entry.type != "KnownGoodMarked":
+                    shown.line(Text(entry.sentence, styles.get(entry.tone, "")))
 
             await plane.store.tail(0, deliver, lambda _: None)
             await asyncio.Event().wait()

@@ -218,7 +218,7 @@ def _stages(view: SwitchView) -> Iterator[tuple[str, str, str]]:
     if view.cutover_s is not None:
         yield "cut over", seconds(view.cutover_s), f"every gateway sends to {view.target}"
     if view.bake_until is not None and view.phase in ("draining", "completed"):
-        yield "watched", "", f"{view.source} stayed warm"
+        yield "baked", "", f"{view.source} stayed warm"
     if view.phase == "completed" and view.source:
         yield "drained", seconds(view.drain_s or 0.0), f"the last request on {view.source} has ended"
 

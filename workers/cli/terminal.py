@@ -98,7 +98,7 @@ class Terminal:
         word = "rejected" if status == "rejected" else "failed"
         self.err.print(Text.assemble((f"{word}: ", "bold red"), reason))
         if hint:
-            self.err.print(Text.assemble((" " * (len(word) - 2) + "try: ", "bold"), hint))
+            self.err.print(Text.assemble((" " * (len(word) - 3) + "try: ", "bold"), hint))
 
     def run(self, work: Callable[[Client], Awaitable[int]]) -> NoReturn:
         """Connect, do the work, end the process with its exit code."""

@@ -147,8 +147,9 @@ class Commands:
             else:
                 self._log.own(recorded)
                 switches = [i for kind, i in (subjects.parse_event(a.subject) for a in decided) if kind == "switch"]
-                last = recorded[-1].sequence
-                return _accepted(id, Done(recorded[0].subject, last, len(recorded), switches[0] if switches else ""))
+                first, last = recorded[0], recorded[-1]
+                switch = switches[0] if switches else ""
+                return _accepted(id, Done(first.subject, first.sequence, last.sequence, len(recorded), switch))
         raise trouble or Unavailable(f"{TRIES} others wrote first; the command was not stored")
 
     def _decide(self, world: World, writes: Writes) -> tuple[Append, ...] | Rejected:

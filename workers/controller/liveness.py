@@ -25,7 +25,8 @@ class Liveness:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._heard: dict[tuple[str, str], float] = {}
-        self._since = clock.monotonic()
+        #: Since when the log, as this leader reads it, takes each of them for alive: a joining is a sign of life.
+        self._live: dict[tuple[str, str], float] = {}
 
     def heard(self, kind: str, id: str, body: bytes) -> None:
         """A beat came."""
@@ -33,20 +34,21 @@ class Liveness:
 
     def restart(self) -> None:
         """Give everybody a full lease from now on: called when this process begins to lead."""
-        self._since = self._clock.monotonic()
+        self._live.clear()
 
     def owed(self, world: World) -> tuple[Owed, ...]:
         """Loss reports of those that the log believes alive and that were silent for a whole lease."""
         now = self._clock.monotonic()
+        live = [("gateway", id) for id in sorted(world.live_gateways)]
+        live += [("worker", id) for id, worker in sorted(world.workers.items()) if worker.live]
+        self._live = {key: self._live.get(key, now) for key in live}
         owed: list[Owed] = []
-        for id in sorted(world.live_gateways):
-            silent_s = round(now - max(self._since, self._heard.get(("gateway", id), 0.0)), 3)
-            if silent_s > GATEWAY_LEASE_S:
-                owed.append(self._lost(world, "gateway", id, LoseGateway(id, silent_s)))
-        for id, worker in sorted(world.workers.items()):
-            silent_s = round(now - max(self._since, self._heard.get(("worker", id), 0.0)), 3)
-            if worker.live and silent_s > WORKER_LEASE_S:
-                owed.append(self._lost(world, "worker", id, LoseWorker(id, silent_s)))
+        for kind, id in live:
+            silent_s = round(now - max(self._live[kind, id], self._heard.get((kind, id), 0.0)), 3)
+            if kind == "gateway" and silent_s > GATEWAY_LEASE_S:
+                owed.append(self._lost(world, kind, id, LoseGateway(id, silent_s)))
+            elif kind == "worker" and silent_s > WORKER_LEASE_S:
+                owed.append(self._lost(world, kind, id, LoseWorker(id, silent_s)))
         return tuple(owed)
 
     def _lost(self, world: World, kind: str, id: str, command: object) -> Owed:

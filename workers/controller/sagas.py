@@ -84,8 +84,8 @@ class SagaRunner:
 
     async def _wait(self, agenda: Agenda) -> None:
         delay_s = _TICK_S
-        if agenda.wake is not None:
-            delay_s = max(0.0, min(delay_s, (agenda.wake - self._clock.now()).total_seconds()))
+        if agenda.wake is not None and agenda.wake > (now := self._clock.now()):
+            delay_s = min(delay_s, (agenda.wake - now).total_seconds())
         try:
             async with asyncio.timeout(delay_s):
                 await self._moved.wait()

@@ -1,21 +1,20 @@
-"""The control side of one gateway: follows the routes, acknowledges what was applied and drained, says that it lives.
+"""The control side of one gateway process: routes in, acknowledgements out, over the ports alone.
 
-Speaks to the ports only, and to the data plane through two calls: apply a route, and hear what has drained. When the
-control plane is away nothing changes on the request path; what has to be acknowledged waits, and is sent when somebody
-answers again, with the same command ids.
+It opens the gateway for requests only when the views are as new as its own joining: from then on no switch can be
+decided without waiting for this gateway. Without the control plane the data plane serves on by its last route; what
+must be acknowledged is kept and sent, with the same command ids, when somebody answers again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import structlog
 
-from turnout.core.decider import Accepted, Failed, Rejected
+from turnout.core.decider import Accepted, Answer, Failed, Rejected
 from turnout.core.gateway import JoinGateway, LeaveGateway, ReportApplied, ReportDrained
 from turnout.events import subjects
 from turnout.events.store import Unavailable
@@ -24,7 +23,7 @@ from turnout.projections.routing import RouteView
 from turnout.workers.ports import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Mapping
     from datetime import datetime
 
     from turnout.workers.clock import Clock
@@ -35,12 +34,15 @@ log = structlog.get_logger(__name__)
 
 #: Between two signs of life, seconds; the controller waits for several before it counts a gateway as lost.
 BEAT_S = 1.0
+#: How long a stopping gateway tries to say what is left to say; the controller notices anyway when the beats stop.
+FAREWELL_S = 5.0
+_ROLE = "gw"
 _ANSWER_S = 5.0
 _RETRY_FIRST_S = 0.05
 _RETRY_MOST_S = 1.0
 
-_routes = msgspec.json.Decoder(RouteView)
-_gateways = msgspec.json.Decoder(GatewayView)
+_route = msgspec.json.Decoder(RouteView)
+_own = msgspec.json.Decoder(GatewayView)
 
 
 class Plane(Protocol):
@@ -66,19 +68,31 @@ class Plane(Protocol):
         ...
 
     async def stop(self) -> int:
-        """Let the running requests end; returns how many were ended early."""
+        """Let the last requests end; returns how many had to be ended early."""
         ...
 
 
+class _Outbox:
+    """What is still to be said of one model, in order: the newest revision, then what has drained."""
+
+    __slots__ = ("applied", "drained", "model", "sending")
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.applied = 0
+        self.drained: deque[Drained] = deque()
+        self.sending: asyncio.Task[None] | None = None
+
+
 class GatewayAgent:
-    """One gateway's word with the control plane.
+    """Joins, follows the views, acknowledges, beats, leaves.
 
     Args:
-        id: of this gateway process, new at every start.
-        plane: what takes the requests.
+        id: of this gateway; a new one for each process start, because it says which requests can be in flight.
+        plane: the data plane.
         bus: commands.
         beats: signs of life.
-        views: routes.
+        views: routes, and the view of this gateway.
         clock: of this process.
         connected: whether there is a connection to the control plane now; for what the plane says of itself.
     """
@@ -95,20 +109,24 @@ class GatewayAgent:
     ) -> None:
         self.id = id
         self._plane = plane
-        self._address = ""
         self._bus, self._beats, self._views, self._clock = bus, beats, views, clock
         self._connected = connected
         self._away_since: datetime | None = None
-        self._stop = asyncio.Event()
-        self._sequence = 0
-        self._heard = 0
-        self._moved = asyncio.Event()
-        self._joined = False
-        self._joins = 0
+        self._address = ""
         self._applied: dict[str, int] = {}
-        self._outbox: dict[str, deque[tuple[str, msgspec.Struct, str]]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._watch: Closeable | None = None
+        self._outboxes: dict[str, _Outbox] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._moved = asyncio.Event()
+        self._sequence = 0
+        self._state = "live"
+        #: Place of the newest joining in the log, 0 before the first; joins are counted for their command ids.
+        self._joined = 0
+        self._joins = 0
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Make ``run`` end: take no more requests, let the running ones end, leave."""
+        self._stop.set()
 
     async def run(self, ready: Callable[[str], None]) -> None:
         """Join, take requests until ``stop``, let the last ones end, leave. ``ready`` gets the URL.
@@ -117,80 +135,72 @@ class GatewayAgent:
             OSError: the address or port can't be used.
         """
         plane = self._plane
+        plane.gateway, plane.control_plane = self.id, self._control_plane
+        plane.on_drained(self._drained)
         self._address = plane.bind()
-        plane.gateway = self.id
-        plane.control_plane = self._control_plane
-        plane.on_drained(self.drained)
-        try:
-            await self._start()
-            await plane.listen()
-            ready(self._address)
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            beating = tasks.create_task(self._beat())
+            serving = tasks.create_task(self._serve(ready))
             await self._stop.wait()
-            await plane.stop()
+            # Routes are followed and acknowledged until the last request has ended: a switch must not wait for this.
+            ended = await plane.stop()
+            serving.cancel()
+            await asyncio.wait((serving,))
             await self._leave()
+            beating.cancel()
+            for outbox in self._outboxes.values():
+                if outbox.sending is not None:
+                    outbox.sending.cancel()
+            self._tasks = None
+        log.info("gateway_stopped", gateway=self.id, ended_early=ended)
+
+    async def _serve(self, ready: Callable[[str], None]) -> None:
+        """Join, catch up, open, and join again whenever the log says that this gateway is lost."""
+        watching = await self._watch()
+        try:
+            await self._join()
+            while self._sequence < self._joined:
+                await self._next()
+            await self._plane.listen()
+            log.info("gateway_joined", gateway=self.id, address=self._address, routes=dict(self._applied))
+            ready(self._address)
+            while True:
+                await self._next()
+                # A view older than the joining still shows what was before it.
+                if self._state == "lost" and self._sequence >= self._joined:
+                    log.warning("gateway_counted_as_lost", gateway=self.id)
+                    await self._join()
         finally:
-            await self.close()
+            await watching.close()
 
-    def stop(self) -> None:
-        """Make ``run`` end in order."""
-        self._stop.set()
+    async def _watch(self) -> Closeable:
+        keys = ("route.*", subjects.view_key("gateway", self.id))
+        while True:
+            try:
+                return await self._views.watch(keys, self._changed)
+            except Unavailable as e:
+                log.warning("routes_wait", reason=str(e))
+            await asyncio.sleep(_RETRY_MOST_S)
 
-    async def _start(self) -> None:
-        """Read the routes, join, and return when requests may be taken.
-
-        They may be when the routes have come as far as the join's place in the log: what was changed before it is
-        applied here, and whatever comes after it waits for this gateway's word.
-        """
-        self._watch = await self._retry_watch()
-        self._spawn(self._beat())
-        sequence = await self._join()
-        while self._sequence < sequence:
-            self._moved.clear()
-            await self._moved.wait()
-        log.info("gateway_joined", gateway=self.id, sequence=sequence, routes=dict(self._applied))
-
-    def drained(self, report: Drained) -> None:
-        """Acknowledge that a version's last request has ended."""
-        body = ReportDrained(self.id, report.model, report.version, report.revision, report.ended)
-        self._post(
-            report.model,
-            "gateway.drained",
-            body,
-            f"{self.id}.drained.{report.model}.{report.version}.{report.revision}",
-        )
-
-    async def _leave(self) -> None:
-        """Say that nothing is in flight and nothing will be taken any more.
-
-        Where nobody answers soon, the controller notices by the missing signs of life.
-        """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_ANSWER_S):
-                while any(self._outbox.values()):
-                    await asyncio.wait(tuple(self._tasks), timeout=_RETRY_FIRST_S)
-                await self._ask("gateway.leave", LeaveGateway(self.id), f"{self.id}.leave")
-
-    async def close(self) -> None:
-        """Stop without a word."""
-        if self._watch is not None:
-            await self._watch.close()
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+    async def _next(self) -> None:
+        await self._moved.wait()
+        self._moved.clear()
 
     # What comes
 
     def _changed(self, entries: Mapping[str, ViewEntry], sequence: int) -> None:
+        """The views have moved: apply what concerns this gateway, between two requests."""
         for key, entry in entries.items():
-            kind, _ = subjects.parse_view_key(key)
             if not entry.value:
                 continue
-            if kind == "route":
-                self._take_route(_routes.decode(entry.value))
-            elif self._joined and _gateways.decode(entry.value).state == "lost":
-                log.warning("gateway_counted_as_lost", gateway=self.id)
-                self._joined = False
-                self._spawn(self._rejoin())
+            try:
+                if subjects.parse_view_key(key)[0] == "route":
+                    self._take_route(_route.decode(entry.value))
+                else:
+                    self._state = _own.decode(entry.value).state
+            except msgspec.MsgspecError as e:  # the last route that could be read goes on
+                log.error("view_unreadable", key=key, reason=str(e))
         self._sequence = max(self._sequence, sequence)
         self._moved.set()
 
@@ -198,71 +208,19 @@ class GatewayAgent:
         transition = self._plane.apply(route)
         if transition is None or not transition.revision:
             return
-        self._applied[transition.model] = transition.revision
-        log.info(
-            "route_applied", model=transition.model, revision=transition.revision, draining=list(transition.draining)
-        )
-        self._acknowledge(transition.model)
-        for report in transition.drained:
-            self.drained(report)
+        model = transition.model
+        log.info("route_applied", model=model, revision=transition.revision, draining=list(transition.draining))
+        self._applied[model] = transition.revision
+        outbox = self._outboxes.setdefault(model, _Outbox(model))
+        outbox.applied = transition.revision  # a newer revision acknowledges the older ones, too
+        outbox.drained.extend(transition.drained)
+        self._hurry(outbox)
 
-    def _acknowledge(self, model: str) -> None:
-        revision = self._applied[model]
-        body = ReportApplied(self.id, model, revision)
-        self._post(model, "gateway.applied", body, f"{self.id}.applied.{model}.{revision}")
-
-    # What goes
-
-    def _post(self, model: str, verb: str, body: msgspec.Struct, id: str) -> None:
-        """Send a report after those of the same model that wait already."""
-        queue = self._outbox.setdefault(model, deque())
-        queue.append((verb, body, id))
-        if len(queue) == 1:
-            self._spawn(self._send(model, queue))
-
-    async def _send(self, model: str, queue: deque[tuple[str, msgspec.Struct, str]]) -> None:
-        while queue:
-            verb, body, id = queue[0]
-            if (refused := await self._ask(verb, body, id)) is not None:
-                log.error("report_refused", verb=verb, model=model, code=refused.code, reason=refused.reason)
-            queue.popleft()
-
-    async def _ask(self, verb: str, body: msgspec.Struct, id: str) -> Rejected | None:
-        """Send one command until somebody decides it; None where it was accepted."""
-        request = Request(id, self.id, msgspec.Raw(msgspec.json.encode(body)))
-        pause_s = _RETRY_FIRST_S
-        while True:
-            try:
-                answer = await self._bus.ask("gw", verb, request, _ANSWER_S)
-            except Unavailable as e:
-                log.warning("report_waits", verb=verb, reason=str(e))
-            else:
-                if isinstance(answer, Accepted):
-                    self._heard = answer.sequence
-                    return None
-                if isinstance(answer, Failed):
-                    log.warning("report_waits", verb=verb, reason=answer.reason)
-                elif answer.code == "gateway_unknown":
-                    await self._join()
-                else:
-                    return answer
-            await asyncio.sleep(pause_s * (0.5 + self._clock.jitter()))
-            pause_s = min(_RETRY_MOST_S, pause_s * 2)
-
-    async def _join(self) -> int:
-        """Join; returns the join's place in the log."""
-        self._joins += 1
-        id = f"{self.id}.join.{self._joins}"
-        self._heard = 0
-        if (refused := await self._ask("gateway.join", JoinGateway(self.id, self._address), id)) is not None:
-            log.error("join_refused", gateway=self.id, code=refused.code, reason=refused.reason)
-        self._joined = True
-        return self._heard
-
-    async def _rejoin(self) -> None:
-        await self._join()
-        for model in self._applied:
-            self._acknowledge(model)
+    def _drained(self, drained: Drained) -> None:
+        log.info("version_drained", model=drained.model, version=drained.version, ended=drained.ended)
+        outbox = self._outboxes.setdefault(drained.model, _Outbox(drained.model))
+        outbox.drained.append(drained)
+        self._hurry(outbox)
 
     def _control_plane(self) -> str:
         """``connected``, or since when it is not (UTC)."""
@@ -271,24 +229,88 @@ class GatewayAgent:
             return "connected"
         if self._away_since is None:
             self._away_since = self._clock.now()
-        return f"disconnected since {self._away_since:%Y-%m-%dT%H:%M:%SZ}"
+        return f"disconnected since {self._away_since:%Y-%m-%dT%H:%M:%SZ}; requests go by the last route"
+
+    # What goes
+
+    def _hurry(self, outbox: _Outbox) -> None:
+        """See that somebody sends what is in the outbox."""
+        if self._joined and outbox.sending is None and self._tasks is not None:
+            outbox.sending = self._tasks.create_task(self._send(outbox))
+
+    async def _send(self, outbox: _Outbox) -> None:
+        """Send until nothing is left: one model's reports in order, other models' beside them."""
+        try:
+            while outbox.applied or outbox.drained:
+                if outbox.applied:
+                    model, revision = outbox.model, outbox.applied
+                    body = ReportApplied(self.id, model, revision)
+                    await self._ask("gateway.applied", body, f"{self.id}.applied.{model}.{revision}")
+                    if outbox.applied == revision:
+                        outbox.applied = 0
+                else:
+                    d = outbox.drained[0]
+                    report = ReportDrained(self.id, d.model, d.version, d.revision, d.ended)
+                    await self._ask("gateway.drained", report, f"{self.id}.drained.{d.model}.{d.version}.{d.revision}")
+                    outbox.drained.popleft()
+        finally:
+            outbox.sending = None
+
+    async def _join(self) -> None:
+        """Join, or join again, and say once more which revisions are applied."""
+        self._joins += 1
+        body = JoinGateway(self.id, self._address)
+        answer = await self._ask("gateway.join", body, f"{self.id}.join.{self._joins}")
+        if isinstance(answer, Accepted):
+            self._joined = max(self._joined, answer.sequence, 1)
+            self._state = "live"
+        for model, revision in self._applied.items():
+            outbox = self._outboxes[model]
+            outbox.applied = max(outbox.applied, revision)
+            self._hurry(outbox)
+
+    async def _ask(self, verb: str, body: msgspec.Struct, id: str) -> Accepted | Rejected:
+        """Send a command until it is decided."""
+        request = Request(id, f"gateway:{self.id}", msgspec.Raw(msgspec.json.encode(body)))
+        pause_s, waiting = _RETRY_FIRST_S, False
+        while True:
+            answer = await self._once(verb, request)
+            if isinstance(answer, Accepted):
+                return answer
+            if isinstance(answer, Rejected) and answer.code != "gateway_unknown":
+                log.error("report_rejected", verb=verb, code=answer.code, reason=answer.reason)
+                return answer
+            if isinstance(answer, Rejected):  # the log does not know this gateway: it may be another log
+                await self._join()
+            elif not waiting:
+                waiting = True
+                log.warning("report_waits", verb=verb, code=answer.code, reason=answer.reason)
+            await asyncio.sleep(pause_s * (0.5 + self._clock.jitter()))
+            pause_s = min(_RETRY_MOST_S, pause_s * 2)
+
+    async def _once(self, verb: str, request: Request) -> Answer:
+        try:
+            return await self._bus.ask(_ROLE, verb, request, _ANSWER_S)
+        except Unavailable as e:
+            return Failed(e.code, str(e), "")
+
+    async def _leave(self) -> None:
+        """Say what is left and leave, if somebody answers in time."""
+        if not self._joined:
+            return
+        try:
+            async with asyncio.timeout(FAREWELL_S):
+                if sending := [box.sending for box in self._outboxes.values() if box.sending is not None]:
+                    await asyncio.wait(sending)
+                await self._ask("gateway.leave", LeaveGateway(self.id), f"{self.id}.leave")
+        except TimeoutError:
+            log.warning("left_without_a_word", gateway=self.id)
 
     async def _beat(self) -> None:
+        """Say that this process lives, and notice since when nobody can hear it."""
         while True:
-            self._control_plane()  # notes the moment where the connection was lost
-            await self._beats.publish("gateway", self.id, b"{}")
+            connected = self._control_plane() == "connected"
+            await self._beats.publish(
+                "gateway", self.id, b'{"connected":true}' if connected else b'{"connected":false}'
+            )
             await asyncio.sleep(BEAT_S)
-
-    async def _retry_watch(self) -> Closeable:
-        keys = ("route.*", subjects.view_key("gateway", self.id))
-        while True:
-            try:
-                return await self._views.watch(keys, self._changed)
-            except Unavailable as e:
-                log.warning("routes_wait", reason=str(e))
-                await asyncio.sleep(_RETRY_MOST_S)
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

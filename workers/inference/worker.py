@@ -198,6 +198,9 @@ class InferenceWorker:
             log.warning("worker_was_lost", state=view.state)
             self._joined = None
             self._start_joining()
+        # An older view may call loading what the worker before has reported ready: loaded again under the same
+        # address, it would get traffic before it is proven.
+        fresh = self._joined is not None and sequence >= self._joined
         self._ended &= set(view.instances)
         for instance, wanted in view.instances.items():
             life = self._lives.get(instance)
@@ -205,13 +208,13 @@ class InferenceWorker:
                 life.view = wanted
                 life.sequence = max(life.sequence, sequence)
                 self._drain_if_asked(life)
-            elif instance not in self._ended:
+            elif instance not in self._ended and fresh:
                 self._begin(wanted, sequence, None)
-        if self._joined is None:
+        if not fresh:
             return
         for instance, life in self._lives.items():
             # A view that is being built anew is older than the instance: it does not know it yet, and proves nothing.
-            if instance not in view.instances and sequence >= max(life.sequence, self._joined):
+            if instance not in view.instances and sequence >= life.sequence:
                 if not life.drain.is_set():
                     log.info("instance_not_wanted", instance=instance)
                 life.silent = True

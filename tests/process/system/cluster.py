@@ -361,7 +361,9 @@ class Cluster:
         self._moved.set()
 
     def all_live(self) -> bool:
-        """Every worker and every gateway that was asked for is known and live."""
+        """Every worker and every gateway that was asked for is known and live; none has ended by itself."""
+        ended = [name for name, process in self.processes.items() if process.poll() not in (None, -signal.SIGKILL)]
+        assert not ended, f"{ended} ended"
         live_workers = {id for id, w in self.world.workers.items() if w.live}
         live_urls = {self.world.gateways[g].address for g in self.world.live_gateways}
         return live_workers >= set(self._names("worker")) and live_urls >= set(self.gateways.values())

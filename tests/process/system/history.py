@@ -153,9 +153,8 @@ class History:
     def _switches(self) -> Iterator[str]:
         """One running switch for each model (invariant 3), and an outcome that is what happened (invariant 9)."""
         running: dict[str, str] = {}
-        world = World()
+        world = self._end()
         for one in self.seen:
-            world.apply(one.recorded)
             match one.recorded.event:
                 case SwitchAdmitted(model, switch):
                     if running.get(model):
@@ -243,6 +242,12 @@ class History:
             )
             if reply.revision < newest:
                 yield f"answer by revision {reply.revision} after its gateway had acknowledged {newest}: {reply}"
+
+    def _end(self) -> World:
+        world = World()
+        for one in self.seen:
+            world.apply(one.recorded)
+        return world
 
     def _model(self, switch: str) -> str:
         for one in self.seen:

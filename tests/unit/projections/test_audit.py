@@ -1,0 +1,215 @@
+"""The log in plain sentences: every event type has one, and each line knows its model and switch."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from turnout.events import codec, gateway, instance, model, route, subjects, switch, worker
+from turnout.events.codec import Context
+from turnout.events.envelope import START, Recorded, Unknown
+from turnout.projections.audit import Audit, seconds, sentence, size, tone, who
+
+if TYPE_CHECKING:
+    import msgspec
+
+NOW = datetime(2026, 11, 23, 22, 14, 3, tzinfo=UTC)
+FAKE = model.EngineSpec("fake")
+_sequence = 0
+
+
+def recorded(aggregate: str, id: str, event: msgspec.Struct, actor: str = "controller") -> Recorded:
+    global _sequence
+    _sequence += 1
+    subject = subjects.event(aggregate, id)
+    context = Context("c1", actor, "", "", NOW)
+    return codec.decode(subject, _sequence, *codec.record(subject, event, context, 0, START))
+
+
+#: One of each type, with its aggregate, and the sentence that it must make.
+SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
+    ("model", model.ModelRegistered("chat"), "alice made the model chat"),
+    (
+        "model",
+        model.VersionRegistered("chat", "v1", model.EngineSpec("vllm", "/m/v1"), "d", "new weights"),
+        "alice registered chat v1 (vllm, /m/v1): new weights",
+    ),
+    ("model", model.VersionDeregistered("chat", "v1"), "alice deregistered chat v1"),
+    ("model", model.SwitchAdmitted("chat", "sw-1", "v2"), "chat is reserved for switch sw-1 to v2"),
+    (
+        "model",
+        model.SwitchClosed("chat", "sw-1", "rolled_back"),
+        "chat is free for the next switch: sw-1 was rolled back",
+    ),
+    ("model", model.ActiveVersionChanged("chat", "v2", "v1", "sw-1"), "chat serves v2 now (before: v1)"),
+    ("model", model.KnownGoodMarked("chat", "v2", "sw-1"), "chat v2 is known to be good"),
+    ("model", model.KnownGoodRevoked("chat", "v2", "sw-1"), "chat v2 was undone: no undo returns to it any more"),
+    (
+        "switch",
+        switch.SwitchRequested("sw-1", "chat", "v2", "v1", "immediate", {}, False, "new weights", NOW, 60, 600, NOW),
+        "alice asked for chat v2 (immediate): new weights",
+    ),
+    ("switch", switch.InstancesRequested("sw-1", ("i2",)), "sw-1: i2 must be loaded first"),
+    ("switch", switch.TargetReady("sw-1", ("i2",), 31.24, False), "sw-1: ready after 31 s (i2)"),
+    (
+        "switch",
+        switch.StepStarted("sw-1", 1, 100, 4, "all at once", NOW),
+        "sw-1: step 1 gives it 100 % with revision 4: all at once",
+    ),
+    (
+        "switch",
+        switch.StepApplied("sw-1", 1, 4, ("g1", "g2"), 0.0081),
+        "sw-1: step 1 applied in 8 ms by g1, g2",
+    ),
+    (
+        "switch",
+        switch.BakeStarted("sw-1", NOW + timedelta(seconds=60)),
+        "sw-1: bakes for 60 s, the old version stays warm",
+    ),
+    (
+        "switch",
+        switch.DrainStarted("sw-1", "v1", 5, NOW),
+        "sw-1: v1 gets nothing new from revision 5 on and finishes what it has",
+    ),
+    ("switch", switch.SwitchCompleted("sw-1", 1.25), "sw-1: completed, drained in 1.25 s"),
+    (
+        "switch",
+        switch.RollbackStarted("sw-1", 6, "undo", "wrong answers", NOW),
+        "sw-1: goes back with revision 6 (undo): wrong answers",
+    ),
+    ("switch", switch.RolledBack("sw-1", ("g1",), 0.007), "sw-1: rolled back in 7 ms by g1"),
+    ("switch", switch.SwitchAborted("sw-1", "not now"), "sw-1: aborted: not now"),
+    (
+        "switch",
+        switch.SwitchFailed("sw-1", "loading", "the engine ended", ("a", "No such file", "  ")),
+        'sw-1: failed in stage loading: the engine ended (engine: "No such file")',
+    ),
+    (
+        "instance",
+        instance.InstanceRequested("i2", "chat", "v2", "w1", FAKE, "restore", 2),
+        "i2: worker w1 shall load it (fake) to restore it, attempt 2",
+    ),
+    ("instance", instance.InstanceLoading("i2", "loading", 12.0, "shard 1"), "i2: loading after 12 s: shard 1"),
+    (
+        "instance",
+        instance.InstanceReady("i2", "unix:/s", 30.0, 0.5, 812 * 2**20, "v2"),
+        "i2: proven ready, loaded in 30 s, probed in 500 ms, 812 MiB",
+    ),
+    (
+        "instance",
+        instance.InstanceDraining("i2", "idle", "alice"),
+        "i2: asked to stop, forced by alice: idle",
+    ),
+    ("instance", instance.InstanceStopped("i2", 0.25), "i2: stopped in 250 ms"),
+    (
+        "instance",
+        instance.InstanceFailed("i2", "serving", "the engine ended", (), -9),
+        "i2: failed in stage serving (exit code -9): the engine ended",
+    ),
+    (
+        "route",
+        route.RouteChanged(
+            "chat",
+            5,
+            (
+                route.Split("v2", 100, (route.Endpoint("i2", "unix:/s"),)),
+                route.Split("v1", 0, (route.Endpoint("i1", "unix:/t"),)),
+            ),
+            "sw-1",
+            600,
+            "repair",
+        ),
+        "chat is routed by revision 5 (repair): v2 100 % (i2), v1 0 % (i1)",
+    ),
+    ("gateway", gateway.GatewayJoined("g1", "http://h:1"), "gateway g1 takes requests at http://h:1"),
+    ("gateway", gateway.RouteApplied("g1", "chat", 5), "gateway g1 routes chat by revision 5"),
+    (
+        "gateway",
+        gateway.VersionDrained("g1", "chat", "v1", 5, 2),
+        "gateway g1 has finished all requests of chat v1 (revision 5); 2 had to be ended",
+    ),
+    ("gateway", gateway.GatewayLost("g1", 6.5), "gateway g1 was silent for 6.5 s: not waited for any more"),
+    ("gateway", gateway.GatewayLeft("g1"), "gateway g1 stopped"),
+    (
+        "worker",
+        worker.WorkerJoined("w1", "h", ("vllm", "fake"), ("cuda:0",), 1),
+        "worker w1 on h with cuda:0 offers 1 place for vllm, fake",
+    ),
+    ("worker", worker.WorkerLost("w1", 10.2), "worker w1 was silent for 10 s: taken for lost"),
+    ("worker", worker.WorkerLeft("w1"), "worker w1 stopped"),
+]
+
+
+@pytest.mark.parametrize(("aggregate", "event", "said"), SENTENCES, ids=[type(e).__name__ for _, e, _ in SENTENCES])
+def test_an_event_makes_its_sentence(aggregate: str, event: msgspec.Struct, said: str) -> None:
+    assert sentence(recorded(aggregate, "x", event, "ops:alice")) == said
+
+
+def test_no_event_type_is_without_a_sentence() -> None:
+    assert {type(event).__name__ for _, event, _ in SENTENCES} == set(codec.TYPES)
+
+
+def test_an_event_of_a_newer_turnout_is_told_as_such() -> None:
+    one = recorded("model", "chat", model.ModelRegistered("chat"))
+    newer = Recorded(one.subject, 9, "ModelPraised", Unknown("ModelPraised", 3, b"{}"), one.envelope, b"", b"{}")
+    assert sentence(newer) == "ModelPraised (version 3): this turnout is too old to read it"
+    assert Audit().entry(newer).tone == "detail"
+
+
+def test_an_instance_and_a_switch_are_called_by_what_they_are() -> None:
+    audit = Audit()
+    audit.entry(recorded("switch", "sw-1", SENTENCES[8][1]))
+    audit.entry(recorded("instance", "i2", instance.InstanceRequested("i2", "chat", "v2", "w1", FAKE, "sw-1")))
+    ready = audit.entry(recorded("instance", "i2", instance.InstanceReady("i2", "unix:/s", 1, 1, 0, "")))
+    assert ready.sentence.startswith("i2 (chat v2): proven ready")
+    assert (ready.model, ready.switch, ready.tone) == ("chat", "sw-1", "good")
+    done = audit.entry(recorded("switch", "sw-1", switch.SwitchCompleted("sw-1", 0)))
+    assert done.sentence == "chat → v2: completed"
+
+
+def test_what_gateways_do_belongs_to_the_switch_that_made_the_revision() -> None:
+    audit = Audit()
+    audit.entry(recorded("switch", "sw-1", SENTENCES[8][1]))
+    audit.entry(recorded("route", "chat", route.RouteChanged("chat", 4, (), "sw-1", 600, "sw-1")))
+    audit.entry(recorded("route", "chat", route.RouteChanged("chat", 5, (), "sw-1", 600, "repair")))
+    by_switch = audit.entry(recorded("gateway", "g1", gateway.RouteApplied("g1", "chat", 4)))
+    by_repair = audit.entry(recorded("gateway", "g1", gateway.RouteApplied("g1", "chat", 5)))
+    assert (by_switch.model, by_switch.switch) == ("chat", "sw-1")
+    assert (by_repair.model, by_repair.switch) == ("chat", "")
+
+
+def test_what_concerns_no_model_belongs_to_none() -> None:
+    entry = Audit().entry(recorded("worker", "w1", worker.WorkerLeft("w1")))
+    assert (entry.model, entry.switch) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("actor", "name"),
+    [
+        ("ops:alice", "alice"),
+        ("ops:config", "turnout.toml"),
+        ("ops", "somebody"),
+        ("controller", "controller"),
+        ("worker:w1", "w1"),
+    ],
+)
+def test_an_actor_is_called_by_its_name(actor: str, name: str) -> None:
+    assert who(actor) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0081, "8 ms"), (0.9999, "1 s"), (6.0, "6 s"), (1.25, "1.25 s"), (31.2, "31 s"), (720, "12 min")]
+)
+def test_a_duration_has_the_digits_that_matter(value: float, text: str) -> None:
+    assert seconds(value) == text
+
+
+def test_sizes_have_binary_units() -> None:
+    assert (size(812 * 2**20), size(3 * 2**29)) == ("812 MiB", "1.5 GiB")
+
+
+def test_a_cut_drain_is_a_warning() -> None:
+    assert tone(gateway.VersionDrained("g1", "chat", "v1", 5, 2)) == "warning"
+    assert tone(gateway.VersionDrained("g1", "chat", "v1", 5, 0)) == "detail"
