@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nats.aio.client as plain
 import structlog
 import uvloop
 
@@ -22,7 +23,7 @@ from turnout.events import jsapi, subjects
 from turnout.events.codec import Context, decode, record
 from turnout.events.envelope import ENVELOPE_HEADER, START, TYPE_HEADER, Position
 from turnout.events.gateway import RouteApplied
-from turnout.events.jetstream import JetStreamStore
+from turnout.events.jetstream import PULL_BATCH, JetStreamStore
 from turnout.events.store import Append
 from turnout.workers.clock import SystemClock
 from turnout.workers.embedded import EmbeddedServer
@@ -87,6 +88,44 @@ async def replay(store: EventStore, events: int) -> float:
     return events / seconds
 
 
+async def bare(connection: Connection, events: int) -> float:
+    """Events/s that nats-py's own callback subscription counts, nothing decoded: what the client itself can do."""
+    nc = plain.Client()
+    await nc.connect(connection.nc.connected_url.geturl())  # type: ignore[union-attr]
+    done = asyncio.get_running_loop().create_future()
+    inbox = nc.new_inbox()
+    name = jsapi.unique(connection.nc)
+    seen = asked = 0
+
+    async def take(message: Msg) -> None:
+        nonlocal seen, asked
+        if not message.reply.startswith("$JS.ACK."):
+            return
+        seen += 1
+        if seen == events:
+            done.set_result(None)
+        elif asked - seen <= PULL_BATCH // 2:
+            await ask()
+
+    async def ask() -> None:
+        nonlocal asked
+        more = PULL_BATCH - (asked - seen)
+        asked += more
+        query = json.dumps({"batch": more, "expires": 30_000_000_000}).encode()
+        await nc.publish(f"$JS.API.CONSUMER.MSG.NEXT.EVENTS.{name}", query, reply=inbox)
+
+    await nc.subscribe(inbox, cb=take, pending_msgs_limit=-1, pending_bytes_limit=-1)
+    config = {"name": name, "deliver_policy": "all", "ack_policy": "none", "mem_storage": True}
+    body = {"stream_name": "EVENTS", "action": "create", "config": config}
+    await jsapi.api(connection.nc, f"CONSUMER.CREATE.EVENTS.{name}", body, 5)
+    start = time.perf_counter()
+    await ask()
+    await done
+    seconds = time.perf_counter() - start
+    await nc.close()
+    return events / seconds
+
+
 async def append_ms(store: EventStore, count: int, appends: int) -> list[float]:
     """Serial appends of ``count`` events each, each to its own subject; milliseconds of each append."""
     times: list[float] = []
@@ -114,9 +153,17 @@ async def measure(events: int, appends: int) -> dict[str, Any]:
             store = JetStreamStore(connection.nc)
             result: dict[str, Any] = {"machine": f"{platform.machine()}, Python {platform.python_version()}"}
             result["event_bytes"] = await fill(connection, events)
-            rates = [await replay(store, events) for _ in range(5)]
+            rates, bares, cpu = [], [], []
+            for _ in range(5):  # in pairs: the machine's speed changes
+                bares.append(await bare(connection, events))
+                before = time.process_time()
+                rates.append(await replay(store, events))
+                cpu.append((time.process_time() - before) / events * 1e6)
             result["replay_events"] = events
             result["replay_events_per_s"] = {"median": statistics.median(rates), "all": rates}
+            result["replay_cpu_us_per_event"] = statistics.median(cpu)
+            result["bare_client_events_per_s"] = {"median": statistics.median(bares), "all": bares}
+            result["replay_beside_bare"] = statistics.median(r / b for r, b in zip(rates, bares, strict=True))
             result["append_ms"] = {}
             for count in (1, 2, 3):
                 times = await append_ms(store, count, appends)
@@ -140,6 +187,11 @@ def main() -> None:
     rates = result["replay_events_per_s"]
     print(f"replay of {result['replay_events']} events ({result['event_bytes']} B of envelope and body each), decoded:")
     print(f"  median {rates['median']:,.0f} events/s  (runs: {', '.join(f'{r:,.0f}' for r in rates['all'])})")
+    print(f"  processor time of the reader: {result['replay_cpu_us_per_event']:.1f} us an event")
+    print(
+        f"  the client alone, counting, in the same run: {result['bare_client_events_per_s']['median']:,.0f} events/s"
+    )
+    print(f"  decoded beside counted: {result['replay_beside_bare']:.2f}")
     print("append, sync_interval always, serial:")
     for count, ms in result["append_ms"].items():
         print(f"  {count} event(s) on {count} subject(s): p50 {ms['p50']:.2f} ms, p99 {ms['p99']:.2f} ms")

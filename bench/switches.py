@@ -23,7 +23,7 @@ import report
 import system
 
 from turnout.events.gateway import RouteApplied
-from turnout.events.switch import StepApplied, StepStarted, SwitchCompleted, SwitchRequested
+from turnout.events.switch import StepApplied, StepStarted, SwitchCompleted, SwitchRequested, TargetReady
 from turnout.workers.client import ModelSwitcher, connect
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class _Switch(msgspec.Struct):
     asked_ns: int = 0
     answered_ns: int = 0
     requested_ns: int = 0
+    ready_ns: int = 0
+    step_ns: int = 0
     revision: int = 0
     applied_ns: int = 0
     recorded_ns: int = 0
@@ -132,8 +134,10 @@ def _read(log: list[Recorded], switches: dict[str, _Switch]) -> None:
         match recorded.event:
             case SwitchRequested(id) if id in switches:
                 switches[id].requested_ns = at_ns(recorded)
+            case TargetReady(id) if id in switches:
+                switches[id].ready_ns = at_ns(recorded)
             case StepStarted(id, _, _, revision) if id in switches:
-                switches[id].revision = revision
+                switches[id].revision, switches[id].step_ns = revision, at_ns(recorded)
                 by_revision[revision] = switches[id]
             case RouteApplied(_, _, revision) if revision in by_revision:
                 by_revision[revision].applied_ns = at_ns(recorded)
@@ -147,10 +151,10 @@ def _read(log: list[Recorded], switches: dict[str, _Switch]) -> None:
 
 def _outcome(done: list[_Switch], seen: list[Asked]) -> report.Outcome:
     seen.sort(key=lambda asked: asked.sent_ns)
-    applied = [(one.applied_ns - one.requested_ns) / 1e6 for one in done]
-    whole = [(one.completed_ns - one.requested_ns) / 1e6 for one in done]
+    applied = _between(done, "requested_ns", "applied_ns")
+    whole = _between(done, "requested_ns", "completed_ns")
     outside = [_outside_ms(one, seen) for one in done]
-    answered = [(one.answered_ns - one.asked_ns) / 1e6 for one in done]
+    answered = _between(done, "asked_ns", "answered_ns")
     failed = [a for a in seen if a.outcome == "failed"]
     cut = [a for a in seen if a.outcome == "cut"]
     stale = _stale(done, seen)
@@ -192,6 +196,9 @@ def _outcome(done: list[_Switch], seen: list[Asked]) -> report.Outcome:
                 ["", "p50 (ms)", "p99", "max"],
                 [
                     _row("accepted → last gateway's acknowledgement in the log", applied),
+                    _row("… of it: accepted → target known to be ready", _between(done, "requested_ns", "ready_ns")),
+                    _row("… of it: → step decided", _between(done, "ready_ns", "step_ns")),
+                    _row("… of it: → last gateway's acknowledgement", _between(done, "step_ns", "applied_ns")),
                     _row("command sent → last request that the old version got", outside),
                     _row("command sent → answered", answered),
                     _row("accepted → old version drained, switch completed", whole),
@@ -224,6 +231,10 @@ def _row(name: str, values: list[float]) -> list[str]:
         f"{report.percentile(values, 99):.1f}",
         f"{max(values):.1f}",
     ]
+
+
+def _between(done: list[_Switch], start: str, end: str) -> list[float]:
+    return [(getattr(one, end) - getattr(one, start)) / 1e6 for one in done]
 
 
 def _outside_ms(one: _Switch, seen: list[Asked]) -> float:

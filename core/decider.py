@@ -31,7 +31,7 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted", tag_field="status"):
 
     Attributes:
         stream: subject of the first event (or of the aggregate, where nothing was left to do).
-        sequence: stream sequence of the last event.
+        sequence: stream sequence of the last event; how far the log had come, where nothing was left to do.
         ids: what the command made, e.g. the switch id.
         events: ids of the events; empty where the command was true already.
     """

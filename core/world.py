@@ -38,7 +38,7 @@ SOUND_S = 60.0
 
 
 class Done(msgspec.Struct, frozen=True, gc=False):
-    """What a command has written: subject of the first event, its sequence and the last one's, how many, which switch."""
+    """What a command has written: its first event's subject, first and last sequence, how many, and which switch."""
 
     subject: str
     first: int

@@ -69,6 +69,7 @@ class Child:
     Attributes:
         name: e.g. ``gateway``; also of its log file.
         said: what it said of itself when it became ready.
+        ready: set once it was ready for the first time; ``on_ready`` is called each time.
         pid: of the running process, 0 where none runs.
     """
 
@@ -83,6 +84,7 @@ class Child:
         self.name = name
         self.said: dict[str, Any] = {}
         self.ready = asyncio.Event()
+        self.on_ready: Callable[[], None] = self.ready.set
         self._args = (sys.executable, "-m", "turnout.workers.cli", *args, "--json")
         self._env = {**os.environ, **env}
         self._file = home.logs / f"{name}.log"
@@ -168,6 +170,7 @@ class Child:
                 if said.get("status") == "ready":
                     self.said = said
                     self.ready.set()
+                    self.on_ready()
                 elif said.get("status") in ("error", "rejected"):
                     self._failure = {key: str(value) for key, value in said.items()}
 
@@ -194,6 +197,10 @@ class Supervisor:
 
     def __init__(self, children: Sequence[Child], stop_order: Sequence[str] = ()) -> None:
         self.children = tuple(children)
+        #: Set whenever a child has become ready, also again.
+        self.changed = asyncio.Event()
+        for child in self.children:
+            child.on_ready = self.changed.set
         self._stop_order = tuple(stop_order)
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import msgspec
 
-from turnout.core.decider import Accepted, Failed
+from turnout.core.decider import Failed
 from turnout.events.store import Unavailable
 from turnout.workers.gateway.agent import GatewayAgent
 from turnout.workers.gateway.transition import Choice, NoRoute, RequestTracker, Slot, TransitionManager
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.sim.network import Network, Process
+
     from turnout.core.decider import Answer
     from turnout.events.model import EngineSpec
     from turnout.projections.routing import RouteView
@@ -122,9 +123,7 @@ class Fleet:
 
     def quiet(self, engine: SimEngine) -> bool:
         """What the kernel of the engine's host would say: no open connection."""
-        return not engine.flights and not any(
-            engine.address in g.connected for g in self.gateways if g.process.alive
-        )
+        return not engine.flights and not any(engine.address in g.connected for g in self.gateways if g.process.alive)
 
 
 # --- workers -----------------------------------------------------------------------------------------------------
@@ -403,7 +402,7 @@ class SimPlane:
     async def stop(self) -> int:
         """Take no more requests and let the running ones end."""
         self.serving = False
-        while self.tracker.in_flight():
+        while self.tracker.in_flight():  # noqa: ASYNC110  simulated time costs nothing
             await asyncio.sleep(0.1)
         self.connected = frozenset()
         return 0

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from tests.sim.fleet import Fleet, Flight, SimEngine, SimPlane
     from tests.sim.network import Network
+
     from turnout.events.envelope import Recorded
     from turnout.projections.routing import RouteView
     from turnout.workers.gateway.transition import Choice
@@ -184,7 +185,7 @@ class Checker:
             views.apply(recorded)
             world.apply(recorded)
         rebuilt = views.everything()
-        stored = {key: entry.value for key, entry in self.net.bucket.entries.items() if entry.value}
+        stored = self.net.bucket.values()
         for key in sorted(rebuilt.keys() | stored.keys()):
             if rebuilt.get(key) != stored.get(key):
                 self.violation(5, f"view {key} is {stored.get(key)!r}, rebuilt {rebuilt.get(key)!r}")
@@ -233,6 +234,25 @@ class Checker:
         if good or not wounded:
             self.violation(8, f"a request to {flight.model} failed at {gateway.id} ({code}); good engines: {good}")
         self.fleet.counts["excused"] += 1
+
+    def invariant_8_everything_serves_again(self) -> None:
+        """Once the faults have stopped, every gateway routes every active version to an engine that is up."""
+        for what in self.unserved():
+            self.violation(8, what)
+
+    def unserved(self) -> list[str]:
+        """Where a request would find nothing, although its model has an active version."""
+        found: list[str] = []
+        for gateway in self.fleet.gateways:
+            for name, model in self.world.models.items():
+                if not gateway.serving or not model.active:
+                    continue
+                view = gateway.manager.route(name)
+                splits = [s for s in (view.splits if view else ()) if s.version == model.active and s.weight == 100]
+                engines = [self.fleet.engines.get(e.address) for s in splits for e in s.endpoints]
+                if not any(e is not None and e.state == "up" for e in engines):
+                    found.append(f"{gateway.id} has no engine for {name} {model.active}: {view}")
+        return found
 
     def invariant_9_only_proven_instances_are_routed(self, model: str, revision: int) -> None:
         """No route names what was never proven."""

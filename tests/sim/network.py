@@ -8,7 +8,6 @@ after kill -9), a cut-off one hears and says nothing.
 from __future__ import annotations
 
 import asyncio
-import random  # noqa: TID251  seeded: a run is named by its seed
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from turnout.events.store import Conflict, StoreFull, Unavailable
 from turnout.workers.ports import Checkpoint, Grant, Request, ViewEntry
 
 if TYPE_CHECKING:
+    import random  # noqa: TID251  seeded: a run is named by its seed
     from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
     from turnout.events.codec import Context
@@ -385,9 +385,7 @@ class SimBus:
         if not self._hand_over(role, verb, request, answered):
             raise Unavailable(f"nobody answers {verb}")
         if net.chance(net.faults.duplicate):
-            net.loop.call_later(
-                net.rng.uniform(0, 3.0), self._hand_over, role, verb, request, net.loop.create_future()
-            )
+            net.loop.call_later(net.rng.uniform(0, 3.0), self._hand_over, role, verb, request, net.loop.create_future())
         try:
             async with asyncio.timeout(timeout_s):
                 raw = await answered
@@ -473,6 +471,10 @@ class Bucket:
         for watch in tuple(self.watches):
             watch.committed({key: self.entries[key] for key in views}, checkpoint.sequence)
         return self.revision
+
+    def values(self) -> dict[str, bytes]:
+        """Every stored view."""
+        return {key: entry.value for key, entry in self.entries.items() if entry.value}
 
     def matching(self, keys: tuple[str, ...]) -> dict[str, ViewEntry]:
         return {key: entry for key, entry in self.entries.items() if entry.value and _matches(key, keys)}

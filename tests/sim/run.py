@@ -1,4 +1,5 @@
 """Run the simulation over many seeds: ``make sim SEEDS=1000``. Exit code 1 where an invariant broke."""
+# ruff: noqa: T201  what a person at a terminal reads
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def main() -> int:
         except Exception as e:  # noqa: BLE001  whatever it is, it is a finding with a seed
             failed.append(seed)
             if args.trace:
-                for line in getattr(e, "simulation").net.traces:
+                for line in getattr(e, "simulation").net.traces:  # noqa: B009  run_seed notes it there
                     print(*line)
             traceback.print_exception(e)
             if len(failed) >= args.most:

@@ -217,15 +217,24 @@ async def _up(io: Terminal, loaded: Settings, processes: int, folder: Path) -> i
         supervisor = Supervisor(children, ("gateway", "worker", "controller"))
         url = _url(loaded, held)
 
-        def ready() -> None:
+        def write() -> None:
             pids = {child.name: child.pid for child in children} | ({"nats": server.pid} if server is not None else {})
             running.write(folder, running.Running(os.getpid(), nats, url, pids))
+
+        async def keep_written() -> None:
+            while True:
+                supervisor.changed.clear()
+                write()
+                await supervisor.changed.wait()
+
+        def ready() -> None:
+            write()
             _say_up(io, loaded, url, nats, folder, clock.monotonic() - begun)
 
         stack.callback(running.remove, folder)
-        beside = [_tell_log(nats, shown)] if not io.json else []
+        beside = [keep_written()] if io.json else [keep_written(), _tell_log(nats, shown)]
         if server is not None:
-            beside.append(_keep_server(server, shown))
+            beside.append(_keep_server(server, shown, supervisor.changed.set))
         return await _supervise(io, supervisor, ready, *beside)
 
 
@@ -295,7 +304,7 @@ async def _supervise(io: Terminal, supervisor: Supervisor, ready: Callable[[], N
     return DONE
 
 
-async def _keep_server(server: EmbeddedServer, shown: _Shown) -> None:
+async def _keep_server(server: EmbeddedServer, shown: _Shown, started: Callable[[], None]) -> None:
     """Start the NATS server again where it ends."""
     from turnout.workers.embedded import EmbeddedServerError
 
@@ -306,6 +315,7 @@ async def _keep_server(server: EmbeddedServer, shown: _Shown) -> None:
         shown.tell(Told("nats", "warning", "the NATS server ended; requests go on, it is started again"))
         try:
             await server.restart()
+            started()
         except EmbeddedServerError as e:
             shown.tell(Told("nats", "error", str(e)))
             await asyncio.sleep(2.0)

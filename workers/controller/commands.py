@@ -176,10 +176,10 @@ def _accepted(id: str, done: Done) -> Accepted:
 
 
 def _true_already(world: World, writes: Writes) -> Accepted:
-    """The answer to a command that left nothing to write."""
+    """The answer to a command that left nothing to write. Views as old as its sequence know that it is true."""
     first = writes[0]
     subject = subjects.event(first.aggregate, first.id)
-    return Accepted(subject, world.position(subject).sequence, (first.id,) if first.aggregate == "switch" else ())
+    return Accepted(subject, world.sequence, (first.id,) if first.aggregate == "switch" else ())
 
 
 def _correlation(appends: tuple[Append, ...]) -> str:

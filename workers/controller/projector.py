@@ -55,13 +55,13 @@ class Projector:
             after = 0  # what has become dirty meanwhile is not in it
         else:
             after = stored.sequence
-        first = True
+        committed = -1
         while True:
             self._moved.clear()
             views.settle()
             changes = views.take(after)
-            if changes or first:
-                first = False
+            if changes or views.sequence > committed:  # readers wait for a sequence, whether it changed a view or not
+                committed = views.sequence
                 revision = await self._commit(changes, Checkpoint(views.sequence, views.log, epoch), revision)
             after = 0  # whatever is dirty from now on came after the checkpoint
             await self._moved.wait()

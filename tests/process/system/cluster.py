@@ -183,6 +183,8 @@ class Cluster:
             for name in (*self._names("worker"), *self._names("gateway")):
                 self.start(name)
             await self.until(self.all_live, "all workers and gateways are live")
+            for name, url in self.gateways.items():
+                await self.until(lambda url=url: _listens(url), f"{name} listens")  # type: ignore[misc]
         except BaseException as e:
             self.explain(e)
             await self.close()
@@ -294,6 +296,7 @@ class Cluster:
         else:
             url = self.gateways[name]
             await self.until(lambda: any(_joined(s, url) for s in self.seen[since:]), f"{name} has joined")
+            await self.until(lambda: _listens(url), f"{name} listens")
 
     async def logged(self, name: str, event: str) -> None:
         """Wait until the newest process under a name has logged an event."""
@@ -570,6 +573,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+async def _listens(url: str) -> bool:
+    try:
+        return (await get(url, "/readyz")).status == 200
+    except OSError:
+        return False
 
 
 def _joined(seen: Seen, url: str) -> bool:

@@ -286,6 +286,7 @@ async def test_complaint_15_an_engine_that_never_gets_ready_gets_no_request(c: C
 
 @on_stage
 async def test_complaint_16_no_request_starts_or_stops_an_engine(c: Cluster) -> None:
+    await c.serving("v1", "v2", model="fuzzed")
     await c.caught_up()
     before = c.world.sequence
     draw = Draw(16)
@@ -299,12 +300,13 @@ async def test_complaint_16_no_request_starts_or_stops_an_engine(c: Cluster) -> 
     assert statuses.get(200), statuses
     await c.caught_up()
     assert c.world.sequence == before
-    assert (await ask(c.gateways["g1"], "chat", c.clock)).outcome == "ok"
+    assert (await ask(c.gateways["g1"], "fuzzed", c.clock)).outcome == "ok"
 
 
 def _fuzzed(draw: Draw, count: int) -> Iterator[bytes]:
     """Bodies that ask for other models, versions, sizes and behaviours; and bodies that are none."""
-    names: list[object] = ["chat", "chat", "chat@v2", "v2", "chat:latest", "", "../chat", "CHAT", None, 7, ["chat"], {}]
+    names: list[object] = ["fuzzed", "fuzzed", "fuzzed@v2", "v2", "fuzzed:latest", "", "../fuzzed", "FUZZED"]
+    names += [None, 7, ["fuzzed"], {}]
     knobs: dict[str, list[object]] = {
         "num_ctx": [1, 4096, 10**9, -1],
         "keep_alive": [-1, 0, "0s", "24h"],
