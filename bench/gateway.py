@@ -251,7 +251,16 @@ def _outcome(blocks: dict[str, list[Block]], again: int, rounds: int) -> report.
     generator = "wrk" if wrk.installed() else "bench/load.py"
     requests = report.Table(
         "Requests through one proxy on one core",
-        ["", "p50, 1 connection (µs)", "p99", "added p50", f"requests/s, {CONNECTIONS} conn.", "core used", "CPU (µs)"],
+        [
+            "",
+            "p50, 1 connection (µs)",
+            "p99",
+            "added p50",
+            f"requests/s, {CONNECTIONS} conn.",
+            "core used",
+            "CPU (µs)",
+            "failed",
+        ],
         [
             [
                 name,
@@ -261,25 +270,27 @@ def _outcome(blocks: dict[str, list[Block]], again: int, rounds: int) -> report.
                 f"{report.median(b.many.per_s for b in own):,.0f}",
                 "" if own is base else f"{100 * report.median(b.many.busy for b in own):.0f} %",
                 "" if own is base else _us(b.many.cpu_us for b in own),
+                str(sum(b.single.failed + b.many.failed for b in own)),
             ]
             for name, own in blocks.items()
         ],
         [
             f"Medians of {rounds} rounds; {again} measurements were repeated because more than {100 * STOLEN_MOST:g} % "
-            f"of a core was stolen by the hypervisor. Failed requests: {sum(map(_failed, blocks.values()))}. Load: "
+            f"of a core was stolen by the hypervisor. Load: "
             f"{generator}, bodies of {len(load.body())} bytes. CPU: the proxy's processor time for one request. "
             f"nginx {rivals.nginx_version() or 'is not installed'}: one worker, no log, kept-alive upstream."
         ],
     )
     streams = report.Table(
         f"Streams through it: {STREAMS} at a time, a chunk each {PAUSE_US / 1000:g} ms",
-        ["", "write → read, p50 (µs)", "added p50", "p99"],
+        ["", "write → read, p50 (µs)", "added p50", "p99", "failed"],
         [
             [
                 name,
                 _us(b.chunks.p50_us for b in own),
                 "" if own is base else _us(_added_chunk(own, base)),
                 _us(b.chunks.p99_us for b in own),
+                str(sum(b.chunks.failed for b in own)),
             ]
             for name, own in blocks.items()
         ],
@@ -350,10 +361,6 @@ def _added_chunk(own: list[Block], base: list[Block]) -> list[float]:
 
 def _quotient(above: list[float], below: list[float]) -> float:
     return report.median(a / b for a, b in zip(above, below, strict=True) if b > 0)
-
-
-def _failed(own: list[Block]) -> int:
-    return sum(b.single.failed + b.many.failed + b.chunks.failed for b in own)
 
 
 def _us(values: Iterable[float]) -> str:

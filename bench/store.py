@@ -30,6 +30,8 @@ from turnout.workers.embedded import EmbeddedServer
 from turnout.workers.nats import connect, ensure_streams
 
 if TYPE_CHECKING:
+    from nats.aio.msg import Msg
+
     from turnout.events.envelope import Recorded
     from turnout.events.store import EventStore
     from turnout.workers.nats import Connection

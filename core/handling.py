@@ -260,12 +260,16 @@ def _back(world: World, state: SwitchState, cause: str, reason: str, context: Co
     return saga.rollback(world, state, cause, reason, context.now)
 
 
-def _gateway(world: World, body: gateway.GatewayCommand, context: Context) -> Writes:
-    return (Write("gateway", body.gateway, body),)
+def _gateway(world: World, body: gateway.GatewayCommand, context: Context) -> Writes | Rejected:
+    return (Write("gateway", body.gateway, body),) if body.gateway else _nameless("gateway")
 
 
-def _worker(world: World, body: worker.WorkerCommand, context: Context) -> Writes:
-    return (Write("worker", body.worker, body),)
+def _worker(world: World, body: worker.WorkerCommand, context: Context) -> Writes | Rejected:
+    return (Write("worker", body.worker, body),) if body.worker else _nameless("worker")
+
+
+def _nameless(kind: str) -> Rejected:
+    return Rejected("name_invalid", f"the {kind} has no id", "give an id that no other one has")
 
 
 def _instance(world: World, body: Any, context: Context) -> Writes:

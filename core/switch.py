@@ -255,7 +255,7 @@ def decide(state: SwitchState, command: SwitchCommand) -> tuple[SwitchEvent, ...
                 return (SwitchAborted(switch, reason),)
             return () if state.phase == "aborted" else _out_of_turn(state, "abort before traffic")
         case _ if state.phase in ENDED:
-            return _out_of_turn(state, type(command).__name__)
+            return () if _is_outcome(state, command) else _out_of_turn(state, type(command).__name__)
         case RecordInstancesRequested(switch, instances):
             if state.phase == "requested":
                 return (InstancesRequested(switch, instances),)
@@ -337,6 +337,19 @@ def _open(state: SwitchState, command: OpenSwitch) -> tuple[SwitchEvent, ...] | 
             command.at,
         ),
     )
+
+
+def _is_outcome(state: SwitchState, command: SwitchCommand) -> bool:
+    """Whether the command asks for the end that the switch has already."""
+    match command:
+        case CompleteSwitch():
+            return state.phase == "completed"
+        case FailSwitch():
+            return state.phase == "failed"
+        case FinishRollback():
+            return state.phase == ("aborted" if state.cause == "abort" else "rolled_back")
+        case _:
+            return False
 
 
 def _out_of_turn(state: SwitchState, what: str) -> Rejected:

@@ -116,22 +116,6 @@ class JetStreamStore:
             raise Unavailable(f"the event log cannot be read: {e}") from e
         return tuple(found)
 
-    async def page(self, after: int) -> tuple[tuple[Recorded, ...], int]:
-        """The next events above sequence ``after``, and how many are left behind them.
-
-        By direct get, without a consumer: for accounts that may read the log and do nothing else.
-
-        Raises:
-            Unavailable: no answer.
-            Damaged: an event cannot be read.
-        """
-        query = {"seq": after + 1, "next_by_subj": f"{subjects.EVENTS}.>", "batch": jsapi.BATCH_LIMIT}
-        try:
-            got = await jsapi.direct_get(self._nc, self._stream, query, self._timeout_s)
-        except jsapi.Refused as e:
-            raise Unavailable(f"the event log cannot be read: {e}") from e
-        return tuple(_got(message) for message in got.messages), got.pending
-
     async def _newest(self, subject: str) -> int:
         """Sequence of a subject's newest event, from the stream's leader; 0 where there is none."""
         try:
@@ -160,12 +144,31 @@ class JetStreamStore:
             raise Unavailable(f"the event log gives no account of itself: {e}") from e
         return int(info["state"]["last_seq"])
 
+    async def page(self, after: int) -> tuple[tuple[Recorded, ...], int]:
+        """The next events above ``after``, and how many there are behind them. See the port."""
+        query = {"seq": after + 1, "next_by_subj": f"{subjects.EVENTS}.>", "batch": jsapi.BATCH_LIMIT}
+        try:
+            got = await jsapi.direct_get(self._nc, self._stream, query, self._timeout_s)
+        except jsapi.Refused as e:
+            raise Unavailable(f"the event log cannot be read: {e}") from e
+        events = tuple(_got(message) for message in got.messages)
+        for expected, one in enumerate(events, after + 1):
+            if one.sequence != expected:
+                raise _hole(self._stream, expected, one.sequence)
+        return events, got.pending
+
     async def tail(self, after: int, deliver: Callable[[Recorded], None], lost: Callable[[Exception], None]) -> Tail:
         """Deliver every event above ``after``, once, in order, for ever. See the port.
 
         Returns as soon as the tail has begun; it keeps trying while the server is away.
         """
         return Tail(self._nc, self._stream, after, deliver, lost, self._timeout_s)
+
+
+def _hole(stream: str, missing: int, then: int) -> Damaged:
+    """Nothing is ever deleted from the log, so the files of its stream were changed or have lost something."""
+    gone = f"events {missing} to {then - 1} are gone" if then else "some events are gone"
+    return Damaged(f"stream {stream} is damaged: {gone}; restore the store folder from a backup")
 
 
 def _got(message: Msg) -> Recorded:
@@ -268,13 +271,13 @@ class Tail:
                 f"stream {self._stream} ends at {state['last_seq']}, but was read up to {self._next - 1} before"
             )
         if state["messages"] != state["last_seq"]:
-            raise self._hole(state["first_seq"] if state["first_seq"] > self._next else 0)
+            raise _hole(self._stream, self._next, state["first_seq"] if state["first_seq"] > self._next else 0)
 
     def _take(self, sequence: int, subject: bytes, block: bytes, body: bytes) -> bool:
         """Deliver one event; False where it is not the next one."""
         if sequence != self._next or self._ended:
             if sequence > self._next and self._fresh:  # not lost on the way: a new consumer begins with what there is
-                self._end(self._hole(sequence))
+                self._end(_hole(self._stream, self._next, sequence))
             return False
         try:
             self._deliver(_decode(subject.decode(), sequence, block, body))
@@ -284,11 +287,6 @@ class Tail:
         self._next = sequence + 1
         self._fresh = False
         return True
-
-    def _hole(self, then: int) -> Damaged:
-        """Nothing is ever deleted from the log, so the files of its stream were changed or have lost something."""
-        gone = f"events {self._next} to {then - 1} are gone" if then else "some events are gone"
-        return Damaged(f"stream {self._stream} is damaged: {gone}; restore the store folder from a backup")
 
     def _end(self, why: Exception) -> None:
         if not self._ended:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from turnout.events.store import Append
 
 
+_PAGE = 1000
+
+
 class _Tail:
     def __init__(
         self, store: MemoryStore, after: int, deliver: Callable[[Recorded], None], lost: Callable[[Exception], None]
@@ -80,6 +83,11 @@ class MemoryStore:
     async def last_sequence(self) -> int:
         """Sequence of the newest event, 0 where there is none."""
         return len(self.log)
+
+    async def page(self, after: int) -> tuple[tuple[Recorded, ...], int]:
+        """The next events above ``after``, and how many there are behind them."""
+        events = tuple(self.log[after : after + _PAGE])
+        return events, max(0, len(self.log) - after - len(events))
 
     async def tail(self, after: int, deliver: Callable[[Recorded], None], lost: Callable[[Exception], None]) -> _Tail:
         """Deliver every event above ``after``: those that are there before this returns, new ones inside append."""

@@ -99,6 +99,17 @@ class EventStore(Protocol):
         """
         ...
 
+    async def page(self, after: int) -> tuple[tuple[Recorded, ...], int]:
+        """The next events with a sequence above ``after``, at most 1000, and how many the log has behind them.
+
+        For those who read the log once, with no more rights than to read it; ``tail`` is faster and goes on.
+
+        Raises:
+            Unavailable: no answer.
+            Damaged: an event cannot be read, or is missing.
+        """
+        ...
+
     async def tail(self, after: int, deliver: Callable[[Recorded], None], lost: Callable[[Exception], None]) -> Tail:
         """Deliver every event with a sequence above ``after``, once, in order, and go on with new ones.
 

@@ -14,12 +14,12 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from turnout.core.switch import ENDED
+from turnout.events.envelope import Recorded
 from turnout.events.model import EngineSpec
 from turnout.events.switch import DrainStarted, StepApplied, StepStarted, SwitchRequested, TargetReady
 from turnout.workers import running
@@ -29,8 +29,8 @@ from turnout.workers.registry import BaseRegistry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable
+    from pathlib import Path
 
-    from turnout.events.envelope import Recorded
     from turnout.projections.switches import SwitchView
 
 MODEL = "chat"
@@ -51,6 +51,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
         seconds: of load before the first switch, between two switches, and after the last one, together.
         switches: how many, back and forth, the last one by ``undo``.
         bake_s: bake of each switch.
+        patience_s: until a target must carry all traffic; a real engine on a small machine takes minutes to load.
         prompt: what the clients ask.
         max_tokens: of each answer.
     """
@@ -60,6 +61,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     switches: int
     bake_s: float
+    patience_s: float
     prompt: str
     max_tokens: int
 
@@ -129,14 +131,18 @@ async def run(script: Script, folder: Path, progress: Progress) -> Outcome:
     Raises:
         DemoError: something could not be started, or a switch did not complete.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _clear(folder)
     async with _up(folder, progress) as (nats, gateway), connect(nats, actor="demo") as client:
         registry = DynamicModelRegistry(BaseRegistry(), client)
         for version, engine in script.versions.items():
             progress(f"registering {MODEL} {version}")
             await registry.register_model(MODEL, version, engine, note=f"demo, {engine.kind} engine")
         return await _show(script, client, gateway, progress)
+
+
+def _clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 @contextlib.asynccontextmanager
@@ -175,18 +181,21 @@ async def _started(process: asyncio.subprocess.Process, folder: Path, log: Path)
                 return found
     except TimeoutError:
         pass
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-    raise DemoError(f"turnout up did not start; it said:\n{tail}")
+    raise DemoError(f"turnout up did not start; it said:\n{_last_lines(log)}")
+
+
+def _last_lines(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-12:])
 
 
 async def _show(script: Script, client: Client, gateway: str, progress: Progress) -> Outcome:
     switcher = ModelSwitcher(client)
     names = list(script.versions)
-    first = await switcher.switch_model(MODEL, names[0], reason="the first version")
-    await _follow(first, progress)
-    load = Clients(
-        gateway, MODEL, script.rate, client.clock, prompt=script.prompt, max_tokens=script.max_tokens
+    first = await switcher.switch_model(
+        MODEL, names[0], reason="the first version", max_transition_time_s=script.patience_s
     )
+    await _follow(first, progress)
+    load = Clients(gateway, MODEL, script.rate, client.clock, prompt=script.prompt, max_tokens=script.max_tokens)
     pause_s = script.seconds / (script.switches + 1)
     begun = client.clock.now()
     load.start()
@@ -201,7 +210,11 @@ async def _show(script: Script, client: Client, gateway: str, progress: Progress
             else:
                 target = names[n % len(names)]
                 operation = await switcher.switch_model(
-                    MODEL, target, reason=f"switch {n} of {script.switches}", bake_s=script.bake_s
+                    MODEL,
+                    target,
+                    reason=f"switch {n} of {script.switches}",
+                    bake_s=script.bake_s,
+                    max_transition_time_s=script.patience_s,
                 )
             done.append(await _follow(operation, progress))
             await asyncio.sleep(pause_s)
@@ -215,7 +228,7 @@ async def _show(script: Script, client: Client, gateway: str, progress: Progress
 async def _follow(operation: SwitchOperation, progress: Progress) -> SwitchView:
     said = ""
     async for view in operation.progress():
-        text = f"{view.model} {view.source or '–'} → {view.target}: {view.phase.replace('_', ' ')}"
+        text = f"{view.model} {view.source or 'nothing'} → {view.target}: {view.phase.replace('_', ' ')}"
         if text != said:
             progress(text)
             said = text

@@ -118,7 +118,7 @@ class Clients:
                         words.append(choice.delta.content)
                         if first_ms is None:
                             first_ms = (self._clock.monotonic() - began) * 1000
-                    if choice.finish_reason == "abort":
+                    if str(choice.finish_reason) == "abort":  # vLLM's own word, unknown to OpenAI's types
                         reason = "the engine ended the stream with finish_reason abort"
                     finished = finished or choice.finish_reason is not None
             if not finished:

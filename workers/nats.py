@@ -485,23 +485,24 @@ class NatsBeats:
 
 
 class _Snapshot(msgspec.Struct):
-    """Some keys of the bucket at one moment; removed ones are there with an empty value."""
+    """Some keys of the bucket as it was at its sequence ``at``; removed ones are there with an empty value."""
 
+    at: int
     entries: dict[str, ViewEntry]
-    checkpoint: Checkpoint | None
-    checkpoint_at: int
+    checkpoint: Checkpoint | None = None
+    checkpoint_at: int = 0
 
 
 async def _take_snapshot(nc: jsapi.Client, keys: tuple[str, ...]) -> _Snapshot:
     filters = [subjects.view(key) for key in (*keys, CHECKPOINT_KEY)]
     try:
-        messages = (await jsapi.direct_get(nc, "KV_VIEWS", {"multi_last": filters}, ANSWER_S)).messages
+        got = await jsapi.direct_get(nc, "KV_VIEWS", {"multi_last": filters}, ANSWER_S)
     except jsapi.Refused as e:
         if not e.text.startswith("413"):
             raise Unavailable(f"the views cannot be read: {e.text}") from e
-        messages = await _page(nc, keys)
-    snapshot = _Snapshot({}, None, 0)
-    for message in messages:
+        got = await _page(nc, keys)
+    snapshot = _Snapshot(got.up_to, {})
+    for message in got.messages:
         headers = message.headers or {}
         entry = _entry(headers, message.data)
         if entry.key == CHECKPOINT_KEY:
@@ -512,7 +513,7 @@ async def _take_snapshot(nc: jsapi.Client, keys: tuple[str, ...]) -> _Snapshot:
     return snapshot
 
 
-async def _page(nc: jsapi.Client, keys: tuple[str, ...]) -> list[Msg]:
+async def _page(nc: jsapi.Client, keys: tuple[str, ...]) -> jsapi.Got:
     """All views in pages, for more keys than one answer takes.
 
     A key that is written while we read moves to the end of the bucket, so it is met again on a later page: what stands
@@ -532,7 +533,7 @@ async def _page(nc: jsapi.Client, keys: tuple[str, ...]) -> list[Msg]:
             if entry.key == CHECKPOINT_KEY or _matches(entry.key, keys):
                 newest[entry.key] = message
         pending = got.pending
-    return list(newest.values())
+    return jsapi.Got(list(newest.values()), start - 1)  # the newest message of a bucket is always there
 
 
 def _entry(headers: dict[str, str], value: bytes) -> ViewEntry:
@@ -574,9 +575,9 @@ class NatsViewReader:
 class _Watch:
     """One reader's copy of some keys.
 
-    Live messages are collected until the checkpoint that ends their commit, then taken over together. Whatever hints
-    at a lost message (a reconnect, a slow consumer, a sequence before which one is missing, a checkpoint that is not
-    ours) leads to a new snapshot. All keys come by one subscription: two would be handled out of order.
+    Live messages are collected until the checkpoint that ends their commit, then taken over together. All keys of the
+    bucket come by one subscription: several would be handled out of order, and so a sequence that is missing shows a
+    lost message. That, a reconnect, a slow consumer and a stored checkpoint that is not ours lead to a new snapshot.
     """
 
     def __init__(
@@ -595,6 +596,7 @@ class _Watch:
         self._staged: dict[str, ViewEntry] = {}
         self._checkpoint: Checkpoint | None = None
         self._checkpoint_at = 0
+        self._at = 0
         self._early: list[Msg] | None = []  # live messages that arrive while a snapshot is taken
         self._stale = True
         self._behind = 0
@@ -656,6 +658,7 @@ class _Watch:
         self._stale = False
         self._staged = {}
         if not self._outdated(snapshot):
+            self._at = snapshot.at
             self._replace(snapshot)
         for message in early:
             self._apply(message)
@@ -694,31 +697,23 @@ class _Watch:
     def _apply(self, message: Msg) -> None:
         headers = message.headers or {}
         entry = _entry(headers, message.data)
+        if entry.sequence <= self._at:
+            return
+        if entry.sequence != self._at + 1:
+            self._stale = True
+        self._at = entry.sequence
         if entry.key == CHECKPOINT_KEY:
-            self._commit(entry, headers)
+            self._checkpoint_at = entry.sequence
+            if MORE_HEADER not in headers:
+                self._commit(msgspec.json.decode(entry.value, type=Checkpoint))
         elif _matches(entry.key, self._keys):
-            held = self._staged.get(entry.key) or self._held.get(entry.key)
-            at = held.sequence if held is not None else 0
-            if entry.sequence > at:
-                self._staged[entry.key] = entry
-                self._missed(headers, at)
+            self._staged[entry.key] = entry
 
-    def _commit(self, entry: ViewEntry, headers: dict[str, str]) -> None:
-        if entry.sequence <= self._checkpoint_at:
-            return
-        self._missed(headers, self._checkpoint_at)
-        self._checkpoint_at = entry.sequence
-        if MORE_HEADER in headers:
-            return
-        self._checkpoint = msgspec.json.decode(entry.value, type=Checkpoint)
+    def _commit(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         changes, self._staged = self._staged, {}
         self._held |= changes
-        self._changed(changes, self._checkpoint.sequence)
-
-    def _missed(self, headers: dict[str, str], at: int) -> None:
-        """On republished messages the header names the sequence before this one on the same subject."""
-        if int(headers.get("Nats-Last-Sequence", 0)) > at:
-            self._stale = True
+        self._changed(changes, checkpoint.sequence)
 
 
 class NatsViewWriter:

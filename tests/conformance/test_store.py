@@ -181,6 +181,22 @@ def test_concurrent_appends_of_several_events_never_mix(store: EventStore, runne
     runner.run(case())
 
 
+def test_the_log_is_read_page_by_page(store: EventStore, runner: asyncio.Runner) -> None:
+    async def case() -> None:
+        assert await store.page(0) == ((), 0)
+        for start in range(0, 2400, 800):
+            await add(store, A, *(applied(n) for n in range(start, start + 800)))
+            await add(store, B, applied(start))
+
+        pages = [await store.page(after) for after in (0, 1000, 2000, 2403, 5000)]
+
+        assert [(len(events), left) for events, left in pages] == [(1000, 1403), (1000, 403), (403, 0), (0, 0), (0, 0)]
+        assert [r.sequence for events, _ in pages for r in events] == list(range(1, 2404))
+        assert [r for r in pages[0][0] if r.subject == B] == list((await store.read(B))[:1])
+
+    runner.run(case())
+
+
 @pytest.mark.parametrize("after", [0, 3, 5])
 def test_a_tail_delivers_what_is_there_and_what_comes(
     store: EventStore, runner: asyncio.Runner, until: Until, after: int
@@ -198,6 +214,25 @@ def test_a_tail_delivers_what_is_there_and_what_comes(
 
         assert [r.sequence for r in heard] == list(range(after + 1, 9))
         assert heard[-3:] == [*(await store.read(B)), (await store.read(A))[-1]]
+
+    runner.run(case())
+
+
+def test_a_tail_over_a_long_log_delivers_every_event_whole(
+    store: EventStore, runner: asyncio.Runner, until: Until
+) -> None:
+    """More than one pull and many reads of the socket, with events cut at their ends."""
+
+    async def case() -> None:
+        heard: list[Recorded] = []
+        for start in range(0, 9000, 900):
+            await add(store, A, *(RouteApplied("g" * (n % 700), "m", n) for n in range(start, start + 900)))
+
+        tail = await store.tail(0, heard.append, fail)
+        await until(lambda: len(heard) >= 9000)
+        await tail.close()
+
+        assert heard == list(await store.read(A))
 
     runner.run(case())
 

@@ -186,6 +186,17 @@ def test_it_misbehaves_as_told_after_its_sound_requests(
     runner.run(test())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_answer_has_an_id_of_its_own(runner: asyncio.Runner, start: Start, stream: bool) -> None:
+    async def test() -> None:
+        engine = await start("--version=v2").up()
+        bodies = [(await engine.post(CHAT, stream=stream)).body for _ in range(2)]
+        assert [b'"chatcmpl-v2-%08d"' % n in body for n, body in enumerate(bodies, 1)] == [True, True]
+        assert bodies[0] != bodies[1]
+
+    runner.run(test())
+
+
 def test_garbage_does_not_name_the_version(runner: asyncio.Runner, start: Start) -> None:
     async def test() -> None:
         reply = await (await start("--garbage", "--version=v2").up()).post(COMPLETIONS, prompt="x")
@@ -293,7 +304,11 @@ def test_requests_on_one_connection_are_answered_in_order(runner: asyncio.Runner
         writer.write(one * 3 + b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         everything = await asyncio.wait_for(reader.read(), 20)
         writer.close()
-        assert [everything.count(f"cmpl-v3-{n}".encode()) for n in (1, 2, 3)] == [1, 1, 1]
-        assert everything.index(b"cmpl-v3-1") < everything.index(b"cmpl-v3-3") < everything.index(b'"version"')
+        assert [everything.count(b"cmpl-v3-%08d" % n) for n in (1, 2, 3)] == [1, 1, 1]
+        assert (
+            everything.index(b"cmpl-v3-00000001")
+            < everything.index(b"cmpl-v3-00000003")
+            < everything.index(b'"version"')
+        )
 
     runner.run(test())

@@ -89,21 +89,21 @@ def test_declared_models_are_served_and_a_restart_goes_on_where_it_ended(up: Up,
     assert up.json("verify")["status"] == "whole"
 
 
-@pytest.mark.parametrize("name", ["controller", "worker", "gateway", "nats"])
-def test_a_process_that_is_killed_is_started_again(name: str, up: Up, eventually: Eventually) -> None:
+def test_a_process_that_is_killed_is_started_again_and_switches_go_on(up: Up, eventually: Eventually) -> None:
     # given
     up.write(TWO_VERSIONS)
     up.start()
     eventually(lambda: up.version() == "v1")
-    before = up.running()["processes"][name]
-    # when
-    os.kill(before, signal.SIGKILL)
-    # then
-    eventually(lambda: up.running()["processes"][name] not in (0, before))
-    eventually(lambda: up.version() == "v1")
-    done = up("switch", "chat", "v2", "--wait")
-    assert done.returncode == 0, done
-    assert up.version() == "v2"
+    eventually(lambda: up.json("models")["models"][0]["switch"] == "")
+    for name, target in (("controller", "v2"), ("worker", "v1"), ("gateway", "v2"), ("nats", "v1")):
+        before = up.running()["processes"][name]
+        # when
+        os.kill(before, signal.SIGKILL)
+        # then
+        eventually(lambda name=name, before=before: up.running()["processes"][name] not in (0, before))
+        done = up("switch", "chat", target, "--wait")
+        assert done.returncode == 0, (name, done)
+        eventually(lambda target=target: up.version() == target)
 
 
 def test_when_up_itself_is_killed_the_next_one_takes_over_its_engines(up: Up, eventually: Eventually) -> None:

@@ -36,6 +36,7 @@ def demo(io: Terminal, engine: str, switches: int, rate: float | None, seconds: 
     Starts everything on this machine with its own NATS server, keeps streaming OpenAI clients busy, switches from one
     version to another and back, and shows what the clients saw. Touches nothing that runs already.
     """
+    folder = Path(running.FOLDER).resolve() / "demo"
 
     async def work() -> int:
         from turnout.workers.demo import DemoError, run
@@ -50,7 +51,7 @@ def demo(io: Terminal, engine: str, switches: int, rate: float | None, seconds: 
                     else:
                         io.say(text)
 
-                outcome = await run(script, Path(running.FOLDER).resolve() / "demo", progress)
+                outcome = await run(script, folder, progress)
         except DemoError as e:
             io.fail("demo_failed", str(e), "turnout doctor says what this machine has")
             return FAILED
@@ -82,6 +83,7 @@ def _script(engine: str, switches: int, rate: float | None, seconds: float | Non
             seconds=seconds or 6.0,
             switches=switches,
             bake_s=0.5,
+            patience_s=60.0,
             prompt="Say hello.",
             max_tokens=20,
         )
@@ -91,13 +93,18 @@ def _script(engine: str, switches: int, rate: float | None, seconds: float | Non
         raise DemoError(f"the models are not there ({', '.join(missing)}); make them with: make setup-vllm")
     return Script(
         versions={v: EngineSpec("vllm", str(folder), args=_VLLM_ARGS) for v, folder in folders.items()},
-        rate=rate or 0.5,
-        seconds=seconds or 45.0,
+        rate=rate or (5.0 if _has_gpu() else 0.2),  # two engines and their load on two cores are slow
+        seconds=seconds or 60.0,
         switches=switches,
         bake_s=2.0,
+        patience_s=1200.0,
         prompt="What is the capital of France?",
         max_tokens=12,
     )
+
+
+def _has_gpu() -> bool:
+    return Path("/proc/driver/nvidia/gpus").exists()
 
 
 def _show(io: Terminal, outcome: Outcome) -> int:
@@ -169,8 +176,8 @@ def _latency(name: str, latency: Latency) -> list[str]:
 
 
 def _ms(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f} ms"
+    return "-" if value is None else f"{value:.1f} ms"
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f} s"
+    return "-" if value is None else f"{value:.2f} s"

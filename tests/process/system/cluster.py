@@ -29,9 +29,11 @@ from tests.process.system.relay import Relay
 from tests.process.system.traffic import Traffic, get
 
 import turnout
+from turnout.core.switch import ENDED
 from turnout.core.world import World
 from turnout.events import jsapi
 from turnout.events.model import EngineSpec, Probe
+from turnout.events.store import Unavailable
 from turnout.workers import wiring
 from turnout.workers.client import Client, DynamicModelRegistry, ModelSwitcher, SwitchOperation
 from turnout.workers.clock import SystemClock
@@ -404,8 +406,15 @@ class Cluster:
 
     async def caught_up(self) -> None:
         """Wait until this test has read all that is in the log now."""
-        last = await self.client.store.last_sequence()
-        await self.until(lambda: bool(self.seen) and self.seen[-1].recorded.sequence >= last, "the log is read")
+
+        async def read() -> bool:
+            try:
+                last = await self.client.store.last_sequence()
+            except Unavailable:
+                return False
+            return bool(self.seen) and self.seen[-1].recorded.sequence >= last
+
+        await self.until(read, "the log is read")
 
     # --- what is asked -------------------------------------------------------------------------------------------
 
@@ -434,10 +443,19 @@ class Cluster:
         return await self.ended(await self.switch(version, model=model, **settings))
 
     async def ended(self, operation: SwitchOperation, wait_s: float = WAIT_S) -> SwitchView:
-        """Wait for a switch's end."""
-        view = await operation.wait(wait_s)
+        """Wait for a switch's end in the log, and for the view that says so."""
+        states = self.world.switches
+        await self.until(lambda: states[operation.id].phase in ENDED, f"{operation.id} has ended", wait_s)
+        found: list[SwitchView] = []
+
+        async def told() -> bool:
+            with contextlib.suppress(Unavailable):
+                found.append(await operation.status())
+            return bool(found) and found[-1].phase in ENDED
+
+        await self.until(told, f"the view of {operation.id} says that it has ended")
         await self.caught_up()
-        return view
+        return found[-1]
 
     async def serving(self, *versions: str, model: str = "chat", args: tuple[str, ...] = ()) -> None:
         """Register versions and switch through all of them, so that each is warm and the first is active."""
@@ -471,9 +489,11 @@ class Cluster:
         """Wait until the stored views stand for the whole log, and compare them with a fold from nothing."""
 
         async def complete() -> bool:
-            last = await self.client.store.last_sequence()
-            _, checkpoint = await self.client.raw_views("_ckpt")
-            return checkpoint is not None and checkpoint.sequence >= last
+            with contextlib.suppress(Unavailable):
+                last = await self.client.store.last_sequence()
+                _, checkpoint = await self.client.raw_views("_ckpt")
+                return checkpoint is not None and checkpoint.sequence >= last
+            return False
 
         await self.until(complete, "the views stand for the whole log")
         await self.caught_up()
