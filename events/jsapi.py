@@ -8,6 +8,7 @@ Protocol: ADR-31 (direct get), ADR-50 (batch) of github.com/nats-io/nats-archite
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 from turnout.events.store import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from nats.aio.subscription import Subscription
 
@@ -152,6 +153,22 @@ class _Ack(msgspec.Struct):
 _acks = msgspec.json.Decoder(_Ack)
 
 
+@contextlib.contextmanager
+def _heeding_cancellation() -> Iterator[None]:
+    """Raise a cancellation that ``asyncio.wait_for`` has swallowed.
+
+    Before Python 3.12 it does so where the answer and the cancellation come in the same turn of the loop; a task that
+    works in a loop would then never end.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        yield
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
 async def request(
     nc: Client, subject: str, body: bytes, timeout_s: float, headers: Mapping[str, str] | None = None
 ) -> bytes:
@@ -163,7 +180,8 @@ async def request(
     if not nc.is_connected:  # a request made now would stay in nats-py's table for ever
         raise Unavailable(_DISCONNECTED)
     try:
-        answer = await nc.request(subject, body, timeout=timeout_s, headers=dict(headers) if headers else None)
+        with _heeding_cancellation():
+            answer = await nc.request(subject, body, timeout=timeout_s, headers=dict(headers) if headers else None)
     except nats.errors.NoRespondersError as e:
         raise Unavailable(
             f"nothing answers on {subject}: JetStream is off, the stream is missing, or its leader is being elected"
@@ -285,7 +303,8 @@ async def direct_get(nc: Client, stream: str, query: Mapping[str, object], timeo
         answers = await nc.subscribe(inbox, cb=take)  # pyright: ignore[reportUnknownMemberType]
         try:
             await nc.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), reply=inbox)
-            status = await asyncio.wait_for(done, timeout_s)
+            with _heeding_cancellation():
+                status = await asyncio.wait_for(done, timeout_s)
         finally:
             if not nc.is_closed:
                 await answers.unsubscribe()

@@ -74,6 +74,15 @@ def _left(before: RouteView | None, event: RouteChanged) -> dict[str, int]:
     if before is None:
         return {}
     here = {split.version for split in event.splits}
-    left = {version: revision for version, revision in before.left.items() if version not in here}
-    left |= {split.version: event.revision for split in before.splits if split.version not in here}
-    return dict(list(left.items())[-LEFT_MOST:])
+    gone = [split.version for split in before.splits if split.version not in here]
+    if not gone and here.isdisjoint(before.left):
+        return before.left
+    left = before.left.copy()  # not rebuilt entry by entry: a fold of a long log spends its time here
+    for version in here:
+        left.pop(version, None)
+    for version in gone:
+        left.pop(version, None)  # set anew below, as the newest
+        left[version] = event.revision
+    while len(left) > LEFT_MOST:
+        del left[next(iter(left))]
+    return left

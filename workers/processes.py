@@ -1,6 +1,7 @@
 """Builds each process from its settings and runs it until it is stopped. Adapters come from wiring.py.
 
-Each ``run_…`` returns the exit code. What keeps a process from running is one sentence, raised at the start.
+Each ``run_…`` returns the exit code. What keeps a process from running is one sentence, raised at the start. A process
+imports its own parts only, so that it starts fast.
 """
 
 from __future__ import annotations
@@ -16,18 +17,15 @@ import msgspec
 
 from turnout.events.store import LogReplaced
 from turnout.workers.clock import SystemClock
-from turnout.workers.controller.controller import Controller
-from turnout.workers.declared import Declared
-from turnout.workers.gateway.main import Gateway
-from turnout.workers.inference.host import HostRunner, engines
-from turnout.workers.inference.worker import InferenceWorker
-from turnout.workers.metrics import Gauge, MetricsServer
 from turnout.workers.wiring import control_plane
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from turnout.workers.controller.controller import Controller
     from turnout.workers.inference.policy import WorkerPolicy
+    from turnout.workers.inference.worker import InferenceWorker
+    from turnout.workers.metrics import Gauge, MetricsServer
     from turnout.workers.settings import Settings
     from turnout.workers.wiring import ControlPlane
 
@@ -40,6 +38,9 @@ class Stopped(Exception):
 
 async def run_controller(settings: Settings, ready: Callable[[dict[str, object]], None]) -> int:
     """Run a controller until SIGTERM or SIGINT; ``ready`` is called once it answers commands."""
+    from turnout.workers.controller.controller import Controller
+    from turnout.workers.declared import Declared
+
     clock = SystemClock()
     lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -81,6 +82,9 @@ async def run_worker(settings: Settings, ready: Callable[[dict[str, object]], No
 
     Never ends for want of NATS once it runs.
     """
+    from turnout.workers.inference.host import HostRunner, engines
+    from turnout.workers.inference.worker import InferenceWorker
+
     clock, own = SystemClock(), settings.worker
     async with control_plane(settings.nats.url, f"turnout worker {os.getpid()}", clock=clock) as plane:
         check_s = settings.switching.health_check_interval if settings.switching.enable_health_checks else None
@@ -103,6 +107,8 @@ async def run_gateway(settings: Settings, ready: Callable[[dict[str, object]], N
 
     Never ends for want of NATS once it runs.
     """
+    from turnout.workers.gateway.main import Gateway
+
     clock, config = SystemClock(), settings.switching
     own = msgspec.structs.replace(
         settings.gateway,
@@ -202,6 +208,8 @@ async def _until_stopped(
 def _metrics(settings: Settings, listen: str, read: Callable[[], tuple[Gauge, ...]]) -> MetricsServer | None:
     if not listen or not settings.switching.enable_metrics:
         return None
+    from turnout.workers.metrics import MetricsServer
+
     try:
         return MetricsServer(listen, read)
     except (OSError, ValueError, OverflowError) as e:
@@ -210,6 +218,8 @@ def _metrics(settings: Settings, listen: str, read: Callable[[], tuple[Gauge, ..
 
 def _controller_gauges(controller: Controller) -> tuple[Gauge, ...]:
     """Read in another thread: every collection is copied in one step."""
+    from turnout.workers.metrics import Gauge
+
     world = controller.log.world
     phases: dict[str, int] = {}
     for instance in list(world.instances.values()):
@@ -229,6 +239,8 @@ def _controller_gauges(controller: Controller) -> tuple[Gauge, ...]:
 
 
 def _worker_gauges(worker: InferenceWorker, plane: ControlPlane) -> tuple[Gauge, ...]:
+    from turnout.workers.metrics import Gauge
+
     return (
         Gauge("turnout_worker_instances", "Engines that run, load or stop.", len(worker.instances)),
         Gauge("turnout_worker_connected", "1 while there is a connection to NATS.", float(plane.connection.connected)),

@@ -252,8 +252,11 @@ class InferenceWorker:
         if life.found is None and life.drain.is_set():
             await self._end(life)  # asked to stop before anything of it ran here
             return
-        if life.found is None and life.view.phase == "ready":
-            await self._report_life(life, _failed(instance, self._runner.remains(instance)))
+        # Also one that a worker before has begun to load: its word that it is ready may still come, and must not be
+        # taken for one that loads again at the same address.
+        if life.found is None and life.view.phase in ("loading", "ready"):
+            gone = msgspec.structs.replace(self._runner.remains(instance), stage=life.view.stage or "serving")
+            await self._report_life(life, _failed(instance, gone))
             return
         if loaded is None:
             result = await self._load(life)

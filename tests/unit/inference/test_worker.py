@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from turnout.events.instance import InstanceFailed, InstanceReady
+from turnout.events.instance import InstanceFailed, InstanceLoading, InstanceReady
 from turnout.events.model import EngineSpec
 from turnout.events.worker import WorkerLost
 from turnout.projections.fleet import WorkerView
@@ -310,6 +310,20 @@ def test_a_serving_engine_that_is_gone_after_a_restart_is_reported(
         async with rig:
             await until(lambda: rig.plane.phase() == "failed")
             assert rig.plane.log[-1].log_tail == ("last line",)
+
+    runner.run(test())
+
+
+def test_a_load_that_died_with_its_worker_is_reported_under_its_stage(
+    runner: asyncio.Runner, rig: Any, until: Any
+) -> None:
+    async def test() -> None:
+        rig.plane.request()
+        rig.plane.record(InstanceLoading("i-1", "warming", 3.0))
+        async with rig:
+            await until(lambda: rig.plane.phase() == "failed")
+            assert rig.plane.log[-1].stage == "warming"
+            assert rig.host.orders == {}
 
     runner.run(test())
 

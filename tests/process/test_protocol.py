@@ -1,0 +1,233 @@
+"""docs/protocol.md is true: its examples are executed, in their order, by a program that has nothing but nats-py.
+
+A nats-server and a controller are real; the document's worker, gateway and operator are played from its JSON blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import nats
+import pytest
+
+from turnout.core.handling import VERBS
+from turnout.events import codec
+from turnout.events.envelope import Envelope
+from turnout.projections.fleet import GatewayView, WorkerView
+from turnout.projections.registry import ModelView
+from turnout.projections.routing import RouteView
+from turnout.projections.switches import SwitchView
+from turnout.workers.ports import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from nats.aio.client import Client
+
+    from turnout.workers.embedded import EmbeddedServer
+
+pytestmark = [pytest.mark.process, pytest.mark.nats]
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+WAIT_S = 30.0
+#: What differs from run to run; it must have the same type.
+VARIES = frozenset(
+    (
+        *("sequence", "time", "at", "deadline", "until", "registered_at", "requested_at", "ended_at", "bake_until"),
+        *("seconds", "ready_s", "cutover_s", "drain_s", "log", "epoch"),
+    )
+)
+VIEWS: dict[str, type[Any]] = {
+    "model": ModelView,
+    "route": RouteView,
+    "switch": SwitchView,
+    "worker": WorkerView,
+    "gateway": GatewayView,
+    "_ckpt": Checkpoint,
+}
+
+
+class Block(NamedTuple):
+    """A fenced block: its kind, what follows the kind on the fence, its text, and its line in the document."""
+
+    kind: str
+    rest: tuple[str, ...]
+    text: str
+    line: int
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+def blocks(language: str = "json") -> Iterator[Block]:
+    for found in re.finditer(rf"^```{language}(?: (\w+)((?: [^\s]+)*))?\n(.*?)^```$", DOCUMENT, re.M | re.S):
+        line = DOCUMENT.count("\n", 0, found.start()) + 1
+        yield Block(found[1] or "", tuple((found[2] or "").split()), found[3], line)
+
+
+def same(example: Any, real: Any, key: str = "") -> bool:
+    """Whether the real thing is the example, but for what varies."""
+    if key in VARIES:
+        number = isinstance(example, int | float) and isinstance(real, int | float)
+        return number or isinstance(real, type(example))
+    if isinstance(example, dict) and isinstance(real, dict):
+        return example.keys() == real.keys() and all(same(example[k], real[k], k) for k in example)
+    if isinstance(example, list) and isinstance(real, list):
+        return len(example) == len(real) and all(same(e, r) for e, r in zip(example, real, strict=True))
+    return bool(example == real)
+
+
+@pytest.fixture
+def controller(nats_server: EmbeddedServer, tmp_path: Path) -> Iterator[str]:
+    """A controller on a nats-server of this test; the address."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TURNOUT_")} | {"PYTHONPATH": str(ROOT / "src")}
+    with (tmp_path / "controller.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "turnout.workers.cli", "controller", "--nats", nats_server.url, "--json"],
+            cwd=tmp_path,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        assert process.stdout is not None
+        try:
+            assert json.loads(process.stdout.readline())["status"] == "ready"
+            yield nats_server.url
+        finally:
+            process.terminate()
+            process.wait(WAIT_S)
+            process.stdout.close()
+
+
+def test_the_story_of_a_switch_happens_as_it_is_told(controller: str, runner: asyncio.Runner) -> None:
+    runner.run(_play(controller))
+
+
+async def _play(url: str) -> None:
+    nc = await nats.connect(url)
+    beating = asyncio.create_task(_beat(nc))
+    events: list[tuple[str, str, Any]] = []
+    tail = await nc.jetstream().subscribe("turnout.evt.>", ordered_consumer=True)
+    answer: Any = None
+    try:
+        for block in blocks():
+            match block.kind:
+                case "command":
+                    asked = msgspec.json.encode(block.json)
+                    answer = json.loads((await nc.request(block.rest[0], asked, timeout=WAIT_S)).data)
+                    again = json.loads((await nc.request(block.rest[0], asked, timeout=WAIT_S)).data)
+                    if ".gw." in block.rest[0]:
+                        answer_again = {**again, "sequence": answer["sequence"], "events": answer["events"]}
+                    else:
+                        answer_again = again
+                    assert answer_again == answer, f"line {block.line}: sent twice"
+                case "answer":
+                    assert same(block.json, answer), f"line {block.line}: {answer}"
+                case "event":
+                    await _until(block, lambda block=block: _happened(block, events, tail), lambda: events[-5:])
+                case "view":
+                    seen: list[Any] = []
+                    await _until(block, lambda block=block, seen=seen: _shows(block, nc, seen), lambda seen=seen: seen)
+                case _:
+                    continue
+    finally:
+        beating.cancel()
+        await nc.close()
+
+
+async def _beat(nc: Client) -> None:
+    while True:
+        for subject in ("turnout.beat.worker.w1", "turnout.beat.gateway.g1"):
+            await nc.publish(subject, b"{}")
+        await asyncio.sleep(1)
+
+
+async def _until(block: Block, true: Callable[[], Awaitable[bool]], found: Callable[[], object]) -> None:
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while not await true():  # noqa: ASYNC110  what is waited for is in another process
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"line {block.line}: {block.rest} did not come; found: {found()}") from None
+
+
+async def _happened(block: Block, events: list[tuple[str, str, Any]], tail: Any) -> bool:
+    with contextlib.suppress(nats.errors.TimeoutError):
+        while True:
+            message = await tail.next_msg(timeout=0.05)
+            events.append((message.subject, message.headers["Turnout-Type"], json.loads(message.data)))
+    subject, name = block.rest
+    return any(s == subject and t == name and same(block.json, body) for s, t, body in events)
+
+
+async def _shows(block: Block, nc: Client, seen: list[Any]) -> bool:
+    (key,) = block.rest
+    with contextlib.suppress(nats.js.errors.NotFoundError):
+        entry = await (await nc.jetstream().key_value("VIEWS")).get(key)
+        seen[:] = [json.loads(entry.value or b"null")]
+        return same(block.json, seen[0])
+    return False
+
+
+def test_each_command_of_each_role_is_in_the_document() -> None:
+    told = {block.rest[0] for block in blocks() if block.kind == "command"}
+    real = {f"turnout.cmd.{role}.{verb}" for role, verb in VERBS}
+    assert told == real
+    for (role, verb), (body, _) in VERBS.items():
+        row = next(line for line in DOCUMENT.splitlines() if line.startswith(f"| `turnout.cmd.{role}.{verb}` |"))
+        if "as `switch.start`" not in row:
+            assert re.findall(r"`([a-z_]+)`", row.split("|")[2].split("{")[0])[: len(body.__struct_fields__)]
+            assert all(f"`{field}`" in row for field in body.__struct_fields__), row
+
+
+def test_each_event_type_is_in_the_document_with_all_its_fields() -> None:
+    told = {block.rest[-1]: block for block in blocks() if block.kind in ("event", "shape")}
+    assert set(told) == set(codec.TYPES)
+    for name, block in told.items():
+        event = msgspec.json.decode(block.text, type=codec.TYPES[name])
+        assert msgspec.to_builtins(event).keys() == block.json.keys(), f"line {block.line}"
+
+
+def test_each_kind_of_view_is_in_the_document_with_all_its_fields() -> None:
+    told = {block.rest[0].partition(".")[0]: block for block in blocks() if block.kind == "view"}
+    assert told.keys() == VIEWS.keys()
+    for kind, block in told.items():
+        view = msgspec.json.decode(block.text, type=VIEWS[kind])
+        assert msgspec.to_builtins(view).keys() == block.json.keys(), f"line {block.line}"
+
+
+def test_the_envelope_in_the_document_is_the_one_that_is_stored() -> None:
+    (block,) = (block for block in blocks() if block.kind == "envelope")
+    assert tuple(block.json) == Envelope.__struct_fields__
+    assert msgspec.json.decode(block.text, type=Envelope).actor == "worker:w1"
+
+
+def test_the_documents_programs_run(controller: str, tmp_path: Path) -> None:
+    # the last one registers a model; the audit and the dashboard then have something to tell
+    said = []
+    audit, dashboard, command = blocks("python")
+    for n, block in enumerate((command, audit, dashboard)):
+        script = tmp_path / f"{n}.py"
+        script.write_text(block.text)
+        env = {"PATH": os.environ["PATH"], "NATS_URL": controller}
+        done = subprocess.run(
+            [sys.executable, script], env=env, capture_output=True, text=True, timeout=WAIT_S, check=False
+        )
+        assert done.returncode == 0, f"line {block.line}: {done.stderr}"
+        said.append(done.stdout)
+    assert said[0] == "accepted\n"
+    assert "VersionRegistered" in said[1]
+    assert said[2] == "code serves \n"

@@ -1,0 +1,349 @@
+"""The switch saga: in each situation, what is owed and when to look again."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
+from turnout.core.sagas import placement
+from turnout.core.sagas import switch as saga
+from turnout.core.switch import ENDED
+from turnout.core.world import DECIDERS, World
+from turnout.events.gateway import GatewayJoined, GatewayLost, RouteApplied, VersionDrained
+from turnout.events.instance import InstanceFailed, InstanceLoading, InstanceReady, InstanceRequested, InstanceStopped
+from turnout.events.model import ActiveVersionChanged, KnownGoodMarked, KnownGoodRevoked, SwitchClosed
+from turnout.events.route import Endpoint, RouteChanged, Split
+from turnout.events.switch import (
+    BakeStarted,
+    DrainStarted,
+    InstancesRequested,
+    RollbackStarted,
+    RolledBack,
+    StepApplied,
+    StepStarted,
+    SwitchAborted,
+    SwitchCompleted,
+    SwitchFailed,
+    TargetReady,
+)
+
+I1, I2 = Endpoint("i1", "unix:/run/i1"), Endpoint("i2", "unix:/run/i2")
+
+
+def names(events: tuple[object, ...]) -> list[str]:
+    return [type(e).__name__ for e in events]
+
+
+def loading() -> Story:
+    """``sw-1`` has asked for ``i2``."""
+    story = serving().asked("v2")
+    story.carry()
+    return story
+
+
+def stepping() -> Story:
+    """The target is ready and has got everything; no gateway has said so."""
+    story = loading().ready("i2")
+    story.carry()
+    story.carry()
+    return story
+
+
+def baking() -> Story:
+    story = stepping().applied()
+    story.carry()
+    story.carry()
+    return story
+
+
+def draining() -> Story:
+    story = baking().later(60.0)
+    story.carry()
+    return story
+
+
+def test_a_switch_told_as_a_story() -> None:
+    story = serving().asked("v2", bake_s=60.0)
+    requested = story.carry()
+    assert requested == (
+        InstancesRequested("sw-1", ("i2",)),
+        InstanceRequested("i2", "chat", "v2", "w1", FAKE, "sw-1"),
+    )
+    assert not story.owes().owed, "it waits for the worker"
+    story.happens(InstanceLoading("i2", "starting", 0.0)).ready("i2")
+    (ready,) = story.carry()
+    assert isinstance(ready, TargetReady)
+    assert (ready.instances, ready.warm) == (("i2",), False)
+    step, route = story.carry()
+    assert isinstance(step, StepStarted)
+    assert (step.step, step.weight, step.revision) == (1, 100.0, 2)
+    assert isinstance(route, RouteChanged)
+    assert (route.revision, route.salt, route.drain_s) == (2, "sw-1", 600.0)
+    assert route.splits == (Split("v1", 0.0, (I1,)), Split("v2", 100.0, (I2,)))
+    assert not story.applied("g1").owes().owed, "one gateway is missing"
+    (applied,) = story.applied("g2").carry()
+    assert isinstance(applied, StepApplied)
+    assert applied.gateways == ("g1", "g2")
+    assert story.carry() == (BakeStarted("sw-1", story.now + timedelta(seconds=60)),)
+    assert story.owes().wake == story.now + timedelta(seconds=60)
+    assert not story.later(59.0).owes().owed
+    drain, route = story.later(1.0).carry()
+    assert isinstance(drain, DrainStarted)
+    assert (drain.version, drain.revision) == ("v1", 3)
+    assert isinstance(route, RouteChanged)
+    assert route.splits == (Split("v2", 100.0, (I2,)),)
+    assert not story.applied().drained("v1", "g1").owes().owed
+    assert names(story.drained("v1", "g2").carry()) == [
+        "ActiveVersionChanged",
+        "KnownGoodMarked",
+        "SwitchClosed",
+        "SwitchCompleted",
+    ]
+    assert story.world.models["chat"].active == "v2"
+    assert not story.world.running
+
+
+def test_the_first_version_of_a_model_has_nothing_to_bake_beside_and_nothing_to_drain() -> None:
+    story = registered("v1").asked("v1", source="")
+    assert names(story.carry()) == ["InstancesRequested", "InstanceRequested"]
+    story.ready("i1").carry()
+    _, route = story.carry()
+    assert isinstance(route, RouteChanged)
+    assert route.splits == (Split("v1", 100.0, (I1,)),)
+    story.applied().carry()
+    assert names(story.carry())[-1] == "SwitchCompleted"
+    assert story.world.models["chat"].known_good == ("v1",)
+
+
+def test_a_warm_target_is_ready_at_once() -> None:
+    story = serving().instance("i2", "v2").asked("v2")
+    (ready,) = story.carry()
+    assert isinstance(ready, TargetReady)
+    assert ready.warm
+
+
+def test_what_loads_already_is_not_loaded_twice() -> None:
+    story = serving()
+    story.happens(InstanceRequested("i7", "chat", "v2", "w1", FAKE, "sw-before")).asked("v2")
+    assert story.carry() == (InstancesRequested("sw-1", ("i7",)),)
+
+
+def test_without_a_place_it_waits_for_one_until_the_deadline() -> None:
+    story = serving(capacity=1).asked("v2", deadline_s=10.0)
+    assert not story.owes().owed
+    assert story.owes().wake == story.now + timedelta(seconds=10)
+    closed, failed = story.later(10.0).carry()
+    assert closed == SwitchClosed("chat", "sw-1", "failed")
+    assert isinstance(failed, SwitchFailed)
+    assert failed.stage == "placement"
+    assert "all 1 places" in failed.reason
+
+
+def test_a_load_that_fails_fails_the_switch_with_the_engines_own_words_and_no_revision() -> None:
+    story = loading()
+    story.happens(InstanceFailed("i2", "loading", "exit code 1", ("out of memory",), 1))
+    assert story.carry() == (
+        SwitchClosed("chat", "sw-1", "failed"),
+        SwitchFailed("sw-1", "loading", "exit code 1", ("out of memory",)),
+    )
+    assert story.world.routes["chat"].revision == 1
+
+
+def test_a_load_that_takes_too_long_fails_with_the_stage_in_which_it_hangs() -> None:
+    story = loading()
+    story.happens(InstanceLoading("i2", "warming", 3.0)).later(300.0)
+    failed = story.carry()[-1]
+    assert isinstance(failed, SwitchFailed)
+    assert failed.stage == "warming"
+    assert "300 s (max_transition_time)" in failed.reason
+
+
+def test_a_target_that_was_stopped_before_it_got_traffic_fails_the_switch() -> None:
+    story = loading().ready("i2")
+    story.carry()
+    story.happens(InstanceStopped("i2", 0.1))
+    failed = story.carry()[-1]
+    assert isinstance(failed, SwitchFailed)
+    assert failed.stage == "serving"
+
+
+def test_a_step_that_not_every_gateway_applies_in_time_is_rolled_back() -> None:
+    story = stepping().applied("g1")
+    assert story.owes().wake is not None
+    back, route = story.later(300.0).carry()
+    assert isinstance(back, RollbackStarted)
+    assert (back.cause, back.revision) == ("deadline", 3)
+    assert isinstance(route, RouteChanged)
+    assert route.splits == (Split("v1", 100.0, (I1,)),)
+
+
+def test_a_gateway_that_is_lost_is_not_awaited() -> None:
+    story = stepping().applied("g1")
+    assert not story.owes().owed
+    story.happens(GatewayLost("g2", 7.0))
+    (applied,) = story.carry()
+    assert isinstance(applied, StepApplied)
+    assert applied.gateways == ("g1",)
+
+
+def test_a_gateway_that_joins_is_awaited() -> None:
+    story = stepping().applied()
+    story.happens(GatewayJoined("g3", "http://g3"))
+    assert not story.owes().owed
+    story.happens(RouteApplied("g3", "chat", 2))
+    assert story.owes().owed
+
+
+@pytest.mark.parametrize("at", [stepping, baking, draining])
+def test_a_target_that_dies_is_rolled_back_wherever_the_switch_stands(at: object) -> None:
+    story: Story = at()  # type: ignore[operator]
+    story.happens(InstanceFailed("i2", "serving", "it crashed"))
+    back, route = story.carry()
+    assert isinstance(back, RollbackStarted)
+    assert back.cause == "failure"
+    assert "it crashed" in back.reason
+    assert isinstance(route, RouteChanged)
+    assert [s.version for s in route.splits] == ["v1"]
+    assert not story.owes().owed, "no gateway has applied it"
+    closed, ended = story.applied().carry()
+    assert closed == SwitchClosed("chat", "sw-1", "rolled_back")
+    assert isinstance(ended, RolledBack)
+    assert story.world.models["chat"].active == "v1"
+
+
+@pytest.mark.parametrize("at", [stepping, baking, draining])
+def test_with_both_versions_dead_there_is_nothing_to_go_back_to_until_placement_has_restored_one(at: object) -> None:
+    story: Story = at()  # type: ignore[operator]
+    story.happens(InstanceFailed("i2", "serving", "x"), InstanceFailed("i1", "serving", "x"))
+    assert not any("RollbackStarted" in names(story.carry_out(o)) for o in story.owes().owed)
+    story.later(5.0)
+    restored = [e for e in story.carry_placement() if isinstance(e, InstanceRequested)]
+    assert [(r.version, r.cause) for r in restored] == [("v1", "restore")]
+    story.ready(restored[0].instance)
+    assert isinstance(story.carry()[0], RollbackStarted)
+
+
+def test_a_rollback_ends_only_when_every_gateway_has_applied_it_and_the_source_is_ready() -> None:
+    story = baking()
+    story.happens(InstanceFailed("i2", "serving", "x"))
+    story.carry()
+    story.happens(InstanceFailed("i1", "serving", "x"))
+    assert not story.applied().owes().owed, "nothing would serve"
+    story.later(5.0)
+    again = next(e for e in story.carry_placement() if isinstance(e, InstanceRequested))
+    story.ready(again.instance)
+    story.carry_placement()
+    assert isinstance(story.applied().carry()[-1], RolledBack)
+
+
+def test_a_rollback_in_the_bake_is_one_revision_and_no_load() -> None:
+    story = baking()
+    requested = story.world.requested_instances
+    events = [
+        event
+        for write in saga.rollback(story.world, story.world.switches["sw-1"], "undo", "bad", story.now)
+        for event in DECIDERS[write.aggregate].decide(
+            story.world.state(write.aggregate, write.id), write.command
+        )
+    ]
+    assert names(tuple(events)) == ["RollbackStarted", "RouteChanged"]
+    story.happens(*events)
+    assert story.world.requested_instances == requested
+    assert isinstance(story.applied().carry()[-1], RolledBack)
+
+
+def test_an_aborted_switch_that_had_moved_traffic_ends_as_aborted() -> None:
+    story = baking()
+    for write in saga.rollback(story.world, story.world.switches["sw-1"], "abort", "stop", story.now):
+        decided = DECIDERS[write.aggregate].decide(story.world.state(write.aggregate, write.id), write.command)
+        story.happens(*decided)
+    assert story.applied().carry() == (SwitchClosed("chat", "sw-1", "aborted"), SwitchAborted("sw-1", "stop"))
+
+
+def test_without_a_bake_the_source_drains_as_soon_as_the_step_is_applied() -> None:
+    story = serving().instance("i2", "v2").asked("v2", bake_s=0.0)
+    for _ in range(2):
+        story.carry()
+    story.applied().carry()
+    assert isinstance(story.carry()[0], DrainStarted)
+
+
+def test_a_late_bake_ends_once() -> None:
+    story = baking().later(3600.0)
+    assert isinstance(story.carry()[0], DrainStarted)
+    assert not story.owes().owed
+
+
+def test_a_completed_undo_revokes_the_mark_of_what_it_left() -> None:
+    story = serving().instance("i2", "v2")
+    story.happens(
+        ActiveVersionChanged("chat", "v2", "v1", "sw-9"),
+        KnownGoodMarked("chat", "v2", "sw-9"),
+        RouteChanged("chat", 2, (Split("v2", 100.0, (I2,)),), "sw-9", 600.0, "sw-9"),
+    )
+    story.applied().asked("v1", undo=True, bake_s=0.0)
+    for _ in range(2):
+        story.carry()
+    story.applied().carry()
+    story.carry()
+    events = story.applied().drained("v2").carry()
+    assert KnownGoodRevoked("chat", "v2", "sw-1") in events
+    assert story.world.models["chat"].undo_target == ""
+
+
+def test_a_switch_that_has_ended_owes_nothing() -> None:
+    story = serving()
+    assert saga.agenda(story.world, "sw-nothing", story.now).owed == ()
+    story.asked("v2")
+    story.happens(SwitchAborted("sw-1", "no"))
+    assert story.owes().owed == ()
+    assert story.world.switches["sw-1"].phase in ENDED
+
+
+def test_a_leader_that_has_folded_only_the_first_events_of_a_batch_owes_no_other_route() -> None:
+    """A batch is stored at once, but it may arrive event by event: what is decided in between must be refused."""
+    story = draining().applied().drained("v1")
+    story.carry()
+    log = story.log
+    batches: dict[str, list[int]] = {}
+    for n, one in enumerate(log):
+        if one.envelope.command.startswith("sw-1."):
+            batches.setdefault(one.envelope.command, []).append(n)
+    assert len(batches) >= 6
+    for numbers in batches.values():
+        for cut in numbers[1:]:
+            world = World()
+            for one in log[:cut]:
+                world.apply(one)
+            rest = {log[n].subject for n in numbers if n >= cut}
+            time = log[cut].envelope.time
+            owed = [o for id in world.running for o in saga.agenda(world, id, time).owed]
+            owed += placement.agenda(world, CONFIG, time).owed
+            for one_owed in owed:
+                kinds = {(w.aggregate, w.id) for w in one_owed.writes}
+                routes = {f"turnout.evt.route.{id}" for kind, id in kinds if kind == "route"}
+                refused = {f"turnout.evt.{kind}.{id}" for kind, id in kinds} & rest
+                assert refused or not routes, f"{one_owed.id} after {log[cut - 1].type} of {numbers}"
+
+
+def test_every_command_that_a_saga_owes_has_an_id_of_what_it_is_and_not_of_chance() -> None:
+    one, two = stepping().applied(), stepping().applied()
+    assert [o.id for o in one.owes().owed] == [o.id for o in two.owes().owed] == ["sw-1.applied.1"]
+
+
+def test_drained_is_only_what_was_said_of_the_revision_that_the_version_left_with() -> None:
+    story = draining().applied()
+    story.happens(VersionDrained("g1", "chat", "v1", 2), VersionDrained("g2", "chat", "v1", 2))
+    assert not story.owes().owed
+    assert story.drained("v1").owes().owed
+
+
+def test_a_ready_instance_at_another_address_is_in_the_next_route() -> None:
+    story = serving().instance("i2", "v2").asked("v2")
+    story.happens(InstanceReady("i2", "unix:/run/new", 0.0, 0.0, 0, ""))
+    story.carry()
+    _, route = story.carry()
+    assert isinstance(route, RouteChanged)
+    assert route.splits[1].endpoints == (Endpoint("i2", "unix:/run/new"),)
