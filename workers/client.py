@@ -24,7 +24,21 @@ from turnout.projections.fleet import GatewayView, WorkerView
 from turnout.projections.registry import ModelView, VersionView
 from turnout.projections.routing import RouteView
 from turnout.projections.switches import SwitchView
+from turnout.workers.answers import CommandRejected, ControllerBug
 from turnout.workers.ports import Request
+
+__all__ = [
+    "Client",
+    "CommandRejected",
+    "ControllerBug",
+    "DynamicModelRegistry",
+    "Following",
+    "ModelSwitcher",
+    "ModelVersionManager",
+    "Plane",
+    "SwitchOperation",
+    "connect",
+]
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -57,22 +71,6 @@ _answers: msgspec.json.Decoder[Accepted | Rejected | Failed | Plan] = msgspec.js
 )
 
 V = TypeVar("V")
-
-
-class CommandRejected(Exception):
-    """turnout refused the command; nothing has changed. ``answer`` has code, reason and hint."""
-
-    def __init__(self, answer: Rejected) -> None:
-        super().__init__(f"{answer.reason}; {answer.hint} [{answer.code}]")
-        self.answer = answer
-
-
-class ControllerBug(Exception):
-    """The controller failed on a command by its own fault; nothing was written. ``answer`` says more."""
-
-    def __init__(self, answer: Failed) -> None:
-        super().__init__(f"{answer.reason}; {answer.hint}")
-        self.answer = answer
 
 
 class Plane(Protocol):

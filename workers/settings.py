@@ -239,11 +239,12 @@ class _Reader:
         if not isinstance(value, dict):
             self._wrong(path, f"{_dotted(path)} must be a table: write [{_dotted(path)}]")
             return base
+        written = cast("dict[str, object]", value)
         hints = get_type_hints(type)
         fields = {f.name: f for f in msgspec.structs.fields(type)}
         known = [name for name in fields if (*path, name) != ("file",)]
         read: dict[str, Any] = {}
-        for key, inner in cast("dict[str, object]", value).items():
+        for key, inner in written.items():
             here = (*path, key)
             if key not in fields:
                 table = f"[{_dotted(path)}]" if path else "the file"
@@ -254,7 +255,7 @@ class _Reader:
             return msgspec.structs.replace(base, **read)
         missing = [f.name for f in fields.values() if f.required and f.name not in read]
         for name in missing:
-            if name not in value:  # else it is there and its problem is noted
+            if name not in written:  # else it is there and its problem is noted
                 self._wrong(path, f"[{_dotted(path)}] needs {name!r}")
         return _MISSING if missing else type(**read)
 

@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
     from turnout.workers.clock import Clock
@@ -267,7 +267,7 @@ def reserve(host: str, port: int) -> socket.socket:
     return held
 
 
-async def _lines(stream: asyncio.StreamReader | None) -> Any:
+async def _lines(stream: asyncio.StreamReader | None) -> AsyncIterator[bytes]:
     """Lines of a pipe, however long; one that does not end is cut."""
     if stream is None:
         return

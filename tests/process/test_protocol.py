@@ -12,12 +12,15 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 import nats
 import pytest
+from nats.errors import TimeoutError as NoMessage
+from nats.js.errors import NotFoundError
 
 from turnout.core.handling import VERBS
 from turnout.events import codec
@@ -81,11 +84,14 @@ def same(example: Any, real: Any, key: str = "") -> bool:
     if key in VARIES:
         number = isinstance(example, int | float) and isinstance(real, int | float)
         return number or isinstance(real, type(example))
-    if isinstance(example, dict) and isinstance(real, dict):
-        return example.keys() == real.keys() and all(same(example[k], real[k], k) for k in example)
-    if isinstance(example, list) and isinstance(real, list):
-        return len(example) == len(real) and all(same(e, r) for e, r in zip(example, real, strict=True))
-    return bool(example == real)
+    match example, real:
+        case {}, {}:
+            told, found = cast("dict[str, Any]", example), cast("dict[str, Any]", real)
+            return told.keys() == found.keys() and all(same(told[k], found[k], k) for k in told)
+        case [*told_items], [*found_items]:
+            return len(told_items) == len(found_items) and all(map(same, told_items, found_items))
+        case _:
+            return bool(example == real)
 
 
 @pytest.fixture
@@ -137,10 +143,10 @@ async def _play(url: str) -> None:
                 case "answer":
                     assert same(block.json, answer), f"line {block.line}: {answer}"
                 case "event":
-                    await _until(block, lambda block=block: _happened(block, events, tail), lambda: events[-5:])
+                    await _until(block, partial(_happened, block, events, tail), events)
                 case "view":
                     seen: list[Any] = []
-                    await _until(block, lambda block=block, seen=seen: _shows(block, nc, seen), lambda seen=seen: seen)
+                    await _until(block, partial(_shows, block, nc, seen), seen)
                 case _:
                     continue
     finally:
@@ -155,17 +161,17 @@ async def _beat(nc: Client) -> None:
         await asyncio.sleep(1)
 
 
-async def _until(block: Block, true: Callable[[], Awaitable[bool]], found: Callable[[], object]) -> None:
+async def _until(block: Block, true: Callable[[], Awaitable[bool]], found: list[Any]) -> None:
     try:
         async with asyncio.timeout(WAIT_S):
             while not await true():  # noqa: ASYNC110  what is waited for is in another process
                 await asyncio.sleep(0.02)
     except TimeoutError:
-        raise AssertionError(f"line {block.line}: {block.rest} did not come; found: {found()}") from None
+        raise AssertionError(f"line {block.line}: {block.rest} did not come; found: {found[-5:]}") from None
 
 
 async def _happened(block: Block, events: list[tuple[str, str, Any]], tail: Any) -> bool:
-    with contextlib.suppress(nats.errors.TimeoutError):
+    with contextlib.suppress(NoMessage):
         while True:
             message = await tail.next_msg(timeout=0.05)
             events.append((message.subject, message.headers["Turnout-Type"], json.loads(message.data)))
@@ -175,7 +181,7 @@ async def _happened(block: Block, events: list[tuple[str, str, Any]], tail: Any)
 
 async def _shows(block: Block, nc: Client, seen: list[Any]) -> bool:
     (key,) = block.rest
-    with contextlib.suppress(nats.js.errors.NotFoundError):
+    with contextlib.suppress(NotFoundError):
         entry = await (await nc.jetstream().key_value("VIEWS")).get(key)
         seen[:] = [json.loads(entry.value or b"null")]
         return same(block.json, seen[0])
@@ -217,7 +223,7 @@ def test_the_envelope_in_the_document_is_the_one_that_is_stored() -> None:
 
 def test_the_documents_programs_run(controller: str, tmp_path: Path) -> None:
     # the last one registers a model; the audit and the dashboard then have something to tell
-    said = []
+    said: list[str] = []
     audit, dashboard, command = blocks("python")
     for n, block in enumerate((command, audit, dashboard)):
         script = tmp_path / f"{n}.py"

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -100,10 +101,18 @@ def test_a_process_that_is_killed_is_started_again_and_switches_go_on(up: Up, ev
         # when
         os.kill(before, signal.SIGKILL)
         # then
-        eventually(lambda name=name, before=before: up.running()["processes"][name] not in (0, before))
+        eventually(partial(_replaced, up, name, before))
         done = up("switch", "chat", target, "--wait")
         assert done.returncode == 0, (name, done)
-        eventually(lambda target=target: up.version() == target)
+        eventually(partial(_serves, up, target))
+
+
+def _replaced(up: Up, name: str, before: int) -> bool:
+    return up.running()["processes"][name] not in (0, before)
+
+
+def _serves(up: Up, version: str) -> bool:
+    return up.version() == version
 
 
 def test_when_up_itself_is_killed_the_next_one_takes_over_its_engines(up: Up, eventually: Eventually) -> None:

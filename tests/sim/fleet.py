@@ -62,7 +62,7 @@ class SimEngine:
         self.version = order.version
         self.spec = order.engine
         self.sequence = order.sequence
-        self.address = f"unix:/run/{order.instance}"
+        self.address = f"unix:/run/{order.instance}" + (f"-{len(host.fleet.engines)}" if host.fleet.fresh else "")
         self.state = "loading"
         self.started_at = host.net.loop.time()
         self.up_at = self.started_at + setting(order.engine, "load-s", 0.2)
@@ -109,8 +109,10 @@ class Host:
 class Fleet:
     """Everything that serves, and the hooks of whoever checks it."""
 
-    def __init__(self, net: Network, *, holds: bool = True) -> None:
+    def __init__(self, net: Network, *, holds: bool = True, fresh: bool = True) -> None:
         self.net = net
+        #: An engine that is started again gets another address: what was said of the one before is not said of it.
+        self.fresh = fresh
         #: Gateways keep a connection open to each engine that their route names.
         self.holds = holds
         self.engines: dict[str, SimEngine] = {}

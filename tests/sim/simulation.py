@@ -57,6 +57,7 @@ class Simulation:
         config: ModelSwitchingConfig | None = None,
         skew_s: float = 0.0,
         holds: bool = True,
+        fresh: bool = True,
         trace: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
@@ -64,7 +65,7 @@ class Simulation:
         self.net = Network(self.loop, self.rng, skew_s)
         if trace:
             self.net.traces = []
-        self.fleet = Fleet(self.net, holds=holds)
+        self.fleet = Fleet(self.net, holds=holds, fresh=fresh)
         self.checker = Checker(self.net, self.fleet)
         self.world = self.checker.world
         self.config = config or ModelSwitchingConfig()

@@ -335,6 +335,35 @@ def test_invariant_9_a_version_that_can_not_be_proven_never_gets_a_request_and_t
     assert sim.fleet.counts["excused"] == 0
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+def test_invariant_9_a_late_word_of_a_dead_worker_is_not_taken_for_an_engine_that_loads_again(fresh: bool) -> None:
+    sim = Simulation(13, fresh=fresh)
+
+    async def scenario() -> None:
+        await sim.ready()
+        await sim.serve("chat", "v1")
+        sim.clients("chat", every_s=0.05)
+        await sim.register("chat", "v2", load_s=2.0)
+        await sim.switch("chat", "v2", bake_s=3.0)
+        await sim.until(lambda: len(events_of(sim, InstanceRequested)) == 2)
+        await sim.pause(0.02)  # the worker has heard of it
+        sim.net.full = True
+        await sim.pause(3.0)
+        # Loaded and proven, and the controller tries to store it; then the machine dies and loads again.
+        sim.crash_host("w2")
+        sim.restart("w2")
+        await sim.pause(0.5)
+        sim.net.full = False
+        await sim.until(lambda: not sim.world.running)
+        await sim.rest()
+
+    if fresh:
+        sim.run(scenario())
+    else:  # what real workers must not do
+        with pytest.raises(Broken, match="never proven"):
+            sim.run(scenario())
+
+
 def test_invariant_9_a_rollback_that_ended_has_taken_the_traffic_back() -> None:
     sim = Simulation(12, gateways=3)
 

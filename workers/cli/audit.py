@@ -13,8 +13,8 @@ from turnout.core.decider import Rejected
 from turnout.events.chain import verify_chain
 from turnout.projections.audit import Audit, Entry
 from turnout.projections.views import Views
+from turnout.workers.answers import CommandRejected
 from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common
-from turnout.workers.client import CommandRejected
 
 if TYPE_CHECKING:
     from turnout.events.envelope import Recorded

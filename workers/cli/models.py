@@ -22,9 +22,9 @@ from turnout.projections.fleet import GatewayView, InstanceView, WorkerView
 from turnout.projections.registry import ModelView
 from turnout.projections.routing import RouteView
 from turnout.projections.switches import SwitchView
+from turnout.workers.answers import CommandRejected
 from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common, rows, table
 from turnout.workers.cli.words import left_s, phase_text
-from turnout.workers.client import CommandRejected
 from turnout.workers.registry import BaseRegistry, find_engines
 
 if TYPE_CHECKING:

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.text import Text
 
 from turnout.events.store import Unavailable
 from turnout.events.version import VERSION
-from turnout.projections.audit import Audit, seconds
 from turnout.workers import log as logs
 from turnout.workers import running, settings
 from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common
@@ -24,6 +22,8 @@ from turnout.workers.up import Child, ChildFailed, Home, PortTaken, Supervisor, 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable
+
+    from rich.text import Text
 
     from turnout.workers.embedded import EmbeddedServer
     from turnout.workers.settings import Settings
@@ -51,6 +51,8 @@ def _load(io: Terminal, config: str, flags: dict[str, object]) -> Settings:
                 }
             )
         else:
+            from rich.text import Text
+
             count = len(e.problems)
             io.err.print(Text(f"the settings have {count} problem{'s' if count > 1 else ''}:", "bold red"))
             for problem in e.problems:
@@ -325,6 +327,10 @@ def _say_up(io: Terminal, loaded: Settings, url: str, nats: str, folder: Path, t
     if io.json:
         io.emit({"status": "ready", "gateway": url, "nats": nats, "folder": str(folder), "pid": os.getpid()})
         return
+    from rich.text import Text
+
+    from turnout.projections.audit import seconds
+
     with contextlib.suppress(ValueError):
         folder = folder.relative_to(Path.cwd())
     io.say(Text.assemble(("turnout ", "bold"), (VERSION, "bold"), f" is up after {seconds(took_s)}"))
@@ -350,17 +356,24 @@ class _Shown:
 
     def tell(self, told: Told) -> None:
         """A child's warning."""
+        from rich.text import Text
+
         style = "bold red" if told.level == "error" else "yellow"
         if not self.io.json:
             self.line(Text.assemble((told.name, "bold"), "  ", (told.text, style)))
 
     def line(self, text: Text) -> None:
         """One line with its time."""
+        from rich.text import Text
+
         self.io.out.print(Text.assemble((f"{self._clock.now().astimezone():%H:%M:%S}  ", "dim"), text))
 
 
 async def _tell_log(nats: str, shown: _Shown) -> None:
     """Say what the log says from now on, without the small print."""
+    from rich.text import Text
+
+    from turnout.projections.audit import Audit
     from turnout.workers.wiring import control_plane
 
     styles = {"good": "green", "warning": "yellow", "bad": "bold red"}

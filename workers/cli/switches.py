@@ -169,7 +169,7 @@ async def _asked(
         return DONE
     try:
         async with asyncio.timeout(timeout_s):
-            view = await _stay(io, client, operation.id, exit_early=lambda v: v.phase == "paused")
+            view = await _stay(io, client, operation.id, ended=ENDED | {"paused"})
     except TimeoutError:
         view = await operation.status()
         if io.json:
@@ -185,7 +185,7 @@ async def _asked(
     return exit_code(view, back_was_asked=back_was_asked)
 
 
-async def _stay(io: Terminal, client: Client, id: str, exit_early: Any) -> SwitchView:
+async def _stay(io: Terminal, client: Client, id: str, ended: frozenset[str]) -> SwitchView:
     """Follow a switch to its end; finished stages stay on the screen, the running one moves."""
     key = subjects.view_key("switch", id)
     moving = io.out.is_terminal and not io.json
@@ -202,7 +202,7 @@ async def _stay(io: Terminal, client: Client, id: str, exit_early: Any) -> Switc
                     for name, took, detail in stages[max(0, said - 1) :]:
                         io.say(Text.assemble(f"  {name:<9}", f"{took:>8}", (f"   {detail}" if detail else "", "dim")))
                     said = len(stages) + 1
-                    if view.phase in ENDED or exit_early(view):
+                    if view.phase in ended:
                         return view
                     if moving:
                         spinner.update(text=_now(view, following, client.clock.now()))

@@ -73,12 +73,17 @@ class DataPlane:
             OSError: the address or port can't be used.
         """
         family = socket.AF_INET6 if ":" in self._settings.host else socket.AF_INET
-        self._socket = bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if self._settings.reuse_port:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        bound.setblocking(False)
-        bound.bind((self._settings.host, self._settings.port))
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._settings.reuse_port:
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            bound.setblocking(False)
+            bound.bind((self._settings.host, self._settings.port))
+        except OSError:
+            bound.close()
+            raise
+        self._socket = bound
         host = f"[{self._settings.host}]" if family == socket.AF_INET6 else self._settings.host
         return f"http://{host}:{bound.getsockname()[1]}"
 

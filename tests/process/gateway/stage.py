@@ -325,6 +325,15 @@ class Stage:
         shutil.rmtree(self.folder)
         await self.wait(lambda: asyncio.all_tasks() == {asyncio.current_task()})
 
+    async def abandon(self) -> None:
+        """Close all after a failure, so that the failure is what is reported."""
+        for client in self.clients:
+            client.close()
+        for engine in self.engines.values():
+            await engine.stop()
+        await self.plane.stop()
+        shutil.rmtree(self.folder)
+
 
 #: Limits that a test does not want to meet.
 FAR = TimeLimits(first_byte_s=30.0, between_s=30.0, total_s=60.0)
@@ -338,8 +347,12 @@ def on_stage(**settings: Any) -> Callable[[Callable[[Stage], Awaitable[None]]], 
         async def whole() -> None:
             stage = Stage(made)
             await stage.open()
-            async with asyncio.timeout(60):
-                await test(stage)
+            try:
+                async with asyncio.timeout(40):
+                    await test(stage)
+            except BaseException:
+                await stage.abandon()
+                raise
             await stage.close()
 
         @functools.wraps(test)

@@ -444,8 +444,8 @@ class Cluster:
 
     async def ended(self, operation: SwitchOperation, wait_s: float = WAIT_S) -> SwitchView:
         """Wait for a switch's end in the log, and for the view that says so."""
-        states = self.world.switches
-        await self.until(lambda: states[operation.id].phase in ENDED, f"{operation.id} has ended", wait_s)
+        id = operation.id
+        await self.until(lambda: self.world.state("switch", id).phase in ENDED, f"{id} has ended", wait_s)
         found: list[SwitchView] = []
 
         async def told() -> bool:
@@ -453,7 +453,7 @@ class Cluster:
                 found.append(await operation.status())
             return bool(found) and found[-1].phase in ENDED
 
-        await self.until(told, f"the view of {operation.id} says that it has ended")
+        await self.until(told, f"the view of {id} says that it has ended")
         await self.caught_up()
         return found[-1]
 

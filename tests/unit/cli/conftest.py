@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.handling import Defaults
 from turnout.events.memory import MemoryStore
-from turnout.workers.cli import cli, terminal
+from turnout.workers import client
+from turnout.workers.cli import cli
 from turnout.workers.client import Client
 from turnout.workers.clock import SystemClock
 from turnout.workers.controller.commands import Commands
@@ -104,7 +105,7 @@ def turnout(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> Turnout:
         await plane.start()
         yield Client(plane, actor or "alice")
 
-    monkeypatch.setattr(terminal, "connect", connect)
+    monkeypatch.setattr(client, "connect", connect)
 
     def run(*args: str) -> Result:
         return CliRunner().invoke(cli, args, prog_name="turnout")

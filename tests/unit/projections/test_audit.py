@@ -200,7 +200,8 @@ def test_an_actor_is_called_by_its_name(actor: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0081, "8 ms"), (0.9999, "1 s"), (6.0, "6 s"), (1.25, "1.25 s"), (31.2, "31 s"), (720, "12 min")]
+    ("value", "text"),
+    [(0.0081, "8 ms"), (0.9999, "1 s"), (6.0, "6 s"), (1.25, "1.25 s"), (31.2, "31 s"), (720, "12 min")],
 )
 def test_a_duration_has_the_digits_that_matter(value: float, text: str) -> None:
     assert seconds(value) == text
