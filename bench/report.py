@@ -187,8 +187,8 @@ def _markdown(result: Result) -> str:
 
 
 def _markdown_table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (columns, *rows)]
+    lines.insert(1, "| --- |" + " ---: |" * (len(columns) - 1))
     return "\n".join(lines)
 
 

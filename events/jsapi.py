@@ -21,7 +21,7 @@ from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
 from turnout.events.store import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from nats.aio.subscription import Subscription
 
@@ -154,7 +154,7 @@ _acks = msgspec.json.Decoder(_Ack)
 
 
 @contextlib.contextmanager
-def _heeding_cancellation() -> Iterator[None]:
+def _heeding_cancellation() -> Generator[None]:
     """Raise a cancellation that ``asyncio.wait_for`` has swallowed.
 
     Before Python 3.12 it does so where the answer and the cancellation come in the same turn of the loop; a task that

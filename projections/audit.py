@@ -266,7 +266,7 @@ def _say_switch(event: object, recorded: Recorded, names: Mapping[str, str]) -> 
         case RolledBack(_, gateways, took_s):
             return f"{name}: rolled back in {seconds(took_s)} by {_several(gateways) or 'no gateway'}"
         case SwitchAborted(_, reason):
-            return f"{name}: aborted{_because(reason)}"
+            return f"{name}: {reason}" if reason.startswith("aborted by") else f"{name}: aborted{_because(reason)}"
         case SwitchFailed(_, stage, reason, log_tail):
             return f"{name}: failed in stage {stage}{_because(reason)}{_last_words(log_tail)}"
         case _:

@@ -596,7 +596,7 @@ class _Watch:
         self._staged: dict[str, ViewEntry] = {}
         self._checkpoint: Checkpoint | None = None
         self._checkpoint_at = 0
-        self._at = 0
+        self._at: int = 0
         self._early: list[Msg] | None = []  # live messages that arrive while a snapshot is taken
         self._stale = True
         self._behind = 0

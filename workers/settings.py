@@ -33,8 +33,9 @@ FILE = "turnout.toml"
 DEFAULT_PORT = 8400
 
 _PREFIX = "TURNOUT_"
-#: Variables that are not settings: where the file is.
+#: Variables that are not settings: where the file is, and the passwords of the NATS server (deploy/nats).
 _NOT_SETTINGS = frozenset(("TURNOUT_CONFIG",))
+_PASSWORD = "_PASSWORD"  # noqa: S105  the end of names, no password
 _MISSING: Any = object()
 
 Path_ = tuple[str, ...]
@@ -195,7 +196,7 @@ class _Reader:
             f"{_PREFIX}{t}_{key}".upper(): (t, key) for t, type in tables.items() for key in type.__struct_fields__
         }
         for name, raw in environ.items():
-            if not name.startswith(_PREFIX) or name in _NOT_SETTINGS:
+            if not name.startswith(_PREFIX) or name in _NOT_SETTINGS or name.endswith(_PASSWORD):
                 continue
             if name in known:
                 self._set(known[name], _parse(raw), name)
@@ -257,7 +258,8 @@ class _Reader:
         for name in missing:
             if name not in written:  # else it is there and its problem is noted
                 self._wrong(path, f"[{_dotted(path)}] needs {name!r}")
-        return _MISSING if missing else type(**read)
+        made: Any = _MISSING if missing else type(**read)
+        return made
 
     def _value(self, type: Any, value: object, path: Path_, base: Any) -> Any:
         if isinstance(type, _TYPE) and issubclass(type, msgspec.Struct):

@@ -166,8 +166,10 @@ def _make_room(world: World, idle: tuple[Idle, ...]) -> dict[str, str]:
             kind = world.models[model].versions[version].kind
             if request(world, model, version, cause="") is not None:
                 continue
-            fitting = [i for i in idle if kind in world.workers[i.worker].engines and world.workers[i.worker].live]
-            if fitting and not any(world.instances[i].phase == "draining" for i in world.alive):
+            homes = {w.worker for w in world.workers.values() if w.live and kind in w.engines}
+            fitting = [i for i in idle if i.worker in homes]
+            leaving = (world.instances[i] for i in world.alive if world.instances[i].phase == "draining")
+            if fitting and not any(i.worker in homes for i in leaving):
                 oldest = min(fitting, key=lambda i: (i.protected, i.since, i.instance))
                 return {oldest.instance: f"makes room for {model} {version}"}
     return {}

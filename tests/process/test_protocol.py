@@ -3,6 +3,8 @@
 A nats-server and a controller are real; the document's worker, gateway and operator are played from its JSON blocks.
 """
 
+# pyright: reportUnknownMemberType=false  # nats-py is typed in part
+
 from __future__ import annotations
 
 import asyncio

@@ -346,7 +346,6 @@ def test_invariant_9_a_late_word_of_a_dead_worker_is_not_taken_for_an_engine_tha
         await sim.register("chat", "v2", load_s=2.0)
         await sim.switch("chat", "v2", bake_s=3.0)
         await sim.until(lambda: len(events_of(sim, InstanceRequested)) == 2)
-        await sim.pause(0.02)  # the worker has heard of it
         sim.net.full = True
         await sim.pause(3.0)
         # Loaded and proven, and the controller tries to store it; then the machine dies and loads again.

@@ -92,7 +92,7 @@ def _settings(config: str) -> tuple[Settings, Check]:
 def _nats() -> Check:
     try:
         binary = find_binary()
-        return Check("nats-server", "ok", f"{dotted(binary_version(binary))}  {binary}")
+        return Check("nats-server", "ok", f"{dotted(binary_version(binary))}  {os.path.normpath(binary)}")
     except EmbeddedServerError as e:
         reason, _, hint = str(e).partition(": ")
         return Check("nats-server", "missing", reason, hint)

@@ -290,9 +290,10 @@ def _version_line(name: str, engine: EngineSpec, seen: Picture) -> Text:
 
 def _instance_line(one: dict[str, Any]) -> Text:
     styles = {"ready": "green", "draining": "yellow"}
-    line = Text.assemble(one["instance"], "  ", (one["phase"], styles.get(one["phase"], "cyan")))
-    if one["stage"]:
-        line.append(f" ({one['stage']}{': ' + one['detail'] if one['detail'] else ''})")
+    state = one["stage"] or one["phase"]  # a stage is a part of the phase "loading"
+    line = Text.assemble(one["instance"], "  ", (state, styles.get(state, "cyan")))
+    if one["detail"]:
+        line.append(f" ({one['detail']})", "dim")
     line.append(f"  on {one['worker']}")
     if one["worker_state"] != "live":
         line.append(f" ({one['worker_state']})", "red")

@@ -196,5 +196,5 @@ def _console(stream: Any) -> Console:
 
 def _reason_and_hint(text: str) -> tuple[str, str]:
     """The text of an infrastructure error: what stands after a semicolon says what to do."""
-    reason, _, hint = text.rpartition("; ")
-    return (reason, hint) if reason else (text, "see that turnout runs: turnout up, or name its NATS with --nats URL")
+    reason, _, hint = text.partition("; ")
+    return reason, hint or "see that turnout runs: turnout up, or name its NATS with --nats URL"

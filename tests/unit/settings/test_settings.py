@@ -127,7 +127,7 @@ def test_an_unknown_table_names_the_nearest_one(write: WriteFile) -> None:
 
 
 def test_an_unknown_variable_names_the_nearest_one(write: WriteFile) -> None:
-    assert problems("", {"TURNOUT_GATEWAY_PROT": "1", "HOME": "/"}) == [
+    assert problems("", {"TURNOUT_GATEWAY_PROT": "1", "HOME": "/", "TURNOUT_OPS_PASSWORD": "x"}) == [
         "TURNOUT_GATEWAY_PROT: is no setting; did you mean 'TURNOUT_GATEWAY_PORT'?"
     ]
 

@@ -1,0 +1,323 @@
+"""Commands from outside: every verb, and every way in which one is refused."""
+
+from __future__ import annotations
+
+import ast
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
+from turnout.core import gateway, instance, model, worker
+from turnout.core.config import ModelSwitchingConfig
+from turnout.core.decider import Rejected
+from turnout.core.handling import (
+    VERBS,
+    Context,
+    Defaults,
+    Plan,
+    StartSwitch,
+    StopSwitch,
+    UndoModel,
+    switch_id,
+)
+from turnout.core.world import DECIDERS
+from turnout.events.instance import InstanceFailed
+from turnout.events.model import EngineSpec, SwitchAdmitted
+from turnout.events.route import RouteChanged
+from turnout.events.switch import RollbackStarted, SwitchAborted, SwitchRequested
+
+CORE = Path(__file__).parents[3] / "core"
+FROZEN = ModelSwitchingConfig(enable_dynamic_registry=False)
+
+
+def handled(
+    story: Story,
+    role: str,
+    verb: str,
+    body: object,
+    *,
+    command: str = "c1",
+    actor: str = "alice",
+    config: ModelSwitchingConfig = CONFIG,
+) -> Any:
+    """Handle a command and decide its writes; the events, the plan or the rejection."""
+    type_, handler = VERBS[role, verb]
+    assert isinstance(body, type_)
+    context = Context(command, actor, story.now, config, Defaults())
+    planned = handler(story.world, body, context)
+    if isinstance(planned, Rejected | Plan):
+        return planned
+    events: list[object] = []
+    for write in planned:
+        decided = DECIDERS[write.aggregate].decide(story.world.state(write.aggregate, write.id), write.command)
+        if isinstance(decided, Rejected):
+            return decided
+        events.extend(decided)
+    return events
+
+
+def baking() -> Story:
+    story = serving().instance("i2", "v2").asked("v2")
+    for _ in range(2):
+        story.carry()
+    story.applied().carry()
+    story.carry()
+    return story
+
+
+def draining() -> Story:
+    story = baking().later(60.0)
+    story.carry()
+    return story
+
+
+# --- every verb --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("role", "verb", "body", "kinds"),
+    [
+        ("ops", "version.register", model.RegisterVersion("chat", "v3", FAKE), ["VersionRegistered"]),
+        ("ops", "version.deregister", model.DeregisterVersion("chat", "v2"), ["VersionDeregistered"]),
+        ("ops", "switch.start", StartSwitch("chat", "v2"), ["SwitchAdmitted", "SwitchRequested"]),
+        ("gw", "gateway.join", gateway.JoinGateway("g3", "http://g3"), ["GatewayJoined"]),
+        ("gw", "gateway.applied", gateway.ReportApplied("g1", "chat", 2), ["RouteApplied"]),
+        ("gw", "gateway.drained", gateway.ReportDrained("g1", "chat", "v1", 2), ["VersionDrained"]),
+        ("gw", "gateway.leave", gateway.LeaveGateway("g1"), ["GatewayLeft"]),
+        ("worker", "worker.join", worker.JoinWorker("w2", "h", ("fake",), (), 1), ["WorkerJoined"]),
+        ("worker", "worker.leave", worker.LeaveWorker("w1"), ["WorkerLeft"]),
+        ("worker", "instance.loading", instance.ReportLoading("i1", "proving", 1.0), []),
+        ("worker", "instance.ready", instance.ReportReady("i1", "unix:/n", 1.0, 0.1), ["InstanceReady"]),
+        ("worker", "instance.stopped", instance.ReportStopped("i1", 1.0), ["InstanceStopped"]),
+        ("worker", "instance.failed", instance.ReportFailed("i1", "serving", "x"), ["InstanceFailed"]),
+    ],
+)
+def test_each_verb_writes_its_events(role: str, verb: str, body: object, kinds: list[str]) -> None:
+    assert [type(e).__name__ for e in handled(serving(), role, verb, body)] == kinds
+
+
+def test_every_verb_is_tried_here_or_below() -> None:
+    text = Path(__file__).read_text()
+    assert all(f'"{verb}"' in text for _, verb in VERBS)
+
+
+def test_a_switch_takes_what_the_command_says_and_the_defaults_for_the_rest() -> None:
+    story = serving()
+    admitted, asked = handled(story, "ops", "switch.start", StartSwitch("chat", "v2", reason="new weights"))
+    id = switch_id("c1")
+    assert admitted == SwitchAdmitted("chat", id, "v2")
+    assert isinstance(asked, SwitchRequested)
+    assert (asked.source, asked.strategy, asked.reason, asked.undo) == ("v1", "immediate", "new weights", False)
+    assert (asked.bake_s, asked.drain_s) == (60.0, 600.0)
+    assert asked.deadline == story.now + timedelta(seconds=300)
+    body = StartSwitch("chat", "v2", bake_s=0.0, drain_s=5.0, max_transition_time_s=9.0)
+    _, asked = handled(story, "ops", "switch.start", body)
+    assert (asked.bake_s, asked.drain_s, asked.deadline) == (0.0, 5.0, story.now + timedelta(seconds=9))
+
+
+def test_the_switch_id_comes_from_the_commands_id() -> None:
+    assert switch_id("c1") == switch_id("c1") != switch_id("c2")
+
+
+def test_an_abort_before_traffic_ends_the_switch_and_frees_the_model() -> None:
+    story = serving().asked("v2")
+    story.carry()
+    events = handled(story, "ops", "switch.abort", StopSwitch("sw-1"))
+    assert {type(e).__name__ for e in events} == {"SwitchAborted", "SwitchClosed"}
+    aborted = next(e for e in events if isinstance(e, SwitchAborted))
+    assert aborted.reason == "aborted by alice"
+
+
+@pytest.mark.parametrize("at", [baking, draining])
+@pytest.mark.parametrize(
+    ("verb", "body", "cause"),
+    [("switch.abort", StopSwitch("sw-1", "no"), "abort"), ("model.undo", UndoModel("chat", "no"), "undo")],
+)
+def test_an_abort_or_undo_after_traffic_is_a_rollback_in_one_batch(
+    at: Any, verb: str, body: object, cause: str
+) -> None:
+    story = at()
+    back, route = handled(story, "ops", verb, body)
+    assert isinstance(back, RollbackStarted)
+    assert (back.cause, back.reason) == (cause, "no")
+    assert isinstance(route, RouteChanged)
+    assert [(s.version, s.weight) for s in route.splits] == [("v1", 100.0)]
+    assert back.revision == route.revision == story.world.routes["chat"].revision + 1
+
+
+def test_an_undo_before_traffic_aborts() -> None:
+    events = handled(serving().asked("v2"), "ops", "model.undo", UndoModel("chat"))
+    assert {type(e).__name__ for e in events} == {"SwitchAborted", "SwitchClosed"}
+
+
+def test_an_undo_of_a_completed_switch_is_a_switch_back_without_a_bake() -> None:
+    story = draining().applied().drained("v1")
+    story.carry()
+    admitted, asked = handled(story, "ops", "model.undo", UndoModel("chat", "bad answers"))
+    assert admitted.target == "v1"
+    assert isinstance(asked, SwitchRequested)
+    assert (asked.source, asked.undo, asked.bake_s, asked.reason) == ("v2", True, 0.0, "bad answers")
+
+
+def test_an_abort_twice_or_after_the_rollback_began_is_no_second_rollback() -> None:
+    story = baking()
+    story.happens(*handled(story, "ops", "switch.abort", StopSwitch("sw-1")))
+    assert handled(story, "ops", "switch.abort", StopSwitch("sw-1"), command="c2") == []
+
+
+# --- plans -------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_says_what_is_known_and_none_for_what_is_not() -> None:
+    plan = handled(serving(), "ops", "switch.plan", StartSwitch("chat", "v2"))
+    assert isinstance(plan, Plan)
+    assert (plan.source, plan.target, plan.tier, plan.seconds, plan.bytes) == ("v1", "v2", "cold", None, None)
+    assert [s.what.split()[0] for s in plan.steps] == ["load", "give", "bake:", "drain"]
+    assert "2 gateways" in plan.steps[1].what
+
+
+def test_a_plan_knows_what_the_newest_load_took_and_a_warm_version() -> None:
+    story = serving().instance("i2", "v2")
+    plan = handled(story, "ops", "switch.plan", StartSwitch("chat", "v2"))
+    assert (plan.tier, plan.seconds, plan.bytes) == ("warm", 0.0, 1000)
+    story.happens(InstanceFailed("i2", "serving", "x"))
+    plan = handled(story, "ops", "switch.plan", StartSwitch("chat", "v2"))
+    assert (plan.tier, plan.seconds) == ("cold", 1.0)
+
+
+def test_a_first_versions_plan_has_nothing_to_bake_or_drain() -> None:
+    plan = handled(registered("v1"), "ops", "switch.plan", StartSwitch("chat", "v1"))
+    assert len(plan.steps) == 2
+
+
+def test_a_plan_is_refused_as_the_switch_would_be() -> None:
+    assert handled(serving(), "ops", "switch.plan", StartSwitch("chat", "v9")).code == "version_unknown"
+
+
+# --- every refusal -----------------------------------------------------------------------------------------------
+
+
+def first_switch_moved() -> Story:
+    story = registered("v1").asked("v1", source="").instance("i1", "v1")
+    for _ in range(2):
+        story.carry()
+    return story
+
+
+def source_dead() -> Story:
+    story = baking()
+    story.happens(InstanceFailed("i1", "serving", "x"))
+    return story
+
+
+def ended() -> Story:
+    story = serving().asked("v2")
+    story.happens(SwitchAborted("sw-1", "no"))
+    return story
+
+
+def known_good_without_worker() -> Story:
+    """v2 is active, v1 known good; nothing of v1 is loaded and there is no worker."""
+    story = registered("v1", "v2", capacity=0)
+    from turnout.events.model import ActiveVersionChanged, KnownGoodMarked
+
+    return _cast(
+        story.happens(
+            KnownGoodMarked("chat", "v1", "a"), KnownGoodMarked("chat", "v2", "b"), ActiveVersionChanged("chat", "v2", "v1", "b")
+        )
+    )
+
+
+def _cast(story: Any) -> Story:
+    assert isinstance(story, Story)
+    return story
+
+
+REFUSALS: list[tuple[str, Any, str, str, object]] = [
+    ("name_invalid", serving, "ops", "version.register", model.RegisterVersion("a b", "v1", FAKE)),
+    ("name_invalid", serving, "gw", "gateway.join", gateway.JoinGateway("", "http://x")),
+    ("name_invalid", serving, "worker", "worker.join", worker.JoinWorker("", "h", (), (), 1)),
+    ("engine_invalid", serving, "ops", "version.register", model.RegisterVersion("chat", "v3", EngineSpec("x"))),
+    (
+        "version_exists",
+        serving,
+        "ops",
+        "version.register",
+        model.RegisterVersion("chat", "v1", EngineSpec("fake", args=("--x",))),
+    ),
+    ("model_unknown", serving, "ops", "version.deregister", model.DeregisterVersion("x", "v1")),
+    ("model_unknown", serving, "ops", "switch.start", StartSwitch("x", "v1")),
+    ("model_unknown", serving, "ops", "model.undo", UndoModel("x")),
+    ("version_in_use", serving, "ops", "version.deregister", model.DeregisterVersion("chat", "v1")),
+    ("version_unknown", serving, "ops", "switch.start", StartSwitch("chat", "v9")),
+    ("already_active", serving, "ops", "switch.start", StartSwitch("chat", "v1")),
+    ("switch_running", baking, "ops", "switch.start", StartSwitch("chat", "v2")),
+    ("strategy_unknown", serving, "ops", "switch.start", StartSwitch("chat", "v2", strategy="rolling")),
+    ("parameters_invalid", serving, "ops", "switch.start", StartSwitch("chat", "v2", parameters={"steps": 1})),
+    ("parameters_invalid", serving, "ops", "switch.start", StartSwitch("chat", "v2", bake_s=-1.0)),
+    ("parameters_invalid", serving, "ops", "switch.start", StartSwitch("chat", "v2", drain_s=float("nan"))),
+    ("parameters_invalid", serving, "ops", "switch.start", StartSwitch("chat", "v2", max_transition_time_s=1e10)),
+    ("no_capacity", lambda: serving(capacity=1), "ops", "switch.start", StartSwitch("chat", "v2")),
+    ("no_capacity", known_good_without_worker, "ops", "model.undo", UndoModel("chat")),
+    ("switch_unknown", serving, "ops", "switch.abort", StopSwitch("sw-9")),
+    ("switch_ended", ended, "ops", "switch.abort", StopSwitch("sw-1")),
+    ("nothing_to_undo", serving, "ops", "model.undo", UndoModel("chat")),
+    ("nothing_to_undo", first_switch_moved, "ops", "model.undo", UndoModel("chat")),
+    ("source_not_ready", source_dead, "ops", "model.undo", UndoModel("chat")),
+    ("gateway_unknown", serving, "gw", "gateway.applied", gateway.ReportApplied("g9", "chat", 1)),
+    ("worker_unknown", serving, "worker", "worker.leave", worker.LeaveWorker("w9")),
+    ("instance_unknown", serving, "worker", "instance.ready", instance.ReportReady("i9", "unix:/x", 1.0, 0.1)),
+]
+
+
+@pytest.mark.parametrize(("code", "at", "role", "verb", "body"), REFUSALS)
+def test_a_refusal_has_its_code_a_reason_and_a_hint(code: str, at: Any, role: str, verb: str, body: object) -> None:
+    refused = handled(at(), role, verb, body)
+    assert isinstance(refused, Rejected), refused
+    assert refused.code == code
+    assert refused.reason
+    assert refused.hint
+    assert not refused.reason.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("verb", "body"),
+    [
+        ("version.register", model.RegisterVersion("chat", "v3", FAKE)),
+        ("version.deregister", model.DeregisterVersion("chat", "v2")),
+    ],
+)
+def test_a_frozen_registry_takes_versions_from_the_configuration_file_only(verb: str, body: object) -> None:
+    refused = handled(serving(), "ops", verb, body, config=FROZEN)
+    assert refused.code == "registry_frozen"
+    assert refused.hint
+    assert len(handled(serving(), "ops", verb, body, config=FROZEN, actor="config")) == 1
+
+
+#: Codes that no command from outside can meet alone; their own tests provoke them.
+INSIDE = {"revision_stale", "weights_off", "out_of_turn", "instance_draining", "registry_frozen"}
+
+
+def test_every_code_that_the_core_can_give_is_provoked() -> None:
+    codes = {
+        node.args[0].value
+        for path in CORE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "Rejected"
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+    }
+    assert codes - {r[0] for r in REFUSALS} <= INSIDE
+    assert {r[0] for r in REFUSALS} <= codes | {"switch_ended"}
+    tests = "".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))
+    assert all(f'"{code}"' in tests for code in codes)
+
+
+def test_a_version_without_a_place_may_be_asked_for_where_something_idle_makes_room() -> None:
+    story = serving("v1", "v2", "v3", capacity=2).instance("i2", "v2")
+    assert len(handled(story, "ops", "switch.start", StartSwitch("chat", "v3"))) == 2

@@ -1,0 +1,259 @@
+"""The placement saga: what is restored, repaired, let go, and what is not."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
+from turnout.core.config import ModelSwitchingConfig
+from turnout.core.sagas import placement
+from turnout.events.gateway import GatewayJoined, GatewayLost, RouteApplied, VersionDrained
+from turnout.events.instance import (
+    InstanceDraining,
+    InstanceFailed,
+    InstanceReady,
+    InstanceRequested,
+    InstanceStopped,
+)
+from turnout.events.model import ActiveVersionChanged, EngineSpec, VersionDeregistered, VersionRegistered
+from turnout.events.route import Endpoint, RouteChanged, Split
+from turnout.events.switch import SwitchAborted
+from turnout.events.worker import WorkerJoined, WorkerLost
+
+KEEP_NONE = ModelSwitchingConfig(max_cached_models=0)
+
+
+def of(events: list[object], kind: type) -> list[object]:
+    return [e for e in events if isinstance(e, kind)]
+
+
+def test_a_model_at_rest_owes_nothing() -> None:
+    assert serving().placement().owed == ()
+    assert registered("v1").placement().owed == ()
+
+
+# --- restore -----------------------------------------------------------------------------------------------------
+
+
+def test_the_active_versions_lost_instance_is_replaced_and_the_route_repaired() -> None:
+    story = serving()
+    story.happens(InstanceFailed("i1", "serving", "crashed")).later(1.0)
+    events = story.carry_placement()
+    assert of(events, InstanceRequested) == [InstanceRequested("i2", "chat", "v1", "w1", FAKE, "restore", 2)]
+    (route,) = of(events, RouteChanged)
+    assert isinstance(route, RouteChanged)
+    assert route.splits == (Split("v1", 100.0, ()),), "the served name stays, with nothing behind it"
+    story.ready("i2")
+    (route,) = of(story.carry_placement(), RouteChanged)
+    assert isinstance(route, RouteChanged)
+    assert (route.splits, route.cause) == ((Split("v1", 100.0, (Endpoint("i2", "unix:/run/i2"),)),), "repair")
+
+
+def test_failed_loads_are_tried_again_after_1_2_4_seconds_and_at_most_a_minute() -> None:
+    story = serving()
+    story.happens(InstanceFailed("i1", "serving", "crashed"))
+    waits = []
+    for _ in range(9):
+        waited = 0.0
+        while not any(o.id.startswith("restore") for o in story.placement().owed):
+            wake = story.placement().wake
+            assert wake is not None
+            waited += (wake - story.now).total_seconds()
+            story.now = wake
+        (again,) = of(story.carry_placement(), InstanceRequested)
+        assert isinstance(again, InstanceRequested)
+        waits.append(waited)
+        story.happens(InstanceFailed(again.instance, "loading", "no memory"), after_s=0.0)
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def test_an_instance_that_served_for_a_minute_was_sound_and_the_back_off_begins_anew() -> None:
+    story = serving()
+    story.happens(InstanceFailed("i1", "serving", "x")).later(1.0).carry_placement()
+    story.ready("i2").later(61.0)
+    story.happens(InstanceFailed("i2", "serving", "x"))
+    assert story.world.failures["chat", "v1"].count == 1
+    story.later(1.0).carry_placement()
+    story.ready("i3").later(5.0)
+    story.happens(InstanceFailed("i3", "serving", "x"))
+    assert story.world.failures["chat", "v1"].count == 2
+
+
+def test_a_lost_workers_instance_is_replaced_elsewhere_but_stays_in_the_route() -> None:
+    story = serving()
+    story.happens(WorkerJoined("w2", "h2", ("fake",), (), 4)).happens(WorkerLost("w1", 11.0))
+    events = story.carry_placement()
+    (again,) = of(events, InstanceRequested)
+    assert isinstance(again, InstanceRequested)
+    assert again.worker == "w2"
+    assert not of(events, RouteChanged), "its engine may serve on"
+    assert not of(events, InstanceDraining)
+
+
+def test_with_no_worker_left_nothing_is_asked_of_anybody() -> None:
+    story = serving()
+    story.happens(WorkerLost("w1", 11.0))
+    assert story.placement().owed == ()
+
+
+def test_the_emptiest_worker_that_fits_gets_the_instance() -> None:
+    story = serving("v1", "v2")
+    story.happens(WorkerJoined("w2", "h2", ("fake",), (), 4), WorkerJoined("w3", "h3", ("vllm",), (), 9))
+    write = placement.request(story.world, "chat", "v2", cause="x")
+    assert write is not None
+    assert write.command.worker == "w2"  # type: ignore[attr-defined]
+
+
+def test_why_there_is_no_room_is_said_with_the_numbers() -> None:
+    assert placement.no_room(Story().world, "fake") == "no worker is live"
+    story = serving(capacity=1)
+    assert placement.no_room(story.world, "vllm") == "none of the 1 live workers may start vllm engines"
+    assert placement.no_room(story.world, "fake") == "all 1 places of the 1 fitting workers are taken"
+
+
+# --- let go ------------------------------------------------------------------------------------------------------
+
+
+def idle(config: ModelSwitchingConfig = CONFIG) -> Story:
+    """``i2`` of v2 was in a route, has left it, and every gateway has applied that."""
+    story = serving().instance("i2", "v2")
+    both = (Split("v1", 0.0, (Endpoint("i1", "unix:/run/i1"),)), Split("v2", 100.0, (Endpoint("i2", "unix:/run/i2"),)))
+    story.happens(RouteChanged("chat", 2, both, "s", 600.0, "x")).applied()
+    story.happens(RouteChanged("chat", 3, (Split("v1", 100.0, both[0].endpoints),), "s", 600.0, "x")).applied()
+    return story
+
+
+def test_an_idle_instance_is_kept_warm_until_its_time_is_up() -> None:
+    story = idle().drained("v2")
+    agenda = story.placement()
+    assert agenda.owed == ()
+    since = story.world.idle_since["i2"]
+    assert agenda.wake == since + timedelta(seconds=3600)
+    story.now = since + timedelta(seconds=3600)
+    assert of(story.carry_placement(), InstanceDraining) == [
+        InstanceDraining("i2", "idle for 3600 s (model_ttl_seconds)")
+    ]
+
+
+def test_nothing_is_asked_to_stop_before_every_live_gateway_has_drained_it() -> None:
+    story = idle()
+    assert not of(story.carry_placement(KEEP_NONE), InstanceDraining)
+    story.drained("v2", "g1")
+    assert not of(story.carry_placement(KEEP_NONE), InstanceDraining)
+    story.drained("v2", "g2")
+    assert of(story.carry_placement(KEEP_NONE), InstanceDraining)
+
+
+def test_a_lost_gateway_is_not_awaited_and_a_rejoined_one_is() -> None:
+    story = idle().drained("v2", "g1")
+    story.happens(GatewayLost("g2", 7.0))
+    rejoined = idle().drained("v2", "g1")
+    rejoined.happens(GatewayLost("g2", 7.0)).happens(GatewayJoined("g2", "http://g2"))
+    assert of(story.carry_placement(KEEP_NONE), InstanceDraining)
+    assert not of(rejoined.carry_placement(KEEP_NONE), InstanceDraining)
+
+
+def test_a_gateway_that_came_after_the_version_had_left_has_nothing_to_drain() -> None:
+    story = idle().drained("v2")
+    story.happens(GatewayJoined("g3", "http://g3"))
+    assert not of(story.carry_placement(KEEP_NONE), InstanceDraining), "it has not said what it routes by"
+    story.happens(RouteApplied("g3", "chat", 3))
+    assert of(story.carry_placement(KEEP_NONE), InstanceDraining)
+
+
+def test_what_a_gateway_said_of_an_earlier_leaving_does_not_count() -> None:
+    story = idle().drained("v2")
+    both = (
+        Split("v1", 50.0, (Endpoint("i1", "unix:/run/i1"),)),
+        Split("v2", 50.0, (Endpoint("i2", "unix:/run/i2"),)),
+    )
+    story.happens(RouteChanged("chat", 4, both, "s", 1.0, "x")).applied()
+    story.happens(RouteChanged("chat", 5, (Split("v1", 100.0, both[0].endpoints),), "s", 1.0, "x")).applied()
+    assert not of(story.carry_placement(KEEP_NONE), InstanceDraining)
+    story.happens(VersionDrained("g1", "chat", "v2", 5), VersionDrained("g2", "chat", "v2", 5))
+    assert of(story.carry_placement(KEEP_NONE), InstanceDraining)
+
+
+def test_what_loads_for_a_switch_that_has_ended_is_asked_to_stop() -> None:
+    story = serving().asked("v2")
+    story.carry()
+    story.happens(SwitchAborted("sw-1", "no"))
+    assert of(story.carry_placement(), InstanceDraining) == [
+        InstanceDraining("i2", "no switch waits for it any more")
+    ]
+
+
+def test_an_instance_of_a_deregistered_version_is_let_go() -> None:
+    story = idle().drained("v2")
+    story.happens(VersionDeregistered("chat", "v2"))
+    assert of(story.carry_placement(), InstanceDraining) == [InstanceDraining("i2", "v2 was deregistered")]
+
+
+@pytest.mark.parametrize("config", [KEEP_NONE, ModelSwitchingConfig(model_ttl_seconds=0.001)])
+def test_source_and_target_of_a_running_switch_are_never_let_go(config: ModelSwitchingConfig) -> None:
+    story = idle().drained("v2").asked("v2").later(100.0)
+    assert not of(story.carry_placement(config), InstanceDraining)
+    while story.owes().owed and "bake" not in story.owes().owed[0].id:
+        story.carry()
+        story.applied()
+        assert not of(story.later(100.0).carry_placement(config), InstanceDraining)
+
+
+def test_a_switch_that_finds_every_place_taken_gets_the_least_recently_used_one() -> None:
+    story = registered("v1", "v2", "v3", "v4", capacity=3).instance("i1", "v1").instance("i2", "v2").instance("i3", "v3")
+    split = Split("v1", 100.0, (Endpoint("i1", "unix:/run/i1"),))
+    story.happens(RouteChanged("chat", 1, (split,), "s", 1.0, "x")).applied()
+    story.happens(ActiveVersionChanged("chat", "v1", "", "sw-0")).asked("v4")
+    assert not story.owes().owed
+    assert of(story.carry_placement(), InstanceDraining) == [InstanceDraining("i2", "makes room for chat v4")]
+    assert not of(story.carry_placement(), InstanceDraining), "one at a time"
+    story.happens(InstanceStopped("i2", 0.1))
+    assert story.carry()[-1] == InstanceRequested("i4", "chat", "v4", "w1", FAKE, "sw-1")
+
+
+def test_an_instance_that_drains_on_a_lost_worker_does_not_keep_others_from_making_room() -> None:
+    story = registered("v1", "v2", "v3", capacity=1).instance("i1", "v1")
+    story.happens(WorkerJoined("w2", "h2", ("fake",), (), 1)).instance("i2", "v2", worker="w2")
+    story.happens(WorkerJoined("w3", "h3", ("fake",), (), 1)).instance("i3", "v2", worker="w3")
+    split = Split("v1", 100.0, (Endpoint("i1", "unix:/run/i1"),))
+    story.happens(RouteChanged("chat", 1, (split,), "s", 1.0, "x")).applied()
+    story.happens(ActiveVersionChanged("chat", "v1", "", "sw-0"))
+    story.happens(InstanceDraining("i3", "idle")).happens(WorkerLost("w3", 11.0)).asked("v3")
+    assert of(story.carry_placement(), InstanceDraining) == [InstanceDraining("i2", "makes room for chat v3")]
+
+
+# --- repair ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_instance_joins_the_route() -> None:
+    story = serving().instance("i2", "v1")
+    (route,) = of(story.carry_placement(), RouteChanged)
+    assert isinstance(route, RouteChanged)
+    assert [e.instance for e in route.splits[0].endpoints] == ["i1", "i2"]
+
+
+def test_an_instance_that_is_ready_at_another_address_is_repaired_in_the_route() -> None:
+    story = serving()
+    story.happens(InstanceReady("i1", "unix:/run/new", 0.0, 0.0, 0, ""))
+    (route,) = of(story.carry_placement(), RouteChanged)
+    assert isinstance(route, RouteChanged)
+    assert route.splits[0].endpoints == (Endpoint("i1", "unix:/run/new"),)
+
+
+def test_a_repair_in_the_middle_of_a_switch_keeps_its_weights_and_its_salt() -> None:
+    story = idle().asked("v2")
+    for _ in range(2):
+        story.carry()
+    story.instance("i9", "v2")
+    (route,) = of(story.carry_placement(), RouteChanged)
+    assert isinstance(route, RouteChanged)
+    assert [(s.version, s.weight) for s in route.splits] == [("v1", 0.0), ("v2", 100.0)]
+    assert route.salt == "sw-1"
+
+
+def test_another_models_events_owe_nothing_here() -> None:
+    story = serving()
+    story.happens(VersionRegistered("embed", "v1", EngineSpec("fake"), ""))
+    assert story.placement().owed == ()
