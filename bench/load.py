@@ -15,7 +15,8 @@ import msgspec
 
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _STAMP = re.compile(rb'"t=(\d+)"')
-_LAST = b"0\r\n\r\n"
+#: The last chunk, with the line break before it: a head may end in a value that ends in 0.
+_LAST = b"\r\n0\r\n\r\n"
 _PROMPT = "Explain in plain words how a railway turnout works, and why its blades may never stand half way. " * 6
 
 

@@ -33,6 +33,9 @@ log = structlog.get_logger()
 
 #: Conflicts in a row before a command is given back to its sender: more than two writers can cause by racing.
 TRIES = 10
+#: By then a command from outside is answered, seconds: below the wait of those who ask (workers/client.py), so that
+#: they hear of a store that is silent (a full disk is) and don't take this process for gone.
+ANSWER_S = 1.5
 
 
 class Deposed(Exception):
@@ -71,7 +74,13 @@ class Commands:
             return handler(world, body, context)
 
         try:
-            return await self._settle(request.id, actor, plan)
+            async with asyncio.timeout(ANSWER_S):
+                return await self._settle(request.id, actor, plan)
+        except TimeoutError:
+            silent = Unavailable(
+                f"the event store did not answer within {ANSWER_S:g} s: it is being started, or its disk is full"
+            )
+            return Failed(silent.code, str(silent), "send the same command again with the same id")
         except Unavailable as e:
             return Failed(e.code, str(e), "send the same command again with the same id")
         except Exception:

@@ -25,7 +25,7 @@ from turnout.core.handling import (
 )
 from turnout.core.world import DECIDERS
 from turnout.events.instance import InstanceFailed
-from turnout.events.model import EngineSpec, SwitchAdmitted
+from turnout.events.model import ActiveVersionChanged, EngineSpec, KnownGoodMarked, SwitchAdmitted
 from turnout.events.route import RouteChanged
 from turnout.events.switch import RollbackStarted, SwitchAborted, SwitchRequested
 
@@ -222,8 +222,6 @@ def ended() -> Story:
 def known_good_without_worker() -> Story:
     """v2 is active, v1 known good; nothing of v1 is loaded and there is no worker."""
     story = registered("v1", "v2", capacity=0)
-    from turnout.events.model import ActiveVersionChanged, KnownGoodMarked
-
     return _cast(
         story.happens(
             KnownGoodMarked("chat", "v1", "a"), KnownGoodMarked("chat", "v2", "b"), ActiveVersionChanged("chat", "v2", "v1", "b")
