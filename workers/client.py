@@ -19,7 +19,7 @@ from turnout.core.handling import Plan, StartSwitch, StopSwitch, UndoModel
 from turnout.core.model import DeregisterVersion, RegisterVersion, unknown_model
 from turnout.core.switch import ENDED, unknown_switch
 from turnout.events import subjects
-from turnout.events.store import Unavailable
+from turnout.events.store import StoreFull, Unavailable
 from turnout.projections.fleet import GatewayView, WorkerView
 from turnout.projections.registry import ModelView, VersionView
 from turnout.projections.routing import RouteView
@@ -172,6 +172,7 @@ class Client:
         Raises:
             CommandRejected: refused.
             Unavailable: no answer in time; the command may have taken effect.
+            StoreFull: there is no room to store it.
             ControllerBug: a fault of the controller.
         """
         clock = self._plane.clock
@@ -193,6 +194,8 @@ class Client:
                     return answer
                 if answer.code == "bug":
                     raise ControllerBug(answer)
+                if answer.code == StoreFull.code:
+                    raise StoreFull(answer.reason)
                 trouble = Unavailable(answer.reason)
             if clock.monotonic() + _RETRY_S >= end:
                 raise trouble

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
 from tests.sim.invariants import Broken
 from tests.sim.simulation import Simulation, run_seed
+
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Accepted, Rejected
 from turnout.core.handling import StartSwitch, StopSwitch, UndoModel

@@ -83,14 +83,20 @@ class Scene:
         self.versions += 1
         subject = f"turnout.evt.model.{model}"
         held = await self.store.read(subject)
-        event = VersionRegistered(model, f"v{self.versions}", EngineSpec("fake"), "") if held else ModelRegistered(model)
+        event = (
+            VersionRegistered(model, f"v{self.versions}", EngineSpec("fake"), "") if held else ModelRegistered(model)
+        )
         context = Context(f"c{self.versions}", "test", "", "", datetime(2026, 1, 1, tzinfo=UTC))
         await self.store.append((Append(subject, held[-1].position if held else START, (event,)),), context)
 
     async def equal(self) -> None:
         """Wait until the bucket is what the fold is."""
         async with asyncio.timeout(5):
-            while not (self.bucket.views == self.log.views.everything() and self.bucket.stored is not None and self.bucket.stored.sequence == self.log.sequence):
+            while not (
+                self.bucket.views == self.log.views.everything()
+                and self.bucket.stored is not None
+                and self.bucket.stored.sequence == self.log.sequence
+            ):
                 await asyncio.sleep(0)
 
 
@@ -124,7 +130,12 @@ def test_each_event_becomes_the_views_that_it_changed(monkeypatch: pytest.Monkey
 
 
 def test_a_commit_that_was_lost_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for script in (["not stored"], ["stored, but no answer"], ["not stored", "not stored"], ["not stored", "no checkpoint"]):
+    for script in (
+        ["not stored"],
+        ["stored, but no answer"],
+        ["not stored", "not stored"],
+        ["not stored", "no checkpoint"],
+    ):
 
         async def scene(one: Scene, script: list[str] = script) -> None:
             one.bucket.script = list(script)

@@ -108,9 +108,7 @@ def serving(*versions: str, capacity: int = 4) -> Story:
     """The same, and the first version (``v1`` without names, beside ``v2``) is active on instance ``i1``."""
     versions = versions or ("v1", "v2")
     story = registered(*versions, capacity=capacity).instance("i1", versions[0])
-    story.happens(
-        ActiveVersionChanged("chat", versions[0], "", "sw-0"), KnownGoodMarked("chat", versions[0], "sw-0")
-    )
+    story.happens(ActiveVersionChanged("chat", versions[0], "", "sw-0"), KnownGoodMarked("chat", versions[0], "sw-0"))
     split = Split(versions[0], 100.0, (Endpoint("i1", "unix:/run/i1"),))
     story.happens(RouteChanged("chat", 1, (split,), "sw-0", 600.0, "sw-0"))
     return story.applied()

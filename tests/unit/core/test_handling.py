@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
+
 from turnout.core import gateway, instance, model, worker
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Rejected
@@ -224,7 +224,9 @@ def known_good_without_worker() -> Story:
     story = registered("v1", "v2", capacity=0)
     return _cast(
         story.happens(
-            KnownGoodMarked("chat", "v1", "a"), KnownGoodMarked("chat", "v2", "b"), ActiveVersionChanged("chat", "v2", "v1", "b")
+            KnownGoodMarked("chat", "v1", "a"),
+            KnownGoodMarked("chat", "v2", "b"),
+            ActiveVersionChanged("chat", "v2", "v1", "b"),
         )
     )
 

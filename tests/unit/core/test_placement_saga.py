@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-
 from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
+
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.sagas import placement
 from turnout.events.gateway import GatewayJoined, GatewayLost, RouteApplied, VersionDrained
@@ -180,9 +180,7 @@ def test_what_loads_for_a_switch_that_has_ended_is_asked_to_stop() -> None:
     story = serving().asked("v2")
     story.carry()
     story.happens(SwitchAborted("sw-1", "no"))
-    assert of(story.carry_placement(), InstanceDraining) == [
-        InstanceDraining("i2", "no switch waits for it any more")
-    ]
+    assert of(story.carry_placement(), InstanceDraining) == [InstanceDraining("i2", "no switch waits for it any more")]
 
 
 def test_an_instance_of_a_deregistered_version_is_let_go() -> None:
@@ -202,7 +200,9 @@ def test_source_and_target_of_a_running_switch_are_never_let_go(config: ModelSwi
 
 
 def test_a_switch_that_finds_every_place_taken_gets_the_least_recently_used_one() -> None:
-    story = registered("v1", "v2", "v3", "v4", capacity=3).instance("i1", "v1").instance("i2", "v2").instance("i3", "v3")
+    story = (
+        registered("v1", "v2", "v3", "v4", capacity=3).instance("i1", "v1").instance("i2", "v2").instance("i3", "v3")
+    )
     split = Split("v1", 100.0, (Endpoint("i1", "unix:/run/i1"),))
     story.happens(RouteChanged("chat", 1, (split,), "s", 1.0, "x")).applied()
     story.happens(ActiveVersionChanged("chat", "v1", "", "sw-0")).asked("v4")

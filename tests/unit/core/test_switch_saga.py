@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-
 from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
+
 from turnout.core.sagas import placement
 from turnout.core.sagas import switch as saga
 from turnout.core.switch import ENDED
@@ -24,7 +24,6 @@ from turnout.events.switch import (
     StepApplied,
     StepStarted,
     SwitchAborted,
-    SwitchCompleted,
     SwitchFailed,
     TargetReady,
 )
@@ -244,9 +243,7 @@ def test_a_rollback_in_the_bake_is_one_revision_and_no_load() -> None:
     events = [
         event
         for write in saga.rollback(story.world, story.world.switches["sw-1"], "undo", "bad", story.now)
-        for event in DECIDERS[write.aggregate].decide(
-            story.world.state(write.aggregate, write.id), write.command
-        )
+        for event in DECIDERS[write.aggregate].decide(story.world.state(write.aggregate, write.id), write.command)
     ]
     assert names(tuple(events)) == ["RollbackStarted", "RouteChanged"]
     story.happens(*events)

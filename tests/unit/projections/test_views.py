@@ -1,0 +1,158 @@
+"""What gateways, workers and people read, folded from a story."""
+
+from __future__ import annotations
+
+import msgspec
+
+from turnout.core.testing import WorldBuilder
+from turnout.events.gateway import GatewayJoined, GatewayLost, RouteApplied
+from turnout.events.instance import (
+    InstanceDraining,
+    InstanceFailed,
+    InstanceLoading,
+    InstanceReady,
+    InstanceRequested,
+    InstanceStopped,
+)
+from turnout.events.model import (
+    ActiveVersionChanged,
+    EngineSpec,
+    KnownGoodMarked,
+    KnownGoodRevoked,
+    ModelRegistered,
+    SwitchAdmitted,
+    SwitchClosed,
+    VersionDeregistered,
+    VersionRegistered,
+)
+from turnout.events.route import Endpoint, RouteChanged, Split
+from turnout.events.switch import SwitchFailed, SwitchRequested
+from turnout.events.worker import WorkerJoined, WorkerLeft, WorkerLost
+from turnout.projections.routing import LEFT_MOST, RouteView
+from turnout.projections.views import Views
+
+FAKE = EngineSpec("fake")
+
+
+def folded(*events: object) -> Views:
+    builder = WorldBuilder()
+    for event in events:
+        builder.happens(event)
+    views = Views()
+    for one in builder.log:
+        views.apply(one)
+    return views
+
+
+def route(revision: int, *versions: str) -> RouteChanged:
+    share = 100.0 / len(versions) if versions else 0.0
+    splits = tuple(Split(v, share, (Endpoint(f"i-{v}", f"unix:/{v}"),)) for v in versions)
+    return RouteChanged("chat", revision, splits, "s", 60.0, "x")
+
+
+def test_the_registry_tells_what_is_there_what_serves_and_what_runs() -> None:
+    views = folded(
+        ModelRegistered("chat"),
+        VersionRegistered("chat", "v1", FAKE, "d1", "first"),
+        VersionRegistered("chat", "v2", FAKE, "d2"),
+        SwitchAdmitted("chat", "sw-1", "v1"),
+        ActiveVersionChanged("chat", "v1", "", "sw-1"),
+        KnownGoodMarked("chat", "v1", "sw-1"),
+        SwitchClosed("chat", "sw-1", "completed"),
+        SwitchAdmitted("chat", "sw-2", "v2"),
+    )
+    model = views.registry.models["chat"]
+    assert list(model.versions) == ["v1", "v2"]
+    assert (model.versions["v1"].note, model.versions["v1"].registered_by) == ("first", "test")
+    assert (model.active, model.known_good, model.switch) == ("v1", ("v1",), "sw-2")
+    assert (model.last_switch, model.last_outcome) == ("sw-1", "completed")
+
+
+def test_a_deregistered_or_undone_version_is_not_known_good_any_more() -> None:
+    marked = (KnownGoodMarked("chat", "v1", "a"), KnownGoodMarked("chat", "v2", "b"))
+    assert folded(*marked, VersionDeregistered("chat", "v1")).registry.models["chat"].known_good == ("v2",)
+    assert folded(*marked, KnownGoodRevoked("chat", "v2", "c")).registry.models["chat"].known_good == ("v1",)
+
+
+def test_a_registered_model_has_a_route_before_anything_serves_it() -> None:
+    assert folded(ModelRegistered("chat")).routing.routes["chat"] == RouteView("chat")
+
+
+def test_a_route_tells_which_versions_have_left_with_which_revision() -> None:
+    views = folded(route(1, "v1"), route(2, "v1", "v2"), route(3, "v2"), route(4, "v3"))
+    assert views.routing.routes["chat"].left == {"v1": 3, "v2": 4}
+    views = folded(route(1, "v1"), route(2, "v2"), route(3, "v1"))
+    assert views.routing.routes["chat"].left == {"v2": 3}
+
+
+def test_a_route_remembers_only_the_newest_that_have_left() -> None:
+    views = folded(*(route(n, f"v{n}") for n in range(1, LEFT_MOST + 10)))
+    left = views.routing.routes["chat"].left
+    assert len(left) == LEFT_MOST
+    assert "v1" not in left
+    assert f"v{LEFT_MOST + 8}" in left
+
+
+def test_a_worker_is_told_what_it_shall_run_until_it_has_ended() -> None:
+    joined = WorkerJoined("w1", "h", ("fake",), ("cpu",), 2)
+    asked = InstanceRequested("i1", "chat", "v1", "w1", FAKE, "sw-1")
+    worker = folded(joined, asked, InstanceLoading("i1", "warming", 1.0, "50 %")).workers.workers["w1"]
+    assert (worker.instances["i1"].phase, worker.instances["i1"].stage, worker.instances["i1"].detail) == (
+        "loading",
+        "warming",
+        "50 %",
+    )
+    ready = (joined, asked, InstanceReady("i1", "unix:/1", 2.0, 0.1, 5, ""))
+    one = folded(*ready).workers.workers["w1"].instances["i1"]
+    assert (one.phase, one.address, one.load_s, one.bytes) == ("ready", "unix:/1", 2.0, 5)
+    one = folded(*ready, InstanceDraining("i1", "idle", "bob")).workers.workers["w1"].instances["i1"]
+    assert (one.phase, one.reason, one.forced_by) == ("draining", "idle", "bob")
+    for end in (InstanceStopped("i1", 1.0), InstanceFailed("i1", "serving", "x")):
+        assert folded(*ready, end).workers.workers["w1"].instances == {}
+
+
+def test_workers_and_gateways_come_and_go() -> None:
+    joined = WorkerJoined("w1", "h", ("fake",), (), 2)
+    assert folded(joined, WorkerLost("w1", 11.0)).workers.workers["w1"].state == "lost"
+    assert folded(joined, WorkerLost("w1", 11.0), joined).workers.workers["w1"].state == "live"
+    assert folded(joined, WorkerLeft("w1")).workers.workers["w1"].state == "left"
+    views = folded(GatewayJoined("g1", "u"), RouteApplied("g1", "chat", 3), RouteApplied("g1", "chat", 2))
+    assert views.gateways.gateways["g1"].applied == {"chat": 3}
+    assert folded(GatewayJoined("g1", "u"), GatewayLost("g1", 7.0)).gateways.gateways["g1"].state == "lost"
+
+
+def test_a_failed_switch_says_where_it_stopped_and_what_the_engine_said_last() -> None:
+    at = WorldBuilder().now
+    asked = SwitchRequested("sw", "chat", "v2", "v1", "immediate", {}, False, "why", at, 60.0, 600.0, at)
+    view = folded(asked, SwitchFailed("sw", "loading", "exit 1", ("last words",))).switches.switches["sw"]
+    assert (view.phase, view.stage, view.reason, view.log_tail) == ("failed", "loading", "exit 1", ("last words",))
+    assert view.ended_at is not None
+    assert view.actor == "test"
+
+
+def test_only_what_has_changed_since_a_sequence_is_taken_and_only_once() -> None:
+    builder = WorldBuilder().happens(ModelRegistered("chat")).happens(ModelRegistered("embed"))
+    views = Views()
+    views.apply(builder.log[0])
+    views.settle()
+    views.apply(builder.log[1])
+    views.settle()
+    assert set(views.take(1)) == {"model.embed", "route.embed"}
+    assert views.take(0) == {}
+
+
+def test_views_know_which_log_they_are_the_fold_of() -> None:
+    builder = WorldBuilder().happens(ModelRegistered("chat")).happens(ModelRegistered("embed"))
+    views = Views()
+    for one in builder.log:
+        views.apply(one)
+    assert (views.log, views.sequence) == (builder.log[0].digest, 2)
+
+
+def test_every_view_is_one_json_object_that_reads_back() -> None:
+    views = folded(
+        ModelRegistered("a/b c"), GatewayJoined("g1", "u"), WorkerJoined("w1", "h", (), (), 1), route(1, "v1")
+    )
+    everything = views.everything()
+    assert set(everything) == {"model.a=2Fb=20c", "route.a=2Fb=20c", "gateway.g1", "worker.w1", "route.chat"}
+    assert all(isinstance(msgspec.json.decode(value), dict) for value in everything.values())
