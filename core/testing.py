@@ -32,7 +32,7 @@ A saga is asked what it owes in a world that has seen some events; each command 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from turnout.core.decider import Rejected
 from turnout.core.strategies.base import Evidence, Operation
@@ -152,12 +152,12 @@ class WorldBuilder:
 
     def __init__(self) -> None:
         self.world = World()
-        self.now = START
+        self.now: datetime = START
         self.log: list[Recorded] = []
         self._positions: dict[str, Position] = {}
         self._commands = 0
 
-    def happens(self, *events: object, command: str = "", after_s: float = 1.0) -> WorldBuilder:
+    def happens(self, *events: object, command: str = "", after_s: float = 1.0) -> Self:
         """These events happen together, ``after_s`` seconds after the last ones."""
         self.now += timedelta(seconds=after_s)
         self._commands += 1

@@ -183,9 +183,9 @@ async def request(
         with _heeding_cancellation():
             answer = await nc.request(subject, body, timeout=timeout_s, headers=dict(headers) if headers else None)
     except nats.errors.NoRespondersError as e:
-        raise Unavailable(
-            f"nothing answers on {subject}: JetStream is off, the stream is missing, or its leader is being elected"
-        ) from e
+        stored = subject.startswith("$JS.") or EXPECTED_HEADER in (headers or {})
+        hint = ": JetStream is off, the stream is missing, or its leader is being elected" if stored else ""
+        raise Unavailable(f"nobody answers on {subject}{hint}") from e
     except nats.errors.TimeoutError as e:
         raise Unavailable(f"NATS did not answer on {subject} within {timeout_s:g} s") from e
     except nats.errors.MaxPayloadError as e:

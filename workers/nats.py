@@ -118,7 +118,8 @@ class Connection:
             self._closing = True
             with contextlib.suppress(nats.errors.Error, OSError):
                 await self.nc.close()
-            raise Unavailable(_unreachable(self.server, self._last_error or str(e))) from e
+            hint = "check the user and password in the address, and that it is a nats-server"
+            raise Unavailable(_unreachable(self.server, self._last_error or str(e), hint)) from e
         self._watch = asyncio.get_running_loop().create_task(self._watch_connection())
 
     async def _watch_connection(self) -> None:
@@ -190,7 +191,8 @@ async def connect(
     """
     connection = Connection(url, clock, away_s, away)
     if not await _any_listens(url):
-        raise Unavailable(_unreachable(connection.server, "nothing listens there"))
+        hint = "check the address (--nats) and that the server runs; `turnout up` brings its own"
+        raise Unavailable(_unreachable(connection.server, "nothing listens there", hint))
     await connection.open(url, name)
     return connection
 
@@ -212,10 +214,7 @@ def _public(url: str) -> str:
     return ",".join(one.rpartition("@")[2].removeprefix("nats://") for one in url.split(","))
 
 
-def _unreachable(server: str, why: str) -> str:
-    hint = "check the address (--nats) and that the server runs; `turnout up` brings its own"
-    if "authorization" in why.lower():
-        hint = "check the user and password in the address"
+def _unreachable(server: str, why: str, hint: str) -> str:
     return f"cannot connect to NATS at {server}: {why}; {hint}"
 
 
@@ -448,10 +447,15 @@ class NatsBus:
 async def _subscribe(
     nc: jsapi.Client, subject: str, take: Callable[[Msg], Awaitable[None]], queue: str = ""
 ) -> Subscription:
+    """Subscribe; when it returns the server knows, so that what others send from now on arrives."""
     try:
-        return await nc.subscribe(subject, queue=queue, cb=take)  # pyright: ignore[reportUnknownMemberType]
+        made = await nc.subscribe(subject, queue=queue, cb=take)  # pyright: ignore[reportUnknownMemberType]
     except (nats.errors.Error, OSError) as e:
         raise Unavailable(f"cannot subscribe {subject}: {e}") from e
+    if nc.is_connected:  # else it is sent with the reconnect
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await nc.flush(round(ANSWER_S))
+    return made
 
 
 # --- signs of life -----------------------------------------------------------------------------------------------

@@ -119,9 +119,9 @@ class Fleet:
         self.gateways: list[SimPlane] = []
         self.counts = {"requests": 0, "answered": 0, "excused": 0, "rerouted": 0, "ended": 0}
         self.on_stop: Callable[[SimEngine], None] = lambda _: None
-        self.on_sent: Callable[[SimPlane, Choice], None] = lambda *_: None
-        self.on_failed: Callable[[SimPlane, Flight, str], None] = lambda *_: None
-        self.on_applied: Callable[[SimPlane, RouteView, int], None] = lambda *_: None
+        self.on_sent: Callable[[SimPlane, Choice], None] = lambda gateway, choice: None
+        self.on_failed: Callable[[SimPlane, Flight, str], None] = lambda gateway, flight, code: None
+        self.on_applied: Callable[[SimPlane, RouteView, int], None] = lambda gateway, view, before: None
 
     def quiet(self, engine: SimEngine) -> bool:
         """What the kernel of the engine's host would say: no open connection."""
@@ -173,9 +173,9 @@ class SimRunner:
         engine = self._host.engines.get(instance)
         while engine is not None and engine.state == "up":
             await self._until(lambda: engine.state != "up", None)
+        if engine is not None:
             if engine.state == "hung":
                 await asyncio.sleep(HANG_S)
-        if engine is not None:
             engine.die()
         self._host.engines.pop(instance, None)
         return Failure("serving", "it exited")
@@ -387,6 +387,8 @@ class SimPlane:
         self.gateway = self.id = process.name
         self.control_plane: Callable[[], str] = str
         self.serving = False
+        #: It has closed its door and its connections; what its routes say does not matter any more.
+        self.stopped = False
         #: Engines to which a connection stays open: no request is needed for the engine's worker to see it.
         self.connected: frozenset[str] = frozenset()
         self.drained: Callable[[Drained], None] = lambda _: None
@@ -407,6 +409,7 @@ class SimPlane:
         while self.tracker.in_flight():  # noqa: ASYNC110  simulated time costs nothing
             await asyncio.sleep(0.1)
         self.connected = frozenset()
+        self.stopped = True
         return 0
 
     def on_drained(self, report: Callable[[Drained], None]) -> None:
@@ -420,7 +423,7 @@ class SimPlane:
         if transition is None:
             return None
         self.fleet.net.trace("applied", self.id, route.model, route.revision)
-        if self.fleet.holds:
+        if self.fleet.holds and not self.stopped:
             self.connected = self.manager.addresses()
         self.fleet.on_applied(self, route, before)
         if transition.draining:

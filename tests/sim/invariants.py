@@ -270,6 +270,8 @@ def _use(gateway: SimPlane, instance: str) -> str:
     for flight in gateway.tracker.running():
         if flight.choice.instance == instance:
             return "has a request in flight on it"
+    if gateway.stopped:
+        return ""
     for model in gateway.manager.models():
         view = gateway.manager.route(model)
         if view is not None and any(e.instance == instance for s in view.splits for e in s.endpoints):

@@ -169,6 +169,8 @@ class Network:
         self.mortal: frozenset[str] = frozenset()
         self.down = False
         self.full = False
+        #: The store has no leader: commands get through, writes do not.
+        self.stalled = False
         self.bugs: list[BaseException] = []
         self.log = SharedLog(self)
         self.bucket = Bucket(self)
@@ -179,7 +181,7 @@ class Network:
         self.lease_until = 0.0
         self._lease_sequence = 0
         self.traces: list[tuple[object, ...]] | None = None
-        self.answered: Callable[[Request, bytes], None] = lambda *_: None
+        self.answered: Callable[[Request, bytes], None] = lambda request, raw: None
 
     def chance(self, probability: float) -> bool:
         """Draw."""
@@ -316,8 +318,8 @@ class SimStore:
             await net.never()
         if net.full and process.connected:
             raise StoreFull("no room")
-        if not process.connected or net.chance(net.faults.lost_request):
-            if process.connected and net.chance(0.5):  # it is on its way still, and arrives after the sender's time-out
+        if not process.connected or net.stalled or net.chance(net.faults.lost_request):
+            if process.connected and not net.stalled and net.chance(0.5):  # it is on its way still, and arrives after the sender's time-out
                 net.loop.call_later(1.0 + net.rng.uniform(-0.5, LATE_S_MAX), self._late, tuple(appends), context)
             await process.no_answer(1.0, "append")
         batch = self._log.append(appends, context)
@@ -325,7 +327,7 @@ class SimStore:
         return batch
 
     def _late(self, appends: tuple[Append, ...], context: Context) -> None:
-        if self._process.net.down:
+        if self._process.net.down or self._process.net.stalled:
             return
         try:
             self._log.append(appends, context)
@@ -343,6 +345,12 @@ class SimStore:
         last = len(self._log.records)
         await self._process.receive(1.0, "last_sequence")
         return last
+
+    async def page(self, after: int) -> tuple[tuple[Recorded, ...], int]:
+        await self._process.send(1.0, "page")
+        page = await self._log.store.page(after)
+        await self._process.receive(1.0, "page")
+        return page
 
     async def tail(self, after: int, deliver: Callable[[Recorded], None], lost: Callable[[Exception], None]) -> SimTail:
         await self._process.send(1.0, "tail")

@@ -41,6 +41,7 @@ def main() -> int:
     gc.set_threshold(200_000, 20, 50)  # a run makes many objects and soon drops them all
     seeds = range(args.start, args.start + args.seeds) if args.seed is None else range(args.seed, args.seed + 1)
     failed: list[int] = []
+    n = 0
     totals: dict[str, int] = {}
     began = time.perf_counter()  # noqa: TID251  how long the whole takes, for the person who waits
     for n, seed in enumerate(seeds, 1):

@@ -251,7 +251,7 @@ class Simulation:
     def heal(self) -> None:
         """The faults stop: everybody runs and hears everybody."""
         self.net.faults = Faults()
-        self.net.down = self.net.full = False
+        self.net.down = self.net.full = self.net.stalled = False
         for name, process in sorted(self.processes.items()):
             process.cut = False
             self.restart(name)
@@ -466,7 +466,7 @@ async def _fault(sim: Simulation, rng: random.Random, length_s: float) -> None:
     await asyncio.sleep(rng.random() * length_s * 0.8)
     names = sorted(sim.processes)
     long_s = rng.choice((0.3, 1.5, 4.0, 9.0, 14.0))
-    kind = rng.choice(("crash", "crash", "cut", "cut", "engine", "hang", "down", "full", "host", "leave", "wave"))
+    kind = rng.choice(("crash", "crash", "cut", "cut", "engine", "hang", "down", "full", "stalled", "host", "leave", "wave"))
     sim.net.trace("fault", kind)
     match kind:
         case "crash":
@@ -481,7 +481,7 @@ async def _fault(sim: Simulation, rng: random.Random, length_s: float) -> None:
             sim.net.trace("cut", process.name)
             await asyncio.sleep(long_s)
             process.cut = False
-        case "down" | "full":
+        case "down" | "full" | "stalled":
             setattr(sim.net, kind, True)
             await asyncio.sleep(long_s)
             setattr(sim.net, kind, False)

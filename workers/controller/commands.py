@@ -18,7 +18,7 @@ from turnout.core.handling import VERBS, Context, Defaults, Plan, Writes
 from turnout.core.world import DECIDERS, Done, World
 from turnout.events import subjects
 from turnout.events.codec import Context as EventContext
-from turnout.events.store import Append, Conflict, Unavailable
+from turnout.events.store import Append, Conflict, StoreFull, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,6 +149,8 @@ class Commands:
                 recorded = await self._log.store.append(decided, context)
             except Conflict:
                 await self._reload(decided)
+            except StoreFull:
+                raise  # nothing was stored, and nothing will be until somebody makes room
             except Unavailable as e:
                 trouble = e
                 await asyncio.sleep(min(1.0, 0.05 * 2**attempt))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from turnout.events.store import Unavailable
+from turnout.events.store import Damaged, Unavailable
 from turnout.workers.controller.commands import Commands, Deposed
 from turnout.workers.controller.liveness import Liveness
 from turnout.workers.controller.log import Log
@@ -49,6 +49,7 @@ class Controller:
         self.commands = Commands(self.log, clock, config, defaults)
         self._liveness = Liveness(clock)
         self._projector = Projector(self.log, writer, reader)
+        self._writer = writer
         self._sagas = SagaRunner(self.log, self.commands, self._liveness, clock, config)
         self._bus, self._beats, self._lease, self._clock = bus, beats, lease, clock
         self._renew_s = renew_s
@@ -65,10 +66,12 @@ class Controller:
 
         Raises:
             LogReplaced: the log is another one than was read: the process must start again from nothing.
+            Damaged: the log has lost events since the views were made.
             Unavailable: the store does not answer at the start.
         """
         self._lost_log = asyncio.get_running_loop().create_future()
         await self.log.follow()
+        await self._refuse_loss()
         listening = await self._beats.listen(self._liveness.heard)
         serving = await self._bus.serve(self._answer)
         self.serving.set()
@@ -84,6 +87,20 @@ class Controller:
             await listening.close()
             await self.log.close()
 
+    async def _refuse_loss(self) -> None:
+        """Compare the log's end with what the views were made from.
+
+        A server that finds a damaged record at its start drops it and everything behind it, in silence. To go on from
+        there would stop engines that the lost events have asked for.
+        """
+        stored, _ = await self._writer.checkpoint()
+        last = await self.log.store.last_sequence()
+        if stored is not None and stored.sequence > last and self.log.views.log in ("", stored.log):
+            raise Damaged(
+                f"the log ends at event {last}, but its views were made from {stored.sequence}: the last events are "
+                "gone; restore the store folder from a backup, or start with an empty one"
+            )
+
     def _replaced(self, error: Exception) -> None:
         if self._lost_log is not None and not self._lost_log.done():
             self._lost_log.set_exception(error)
@@ -92,11 +109,15 @@ class Controller:
         return msgspec.json.encode(await self.commands.handle(role, verb, request))
 
     async def _candidate(self) -> None:
+        trouble = ""
         while True:
             try:
                 grant = await self._lease.acquire(self.id)
+                trouble = ""
             except Unavailable as e:
-                log.warning("lease_unavailable", reason=str(e))
+                if str(e) != trouble:  # once for each outage, not ten times a second
+                    log.warning("lease_unavailable", reason=str(e))
+                trouble = str(e)
                 grant = None
             if grant is not None:
                 await self._lead(grant)

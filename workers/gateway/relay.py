@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from turnout.workers.gateway.context import GatewayContext
+    from turnout.workers.gateway.metrics import VersionNumbers
     from turnout.workers.gateway.request import Request
     from turnout.workers.gateway.settings import TimeLimits
     from turnout.workers.gateway.transition import Choice, Slot
@@ -94,6 +95,7 @@ class Relay:
         "_ctx",
         "_delimited",
         "_held",
+        "_numbers",
         "_plain",
         "_sse",
         "_tail",
@@ -117,6 +119,7 @@ class Relay:
         self._connection: UpstreamConnection | None = None
         self._tried: list[Slot] = []
         self._held = b""
+        self._numbers: VersionNumbers | None = None
         self._tail: deque[bytes] | None = None
         self._sse = self._chunked = self._delimited = False
         self._plain: _Plain | None = None
@@ -296,24 +299,24 @@ class Relay:
             head = _HOP.sub(b"", head)
         lower = head.lower()
         self._chunked = b"\r\ntransfer-encoding:" in lower
+        complete = connection.complete
         self._delimited = not (
-            self._chunked or b"\r\ncontent-length:" in lower or connection.status in (204, 304) or connection.complete
+            complete or self._chunked or b"\r\ncontent-length:" in lower or connection.status in (204, 304)
         )
         self._sse = b"\r\ncontent-type: text/event-stream" in lower
-        if head.startswith(b"HTTP/1.0"):
+        if head[5:8] == b"1.0":
             head = b"HTTP/1.1" + head[8:]
-        close = self._delimited or not request.keep_alive or ctx.stopping
         if self._chunked and request.http10:
             self._plain = _Plain()
             head = _TRANSFER_ENCODING.sub(b"", head)
-        stamp = choice.stamp + b"\r\nx-request-id: " + request.id
-        if close:
+        stamp = b"%b\r\nx-request-id: %b" % (choice.stamp, request.id)
+        if self._delimited or not request.keep_alive or ctx.stopping:
             request.keep_alive = False
             stamp += b"\r\nconnection: close"
         self.phase = STREAMING
         self.active = ctx.now
         self._held = request.body = b""  # there is no second try any more
-        numbers = ctx.metrics.version(choice.model, choice.version)
+        numbers = self._numbers = ctx.metrics.version(choice.lane.model, choice.lane.version)
         numbers.statuses[connection.status // 100] += 1
         numbers.first_byte.observe(ctx.monotonic() - self.started)
         if choice.slot.failures:
@@ -325,7 +328,7 @@ class Relay:
             self._plain.pass_on(data, self._write)
         if self._sse:
             self._tail = deque((data,), maxlen=TAIL_READS)
-        if connection.complete:
+        if complete:
             self._complete(connection)
         elif self._client.paused:
             connection.transport.pause_reading()
@@ -352,8 +355,8 @@ class Relay:
         self._finish(keep=self.request.keep_alive)
 
     def _finish(self, keep: bool) -> None:
-        ctx, choice = self._ctx, self.choice
-        ctx.metrics.version(choice.model, choice.version).total.observe(ctx.monotonic() - self.started)
+        if self._numbers is not None:
+            self._numbers.total.observe(self._ctx.monotonic() - self.started)
         if self._tail is not None:
             self._judge_stream(self._tail)
         self._end()

@@ -44,13 +44,16 @@ NO_MODEL = Refusal(
 )
 
 
+_ABSENT = msgspec.Raw(b"")
+
+
 class _Fields(msgspec.Struct, gc=False):
     """The routing fields of a JSON body; everything else is skipped without being built."""
 
     model: str | None = None
-    user: msgspec.Raw = msgspec.Raw(b"")
-    prompt_cache_key: msgspec.Raw = msgspec.Raw(b"")
-    safety_identifier: msgspec.Raw = msgspec.Raw(b"")
+    user: msgspec.Raw = _ABSENT
+    prompt_cache_key: msgspec.Raw = _ABSENT
+    safety_identifier: msgspec.Raw = _ABSENT
 
 
 _decode = msgspec.json.Decoder(_Fields).decode
@@ -85,8 +88,7 @@ def from_json(body: bytes) -> Routing | Refusal:
     if not fields.model:
         return NO_MODEL
     for raw in (fields.user, fields.prompt_cache_key, fields.safety_identifier):
-        key = bytes(raw)
-        if key not in _NO_KEY:
+        if raw is not _ABSENT and (key := bytes(raw)) not in _NO_KEY:
             return Routing(fields.model, key)
     return Routing(fields.model)
 
@@ -185,10 +187,12 @@ class Request:
         sticky: value of the configured sticky header.
         keep_alive: the client lets the connection stand after the answer.
         body: the whole body.
+        served: the path may reach an engine, see :func:`served`.
     """
 
     __slots__ = (
         "_lines",
+        "_parts",
         "_problem",
         "authorization",
         "body",
@@ -204,6 +208,7 @@ class Request:
         "method",
         "path",
         "pin",
+        "served",
         "sticky",
         "target",
     )
@@ -219,6 +224,22 @@ class Request:
         self.body = b""
         self._lines: list[bytes] = []
         self._problem: BadRequest | None = None
+        self._parts: dict[Target, tuple[bytes, bytes]] = {}
+        self.served = False
+
+    def again(self, length: int) -> Request:
+        """A request with the same head but for the length of its body. Nothing is read twice."""
+        new = Request.__new__(Request)
+        new.method, new.target, new.path = self.method, self.target, self.path
+        new.length, new.hosts = length, 1
+        new.expects = new.http10 = False
+        new.keep_alive = b"close" not in self.connection
+        new.id, new.pin, new.sticky = b"", self.pin, self.sticky
+        new.authorization, new.content_type = self.authorization, self.content_type
+        new.content_encoding, new.connection = self.content_encoding, self.connection
+        new.body = b""
+        new._lines, new._problem, new._parts, new.served = self._lines, None, self._parts, self.served
+        return new
 
     @property
     def query(self) -> bytes:
@@ -227,10 +248,14 @@ class Request:
 
     def head_for(self, target: Target) -> bytes:
         """The head as an engine gets it."""
+        parts = self._parts.get(target)
+        if parts is None:
+            line = b"%b %b%b%bx-request-id: " % (self.method, target.base, self.target, target.host_line)
+            parts = self._parts[target] = (line, b"".join((b"\r\n", *self._lines)))
         # The body is whole by now, also where it came in chunks.
-        length = b"content-length: %d\r\n\r\n" % len(self.body) if self.body or self.method == b"POST" else b"\r\n"
-        start = b"%b %b%b%bx-request-id: %b\r\n" % (self.method, target.base, self.target, target.host_line, self.id)
-        return b"".join((start, *self._lines, length))
+        if self.body or self.method == b"POST":
+            return b"%b%b%bcontent-length: %d\r\n\r\n" % (parts[0], self.id, parts[1], len(self.body))
+        return b"%b%b%b\r\n" % (parts[0], self.id, parts[1])
 
     def check(self, parser: httptools.HttpRequestParser, head: bytes, sticky_header: bytes) -> None:
         """Finish a head that the parser has accepted.
@@ -254,6 +279,7 @@ class Request:
         if not target.startswith(b"/"):
             target = self.target = _origin_form(target)
         self.path = target.partition(b"?")[0]
+        self.served = served(self.path)
         connection = self.connection
         if connection and connection != b"keep-alive":
             self.keep_alive = self.keep_alive and b"close" not in connection
@@ -336,6 +362,42 @@ def read_head(head: bytes, sticky_header: bytes = b"") -> Request:
         raise BadRequest(400, "request_invalid", f"this is not a valid HTTP request: {e}") from e
     request.check(parser, head, sticky_header)
     return request
+
+
+class Repeat:
+    """A head that was read and accepted, to know it again: clients send the same one but for the body's length.
+
+    It compares all bytes, so what it knows again was checked. Made for one connection: nobody else's key is kept.
+    """
+
+    __slots__ = ("_after", "_before", "_request", "_start")
+
+    def __init__(self, before: bytes, after: bytes, request: Request) -> None:
+        self._before = before
+        self._start = len(before)
+        self._after = after
+        self._request = request
+
+    @staticmethod
+    def of(head: bytes, request: Request) -> Repeat | None:
+        """What to know again; None where the head has no length to differ in, or says something of this time only."""
+        if request.id or request.expects or request.http10 or request.length < 0:
+            return None
+        found = _LENGTH_LINE.search(head)
+        return None if found is None else Repeat(head[: found.start(1)], head[found.end(1) :], request)
+
+    def read(self, data: bytes) -> tuple[Request, int] | None:
+        """The request that the bytes begin with, and where its body begins; None where it is another head."""
+        if not data.startswith(self._before):
+            return None
+        end = data.find(b"\r", self._start, self._start + 12)
+        digits = data[self._start : end]
+        if end < 0 or not digits.isdigit() or not data.startswith(self._after, end):
+            return None
+        return self._request.again(int(digits)), end + len(self._after)
+
+
+_LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ ]*([0-9]+)\r\n", re.IGNORECASE)
 
 
 def _origin_form(target: bytes) -> bytes:

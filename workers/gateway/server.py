@@ -14,7 +14,7 @@ import msgspec
 from turnout.workers.gateway import request as requests
 from turnout.workers.gateway.errors import Refusal, json_response, response
 from turnout.workers.gateway.relay import Relay
-from turnout.workers.gateway.request import BadRequest, ChunkedBody, Request, Routing
+from turnout.workers.gateway.request import BadRequest, ChunkedBody, Repeat, Request, Routing
 from turnout.workers.gateway.transition import NoRoute
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class ClientConnection(asyncio.Protocol):
         "_deaf",
         "_need",
         "_parts",
+        "_repeat",
         "_request",
         "_taking",
         "connections",
@@ -64,6 +65,7 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = ctx.now + ctx.settings.header_s
         self._buffer = b""
         self._request: Request | None = None
+        self._repeat: Repeat | None = None
         self._need = 0
         self._parts: list[bytes] = []
         self._chunks: ChunkedBody | None = None
@@ -198,6 +200,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _take_head(self, data: bytes) -> bytes:
         """Read a head if it is complete; return what is left."""
+        if self._repeat is not None and (known := self._repeat.read(data)) is not None:
+            return self._head_read(known[0], data[known[1] :])
         settings = self._ctx.settings
         end = data.find(b"\r\n\r\n")
         if end < 0 or end > settings.max_header_bytes:
@@ -207,9 +211,14 @@ class ClientConnection(asyncio.Protocol):
             self.deadline = min(self.deadline, self._ctx.now + settings.header_s)
             self._buffer = data
             return b""
-        request = requests.read_head(data[: end + 4], settings.sticky_header.lower().encode())
-        data = data[end + 4 :]
-        length = request.length
+        head = data[: end + 4]
+        request = requests.read_head(head, settings.sticky_header.lower().encode())
+        self._repeat = Repeat.of(head, request)
+        return self._head_read(request, data[end + 4 :])
+
+    def _head_read(self, request: Request, data: bytes) -> bytes:
+        """Go on with the body; return what is left."""
+        settings, length = self._ctx.settings, request.length
         if length > settings.max_body_bytes:
             raise _too_large(settings.max_body_bytes)
         if 0 <= length <= len(data):
@@ -265,8 +274,7 @@ class ClientConnection(asyncio.Protocol):
         ctx = self._ctx
         if not request.id:
             request.id = ctx.request_id()
-        path = request.path
-        if not requests.served(path):
+        if not request.served:
             self._answer_local(request)
             return
         if request.method not in requests.METHODS:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import uvloop
 
 from turnout.events.route import Endpoint, Split
@@ -88,6 +89,19 @@ class Peer:
             while await self.reader.read(65536):
                 pass
 
+    async def until(self, event: asyncio.Event) -> None:
+        """Wait for the event. Raises ConnectionError when the gateway closes before."""
+        waiting = asyncio.ensure_future(event.wait())
+        leaving = asyncio.ensure_future(self.gone())
+        try:
+            await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not event.is_set():
+                raise ConnectionError
+        finally:
+            for task in (waiting, leaving):
+                task.cancel()
+            await asyncio.wait((waiting, leaving))
+
     def reset(self) -> None:
         """Break the connection off."""
         self.writer.transport.abort()
@@ -134,6 +148,8 @@ class Engine:
             self._server = None
         for peer in self.peers:
             peer.writer.transport.abort()
+        for task in self._tasks:
+            task.cancel()
         if self._tasks:
             await asyncio.wait(tuple(self._tasks))
 
@@ -147,8 +163,8 @@ class Engine:
         self.connections += 1
         try:
             await self.script(peer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # the gateway closed, or the test is over
         finally:
             self.open -= 1
             self.peers.remove(peer)
@@ -341,7 +357,7 @@ FAR = TimeLimits(first_byte_s=30.0, between_s=30.0, total_s=60.0)
 
 def on_stage(**settings: Any) -> Callable[[Callable[[Stage], Awaitable[None]]], Callable[[], None]]:
     """Run a test on a stage of its own, on the event loop that gateways run on."""
-    made = GatewaySettings(**{"port": 0, "limits": FAR, **settings})
+    made = msgspec.structs.replace(GatewaySettings(port=0, limits=FAR), **settings)
 
     def decorate(test: Callable[[Stage], Awaitable[None]]) -> Callable[[], None]:
         async def whole() -> None:

@@ -28,7 +28,7 @@ class Held:
             await peer.ask()
             await peer.begin_stream()
             await peer.event(b'{"n":1}')
-            await self.release.wait()
+            await peer.until(self.release)
             await peer.event(b'{"n":2}')
             await peer.end_stream()
 

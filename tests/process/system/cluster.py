@@ -300,10 +300,10 @@ class Cluster:
             await self.until(lambda: any(_joined(s, url) for s in self.seen[since:]), f"{name} has joined")
             await self.until(lambda: _listens(url), f"{name} listens")
 
-    async def logged(self, name: str, event: str) -> None:
-        """Wait until the newest process under a name has logged an event."""
-        process = self.processes[name]
-        await self.until(lambda: f'"{event}"' in self._newest_log(process), f"{name} says {event}")
+    async def logged(self, name: str, event: str, *, quoted: bool = True) -> None:
+        """Wait until the newest process under a name has logged an event; ``quoted`` false: has written a text."""
+        process, text = self.processes[name], f'"{event}"' if quoted else event
+        await self.until(lambda: text in self._newest_log(process), f"{name} says {event}")
 
     def leader(self) -> str:
         """Name of the controller that leads, by what they log; empty where none does."""

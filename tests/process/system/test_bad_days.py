@@ -15,7 +15,7 @@ from tests.process.system.cluster import Cluster, Stage, alone, free_port, on_st
 
 import turnout
 from turnout.events.instance import InstanceReady
-from turnout.events.model import EngineSpec
+from turnout.events.model import EngineSpec, Probe
 from turnout.events.route import RouteChanged
 from turnout.workers.client import DynamicModelRegistry
 from turnout.workers.registry import BaseRegistry
@@ -63,7 +63,7 @@ def test_invariant_9_a_version_that_is_not_proven_gets_no_traffic_and_the_switch
         version = f"bad{len(c.world.models['chat'].versions)}"
         load = c.load(15)
         before = len(c.seen)
-        await c.register(version, *args)
+        await c.register(version, *args, probe=Probe(expect="says"))
         code, out, err = await c.command("switch", "chat", version, "--wait", "--json")
         view = json.loads(out.splitlines()[-1])
         assert (code, view["status"]) == (1, "failed"), (out, err)
@@ -133,23 +133,37 @@ async def _run(*words: str, folder: str = "") -> tuple[int, str, str]:
     return process.returncode or 0, out.decode(), err.decode()
 
 
-def test_a_tampered_store_is_found() -> None:
+@pytest.mark.parametrize("how", ["changed", "cut short", "emptied"])
+def test_a_tampered_store_is_refused_and_serves_on(how: str) -> None:
     async def story(c: Cluster) -> None:
         await c.serving("v1", "v2")
+        load = c.load(15)
         code, out, _ = await c.command("verify", "--json")
         assert (code, json.loads(out)["status"]) == (0, "whole")
+        engines = c.engine_pids("v1"), c.engine_pids("v2")
         # when somebody changes what is stored, while the server is away
         c.nats.kill()
-        blocks = sorted((c.nats.folder / "store").rglob("EVENTS/msgs/*.blk"))
-        assert blocks
-        data = blocks[0].read_bytes()
-        assert b'"version":"v1"' in data
-        blocks[0].write_bytes(data.replace(b'"version":"v1"', b'"version":"v9"', 1))
-        # then it is told, by the server's own check or by turnout's
-        c.lost.clear()
+        (block,) = (c.nats.folder / "store").rglob("EVENTS/msgs/*.blk")
+        data = block.read_bytes()
+        changed = data.replace(b'"version":"v1"', b'"version":"v9"', 1)
+        assert changed != data
+        block.write_bytes({"changed": changed, "cut short": data[: len(data) // 2], "emptied": b""}[how])
         await c.nats.start()
+        # then the running controller ends, and no new one goes on from what is left
+        await c.until(lambda: not c.processes["c1"].alive, "the controller has ended")
+        assert c.processes["c1"].poll() == 1
+        await c.logged("c1", "the log was replaced", quoted=False)
+        c.start("c1")
+        await c.until(lambda: not c.processes["c1"].alive, "the controller has ended")
+        assert c.processes["c1"].poll() == 1
+        await c.logged("c1", "restore the store folder from a backup", quoted=False)
         code, out, err = await c.command("verify", "--json")
-        assert code == 1, (out, err)
-        assert "Traceback" not in err
+        assert (code, json.loads(out)["status"]) == (1, "broken"), (out, err)
+        # and requests go on, by the same engines
+        await c.answered(load)
+        await load.stop()
+        assert {r.outcome for r in load.replies} == {"ok"}
+        assert (c.engine_pids("v1"), c.engine_pids("v2")) == engines
+        c.lost.clear()
 
     alone(lambda: Cluster(base=SMALL), story)

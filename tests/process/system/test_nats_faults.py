@@ -116,7 +116,7 @@ async def _connected(c: Cluster, gateway: str) -> bool:
 def small_disk() -> Iterator[Path]:
     """A file system of a few MiB, where this user may make one."""
     folder = Path(tempfile.mkdtemp(prefix="to-disk-"))
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, check=False)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, check=False)
     if made.returncode:
         folder.rmdir()
         pytest.skip("this user may not mount a small disk")
@@ -176,8 +176,9 @@ async def _restarted_with(c: Cluster, most_bytes: int) -> None:
 
 
 async def _answered_with(c: Cluster, code: str) -> bool:
+    version = RegisterVersion("chat", f"x{len(c.seen)}", EngineSpec("fake"))
     try:
-        await c.client.send("version.register", RegisterVersion("chat", f"x{len(c.seen)}", EngineSpec("fake")))
+        await c.client.send("version.register", version, deadline_s=2.0)
     except Unavailable as e:
         return e.code == code
     return False

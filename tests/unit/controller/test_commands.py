@@ -15,7 +15,6 @@ from turnout.core.handling import VERBS, Defaults, StartSwitch
 from turnout.core.model import AdmitSwitch, DeregisterVersion, RegisterVersion
 from turnout.core.sagas.owed import Owed, Write
 from turnout.core.worker import JoinWorker
-from turnout.events.codec import Context
 from turnout.events.memory import MemoryStore
 from turnout.events.model import EngineSpec
 from turnout.events.store import StoreFull, Unavailable
@@ -26,6 +25,7 @@ from turnout.workers.ports import Request
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from turnout.events.codec import Context
     from turnout.events.envelope import Recorded
     from turnout.events.store import Append
 
@@ -209,11 +209,19 @@ def test_a_store_that_stays_away_is_an_infrastructure_error_and_not_a_refusal(
     assert play(scene).log == []
 
 
+def test_a_full_store_is_said_at_once() -> None:
+    async def scene(store: RoughStore, desk: Desk) -> None:
+        store.script = ["full"]
+        assert isinstance(await desk.ask("version.register", RegisterVersion("chat", "v1", FAKE)), Failed)
+
+    assert play(scene).log == []
+
+
 def test_a_bug_is_an_answer_of_its_own_and_poisons_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setitem(VERBS, ("ops", "version.deregister"), (DeregisterVersion, broken))  # type: ignore[arg-type]
+    monkeypatch.setitem(VERBS, ("ops", "version.deregister"), (DeregisterVersion, broken))
 
     async def scene(store: RoughStore, desk: Desk) -> None:
         await prepared(desk)

@@ -92,7 +92,7 @@ class Scene:
     async def equal(self) -> None:
         """Wait until the bucket is what the fold is."""
         async with asyncio.timeout(5):
-            while not (
+            while not (  # noqa: ASYNC110  each turn of the loop is a step
                 self.bucket.views == self.log.views.everything()
                 and self.bucket.stored is not None
                 and self.bucket.stored.sequence == self.log.sequence

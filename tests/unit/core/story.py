@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.sagas import placement
@@ -36,7 +36,7 @@ class Story(WorldBuilder):
         """What placement owes now."""
         return placement.agenda(self.world, config, self.now)
 
-    def later(self, seconds: float) -> Story:
+    def later(self, seconds: float) -> Self:
         """Time passes."""
         self.now += timedelta(seconds=seconds)
         return self
@@ -50,29 +50,29 @@ class Story(WorldBuilder):
         """Carry out everything that placement owes."""
         return [event for owed in self.placement(config).owed for event in self.carry_out(owed)]
 
-    def ready(self, instance: str) -> Story:
+    def ready(self, instance: str) -> Self:
         """A worker has proven the instance."""
         self.happens(InstanceReady(instance, f"unix:/run/{instance}", 1.0, 0.1, 1000, ""))
         return self
 
-    def instance(self, instance: str, version: str, worker: str = "w1", model: str = "chat") -> Story:
+    def instance(self, instance: str, version: str, worker: str = "w1", model: str = "chat") -> Self:
         """An instance was asked for and is ready."""
         self.happens(InstanceRequested(instance, model, version, worker, FAKE, "restore"))
         return self.ready(instance)
 
-    def applied(self, *gateways: str, model: str = "chat") -> Story:
+    def applied(self, *gateways: str, model: str = "chat") -> Self:
         """These gateways (all, without names) route by the newest revision."""
         for gateway in gateways or GATEWAYS:
             self.happens(RouteApplied(gateway, model, self.world.routes[model].revision))
         return self
 
-    def drained(self, version: str, *gateways: str, model: str = "chat") -> Story:
+    def drained(self, version: str, *gateways: str, model: str = "chat") -> Self:
         """These gateways (all, without names) have nothing in flight on the version."""
         for gateway in gateways or GATEWAYS:
             self.happens(VersionDrained(gateway, model, version, self.world.routes[model].revision))
         return self
 
-    def asked(self, target: str, *, source: str | None = None, **fields: object) -> Story:
+    def asked(self, target: str, *, source: str | None = None, **fields: object) -> Self:
         """Switch ``sw-1`` was asked for."""
         known: dict[str, object] = {"undo": False, "bake_s": 60.0, "drain_s": 600.0, "deadline_s": 300.0} | fields
         self.later(1.0)

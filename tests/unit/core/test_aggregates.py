@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -409,7 +410,8 @@ ROLLBACK = RollbackStarted("sw", 3, "undo", "bad", AT)
 
 
 def opened(**fields: object) -> switch.OpenSwitch:
-    known = {f: getattr(ASKED_FOR, f) for f in SwitchRequested.__struct_fields__} | fields
+    known: dict[str, Any] = {f: getattr(ASKED_FOR, f) for f in SwitchRequested.__struct_fields__}
+    known |= fields
     return switch.OpenSwitch(**known)
 
 
@@ -431,7 +433,7 @@ def test_the_whole_way_of_a_switch_each_step_once() -> None:
     ]
     now = given(switch)
     for step in steps:
-        now = now.when(step.command).then(step.event)  # type: ignore[arg-type]
+        now = now.when(step.command).then(step.event)
         now.when(step.command).then_nothing()
     assert now.state.phase == "completed"
 

@@ -54,7 +54,7 @@ def test_the_active_versions_lost_instance_is_replaced_and_the_route_repaired() 
 def test_failed_loads_are_tried_again_after_1_2_4_seconds_and_at_most_a_minute() -> None:
     story = serving()
     story.happens(InstanceFailed("i1", "serving", "crashed"))
-    waits = []
+    waits: list[float] = []
     for _ in range(9):
         waited = 0.0
         while not any(o.id.startswith("restore") for o in story.placement().owed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import pytest
 from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
@@ -27,6 +28,9 @@ from turnout.events.switch import (
     SwitchFailed,
     TargetReady,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 I1, I2 = Endpoint("i1", "unix:/run/i1"), Endpoint("i2", "unix:/run/i2")
 
@@ -196,8 +200,8 @@ def test_a_gateway_that_joins_is_awaited() -> None:
 
 
 @pytest.mark.parametrize("at", [stepping, baking, draining])
-def test_a_target_that_dies_is_rolled_back_wherever_the_switch_stands(at: object) -> None:
-    story: Story = at()  # type: ignore[operator]
+def test_a_target_that_dies_is_rolled_back_wherever_the_switch_stands(at: Callable[[], Story]) -> None:
+    story = at()
     story.happens(InstanceFailed("i2", "serving", "it crashed"))
     back, route = story.carry()
     assert isinstance(back, RollbackStarted)
@@ -213,8 +217,8 @@ def test_a_target_that_dies_is_rolled_back_wherever_the_switch_stands(at: object
 
 
 @pytest.mark.parametrize("at", [stepping, baking, draining])
-def test_with_both_versions_dead_there_is_nothing_to_go_back_to_until_placement_has_restored_one(at: object) -> None:
-    story: Story = at()  # type: ignore[operator]
+def test_with_both_versions_dead_it_waits_until_placement_has_restored_one(at: Callable[[], Story]) -> None:
+    story = at()
     story.happens(InstanceFailed("i2", "serving", "x"), InstanceFailed("i1", "serving", "x"))
     assert not any("RollbackStarted" in names(story.carry_out(o)) for o in story.owes().owed)
     story.later(5.0)

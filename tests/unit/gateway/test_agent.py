@@ -114,7 +114,7 @@ class World:
 
     def show(self, sequence: int, *views: RouteView | GatewayView) -> None:
         assert self.changed is not None
-        entries = {}
+        entries: dict[str, ViewEntry] = {}
         for view in views:
             key = f"route.{view.model}" if isinstance(view, RouteView) else OWN
             entries[key] = ViewEntry(key, msgspec.json.encode(view), sequence)
