@@ -489,12 +489,16 @@ class NatsBeats:
 
 
 class _Snapshot(msgspec.Struct):
-    """Some keys of the bucket as it was at its sequence ``at``; removed ones are there with an empty value."""
+    """Some keys of the bucket as it was at its sequence ``at``; removed ones are there with an empty value.
+
+    ``unfinished``: a commit that takes several batches was under way.
+    """
 
     at: int
     entries: dict[str, ViewEntry]
     checkpoint: Checkpoint | None = None
     checkpoint_at: int = 0
+    unfinished: bool = False
 
 
 async def _take_snapshot(nc: jsapi.Client, keys: tuple[str, ...]) -> _Snapshot:
@@ -512,6 +516,7 @@ async def _take_snapshot(nc: jsapi.Client, keys: tuple[str, ...]) -> _Snapshot:
         if entry.key == CHECKPOINT_KEY:
             snapshot.checkpoint = msgspec.json.decode(entry.value, type=Checkpoint)
             snapshot.checkpoint_at = entry.sequence
+            snapshot.unfinished = MORE_HEADER in headers
         else:
             snapshot.entries[entry.key] = entry
     return snapshot
@@ -659,11 +664,12 @@ class _Watch:
             self._stale = True
             raise
         early, self._early = self._early, None
-        self._stale = False
+        self._stale = self._outdated(snapshot) or (snapshot.unfinished and self._checkpoint is not None)
+        if self._stale:
+            return  # the next one follows soon; until then the old copy is the true one
         self._staged = {}
-        if not self._outdated(snapshot):
-            self._at = snapshot.at
-            self._replace(snapshot)
+        self._at = snapshot.at
+        self._replace(snapshot)
         for message in early:
             self._apply(message)
 
@@ -701,10 +707,11 @@ class _Watch:
     def _apply(self, message: Msg) -> None:
         headers = message.headers or {}
         entry = _entry(headers, message.data)
-        if entry.sequence <= self._at:
+        if entry.sequence <= self._at or self._stale:
             return
         if entry.sequence != self._at + 1:
-            self._stale = True
+            self._stale = True  # a snapshot follows, with this message in it
+            return
         self._at = entry.sequence
         if entry.key == CHECKPOINT_KEY:
             self._checkpoint_at = entry.sequence

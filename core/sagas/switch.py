@@ -10,6 +10,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
+from turnout.core.instance import ENDED as INSTANCE_ENDED
 from turnout.core.model import CloseSwitch
 from turnout.core.sagas import placement, routes
 from turnout.core.sagas.owed import Agenda, Owed, Write
@@ -101,6 +102,10 @@ def _load_trouble(world: World, state: SwitchState, late: bool, limit: float) ->
         command = FailSwitch(state.switch, failed.stage, failed.reason, failed.log_tail)
     elif state.phase == "ready":
         command = FailSwitch(state.switch, "serving", f"{state.target} was stopped before it got traffic")
+    elif stopped := _stopped(world, state):
+        command = FailSwitch(
+            state.switch, stopped.stage or "starting", f"{stopped.instance} was stopped while it loaded"
+        )
     elif late:
         loading = world.instances_of(state.model, state.target, "requested", "loading")
         stage = (loading[0].stage or "starting") if loading else "placement"
@@ -117,6 +122,12 @@ def _failed(world: World, state: SwitchState) -> InstanceState | None:
     """The newest failed instance among those that the switch waits for."""
     failed = [world.instances[i] for i in state.instances if world.state("instance", i).phase == "failed"]
     return failed[-1] if failed else None
+
+
+def _stopped(world: World, state: SwitchState) -> InstanceState | None:
+    """The newest instance that the switch waited for, if all of them were stopped (their worker left)."""
+    waited = [world.state("instance", i) for i in state.instances]
+    return waited[-1] if waited and all(one.phase in INSTANCE_ENDED for one in waited) else None
 
 
 def _make_ready(world: World, state: SwitchState, now: datetime) -> Agenda:

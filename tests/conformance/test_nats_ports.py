@@ -253,6 +253,29 @@ def test_more_views_than_one_batch_takes_arrive_together(
     runner.run(case())
 
 
+def test_half_a_large_commit_is_not_shown(
+    connection: Connection, clock: SystemClock, runner: asyncio.Runner, until: Until
+) -> None:
+    """The projector dies between two batches, and the readers reconnect; the next projector finishes the work."""
+
+    async def case() -> None:
+        writer = NatsViewWriter(connection, 10)
+        head = await writer.commit({"route.a": b"1", "route.b": b"1"}, at(1), 0)
+        copy = Copy()
+        watch = await NatsViewReader(connection, clock).watch(("route.*",), copy.changed)
+        head = await writer._write([("route.a", b"2")], at(1), head, more=True)  # pyright: ignore[reportPrivateUsage]
+
+        await connection.nc.force_reconnect()
+        await until(lambda: connection.disturbances[0] == 1 and connection.connected)
+        await writer.commit({"route.b": b"2"}, at(2), head)
+        await until(lambda: copy.sequence == 2)
+        await watch.close()
+
+        assert copy.calls == [({"route.a": b"1", "route.b": b"1"}, 1), ({"route.a": b"2", "route.b": b"2"}, 2)]
+
+    runner.run(case())
+
+
 def test_a_reader_catches_up_after_the_server_was_killed(
     connection: Connection,
     nats_server: EmbeddedServer,

@@ -3,7 +3,8 @@
 A nats-server and a controller are real; the document's worker, gateway and operator are played from its JSON blocks.
 """
 
-# pyright: reportUnknownMemberType=false  # nats-py is typed in part
+# nats-py is typed in part
+# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 

@@ -319,7 +319,9 @@ class SimStore:
         if net.full and process.connected:
             raise StoreFull("no room")
         if not process.connected or net.stalled or net.chance(net.faults.lost_request):
-            if process.connected and not net.stalled and net.chance(0.5):  # it is on its way still, and arrives after the sender's time-out
+            if (
+                process.connected and not net.stalled and net.chance(0.5)
+            ):  # it is on its way still, and arrives after the sender's time-out
                 net.loop.call_later(1.0 + net.rng.uniform(-0.5, LATE_S_MAX), self._late, tuple(appends), context)
             await process.no_answer(1.0, "append")
         batch = self._log.append(appends, context)

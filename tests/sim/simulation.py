@@ -466,7 +466,9 @@ async def _fault(sim: Simulation, rng: random.Random, length_s: float) -> None:
     await asyncio.sleep(rng.random() * length_s * 0.8)
     names = sorted(sim.processes)
     long_s = rng.choice((0.3, 1.5, 4.0, 9.0, 14.0))
-    kind = rng.choice(("crash", "crash", "cut", "cut", "engine", "hang", "down", "full", "stalled", "host", "leave", "wave"))
+    kind = rng.choice(
+        ("crash", "crash", "cut", "cut", "engine", "hang", "down", "full", "stalled", "host", "leave", "wave")
+    )
     sim.net.trace("fault", kind)
     match kind:
         case "crash":

@@ -347,7 +347,7 @@ def test_invariant_9_a_late_word_of_a_dead_worker_is_not_taken_for_an_engine_tha
         await sim.switch("chat", "v2", bake_s=3.0)
         await sim.until(lambda: len(events_of(sim, InstanceRequested)) == 2)
         sim.net.stalled = True
-        await sim.pause(3.0)
+        await sim.pause(2.1)
         # Loaded and proven, and the controller tries to store it; then the machine dies and loads again.
         sim.crash_host("w2")
         sim.restart("w2")

@@ -53,6 +53,7 @@ class Controller:
         self._sagas = SagaRunner(self.log, self.commands, self._liveness, clock, config)
         self._bus, self._beats, self._lease, self._clock = bus, beats, lease, clock
         self._renew_s = renew_s
+        self._until = 0.0  # until when the lease may be acted on, monotonic seconds
         #: Between two tries for the lease, seconds; with jitter, so that several candidates don't run in step.
         self._poll_s = poll_s
         self._lost_log: asyncio.Future[None] | None = None
@@ -133,9 +134,10 @@ class Controller:
         except (TimeoutError, Unavailable) as e:
             log.warning("leading_given_up", reason=str(e) or "the log is too far ahead")
             return
+        self._until = grant.until
         duties = [
             asyncio.create_task(self._keep(grant)),
-            asyncio.create_task(self._sagas.run(grant.epoch)),
+            asyncio.create_task(self._sagas.run(grant.epoch, self._may_act)),
             asyncio.create_task(self._projector.run(grant.epoch)),
         ]
         self.leading.set()
@@ -167,7 +169,10 @@ class Controller:
                 return
             if renewed is None or self._clock.monotonic() >= renewed.until:
                 return
-            grant = renewed
+            grant, self._until = renewed, renewed.until
+
+    def _may_act(self) -> bool:
+        return self._clock.monotonic() < self._until
 
     async def _let_go(self, grant: Grant) -> None:
         try:

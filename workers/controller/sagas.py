@@ -14,8 +14,11 @@ import structlog
 from turnout.core.sagas import placement, switch
 from turnout.core.sagas.owed import Agenda, merge
 from turnout.events.store import Unavailable
+from turnout.workers.controller.commands import Deposed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from turnout.core.config import ModelSwitchingConfig
     from turnout.workers.clock import Clock
     from turnout.workers.controller.commands import Commands
@@ -43,18 +46,23 @@ class SagaRunner:
         self._moved = asyncio.Event()
         log.watch(self._moved.set)
 
-    async def run(self, epoch: int) -> None:
+    async def run(self, epoch: int, may_act: Callable[[], bool]) -> None:
         """Run until cancelled.
 
+        Args:
+            epoch: of this leader's lease.
+            may_act: whether the lease still holds by the local clock. A process that stood still (a paused machine)
+                wakes with an old world and believes everybody silent: it must not write before it has looked again.
+
         Raises:
-            Deposed: another leader has taken over.
+            Deposed: another leader has taken over, or may have.
         """
         self._liveness.restart()
         while True:
             self._moved.clear()
             agenda = self.agenda()
             try:
-                progress = await self._carry_out(agenda, epoch)
+                progress = await self._carry_out(agenda, epoch, may_act)
             except Unavailable as e:
                 log.warning("saga_retried", reason=str(e))
                 await asyncio.sleep(_RETRY_S)
@@ -70,7 +78,7 @@ class SagaRunner:
         agendas.append(Agenda(self._liveness.owed(world)))
         return merge(tuple(agendas))
 
-    async def _carry_out(self, agenda: Agenda, epoch: int) -> bool:
+    async def _carry_out(self, agenda: Agenda, epoch: int, may_act: Callable[[], bool]) -> bool:
         """Carry out what does not touch the same aggregate twice: the rest is asked for again afterwards."""
         touched: set[tuple[str, str]] = set()
         progress = False
@@ -79,6 +87,8 @@ class SagaRunner:
             if touched & keys:
                 continue
             touched |= keys
+            if not may_act():
+                raise Deposed
             progress |= await self._commands.carry_out(owed, epoch)
         return progress
 

@@ -111,7 +111,9 @@ def test_a_switch_is_asked_for_watched_and_aborted(store: MemoryStore, runner: a
 
             from turnout.workers.ports import Request
 
-            await other._plane.ask("worker", "worker.join", Request("j", "w1", msgspec.Raw(WORKER)), 1)
+            await other._plane.ask(  # pyright: ignore[reportPrivateUsage]
+                "worker", "worker.join", Request("j", "w1", msgspec.Raw(WORKER)), 1
+            )
 
     runner.run(story())
 
@@ -208,7 +210,10 @@ def test_the_names_of_an_engine_are_read_without_importing_it(tmp_path: Path) ->
 
 
 def test_an_interpreter_without_engines_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    def nothing(name: str) -> None:
+        assert name
+
+    monkeypatch.setattr("importlib.util.find_spec", nothing)
     assert find_engines() == ()
 
 

@@ -183,7 +183,6 @@ def test_a_refusal_is_given_only_by_a_fold_that_is_up_to_date() -> None:
     async def scene(store: RoughStore, desk: Desk) -> None:
         await prepared(desk)
         late = Desk(store)
-        late.log._tail = None
         asyncio.get_running_loop().call_later(0.01, lambda: asyncio.ensure_future(late.log.follow()))
         assert isinstance(await late.ask("switch.start", StartSwitch("chat", "v1")), Accepted)
 

@@ -163,6 +163,14 @@ def test_a_load_that_takes_too_long_fails_with_the_stage_in_which_it_hangs() -> 
     assert "300 s (max_transition_time)" in failed.reason
 
 
+def test_a_load_that_was_stopped_with_its_worker_fails_the_switch_at_once() -> None:
+    story = loading()
+    story.happens(InstanceLoading("i2", "warming", 3.0), InstanceStopped("i2", 0.1))
+    failed = story.carry()[-1]
+    assert isinstance(failed, SwitchFailed)
+    assert (failed.stage, failed.reason) == ("warming", "i2 was stopped while it loaded")
+
+
 def test_a_target_that_was_stopped_before_it_got_traffic_fails_the_switch() -> None:
     story = loading().ready("i2")
     story.carry()
