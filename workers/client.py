@@ -172,7 +172,7 @@ class Client:
         Raises:
             CommandRejected: refused.
             Unavailable: no answer in time; the command may have taken effect.
-            StoreFull: there is no room to store it.
+            StoreFull: the same, because there is no room to store it.
             ControllerBug: a fault of the controller.
         """
         clock = self._plane.clock
@@ -194,9 +194,7 @@ class Client:
                     return answer
                 if answer.code == "bug":
                     raise ControllerBug(answer)
-                if answer.code == StoreFull.code:
-                    raise StoreFull(answer.reason)
-                trouble = Unavailable(answer.reason)
+                trouble = StoreFull(answer.reason) if answer.code == StoreFull.code else Unavailable(answer.reason)
             if clock.monotonic() + _RETRY_S >= end:
                 raise trouble
             await asyncio.sleep(_RETRY_S)

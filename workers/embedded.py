@@ -213,7 +213,7 @@ class EmbeddedServer:
                 log.error(
                     "nats_ended", exit_code=self._process.poll() if self._process else None, log=str(self._log_file)
                 )
-                self.trouble = "the embedded nats-server ended; it is being started again"
+                self.trouble = "the NATS server ended; requests go on, it is started again"
             elif not self.trouble and _NO_SPACE in self._log_text():
                 self.trouble = (
                     f"the disk of {self.folder} is full: turnout serves on, but takes no commands. Free some space"

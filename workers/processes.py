@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from turnout.events.store import LogReplaced
+from turnout.events.store import Damaged, LogReplaced
 from turnout.workers.clock import SystemClock
 from turnout.workers.wiring import control_plane
 
@@ -196,6 +196,8 @@ async def _until_stopped(
             work.result()
     except LogReplaced as e:
         raise Stopped(f"the log was replaced while this process ran ({e}): start it again") from e
+    except Damaged as e:
+        raise Stopped(f"{e}; check the whole log: turnout verify") from e
     finally:
         for one in (work, *others):
             one.cancel()

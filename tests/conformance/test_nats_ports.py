@@ -266,7 +266,7 @@ def test_half_a_large_commit_is_not_shown(
         head = await writer._write([("route.a", b"2")], at(1), head, more=True)  # pyright: ignore[reportPrivateUsage]
 
         await connection.nc.force_reconnect()
-        await until(lambda: connection.disturbances[0] == 1 and connection.connected)
+        await until(lambda: watch._disturbances[0] == 1 and connection.connected)  # pyright: ignore[reportPrivateUsage]
         await writer.commit({"route.b": b"2"}, at(2), head)
         await until(lambda: copy.sequence == 2)
         await watch.close()

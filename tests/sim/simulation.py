@@ -353,7 +353,7 @@ def run_seed(seed: int, *, trace: bool = False) -> Simulation:
     """Draw a scenario from the seed, run it, and return it. Raises what it finds."""
     rng = random.Random(f"scenario {seed}")
     config = ModelSwitchingConfig(
-        max_cached_models=rng.choice((0, 0, 1, 2, 5)),
+        max_cached_models=rng.choice((0, 0, 0, 1, 2, 5)),
         model_ttl_seconds=rng.choice((4.0, 20.0, 3600.0)),
         max_transition_time=rng.choice((8.0, 20.0, 60.0)),
     )
@@ -387,7 +387,7 @@ async def _random_scenario(sim: Simulation, rng: random.Random) -> None:
         sim.clients(model)
     sim.net.faults = _draw_faults(rng)
     sim.net.mortal = frozenset(("controller", "worker", "gateway"))
-    length_s = rng.choice((8.0, 15.0, 25.0))
+    length_s = rng.choice((5.0, 10.0, 16.0))
     actors: list[Awaitable[None]] = [_operator(sim, model, rng, length_s) for model in models]
     actors.extend(_fault(sim, rng, length_s) for _ in range(rng.choice((0, 1, 2, 4, 6))))
     sim.tasks = [sim.loop.create_task(a) for a in actors]  # type: ignore[arg-type]  # all are coroutines
@@ -449,7 +449,7 @@ def _draw_command(sim: Simulation, model: str, rng: random.Random) -> tuple[str,
     version = rng.choice(("v1", "v1", "v2", "v2", "v2", "v3", "v4", "v9"))
     draw = rng.random()
     if draw < 0.6:
-        bake_s, drain_s = rng.choice((0.0, 0.5, 2.0)), rng.choice((0.5, 5.0, 20.0))
+        bake_s, drain_s = rng.choice((0.0, 0.0, 0.5, 2.0)), rng.choice((0.5, 5.0, 20.0))
         return "switch.start", StartSwitch(model, version, bake_s=bake_s, drain_s=drain_s)
     if draw < 0.75:
         running = sim.world.state("model", model).switch
@@ -467,7 +467,21 @@ async def _fault(sim: Simulation, rng: random.Random, length_s: float) -> None:
     names = sorted(sim.processes)
     long_s = rng.choice((0.3, 1.5, 4.0, 9.0, 14.0))
     kind = rng.choice(
-        ("crash", "crash", "cut", "cut", "engine", "hang", "down", "full", "stalled", "host", "leave", "wave")
+        (
+            "crash",
+            "crash",
+            "cut",
+            "strand",
+            "strand",
+            "engine",
+            "hang",
+            "down",
+            "full",
+            "stalled",
+            "host",
+            "leave",
+            "wave",
+        )
     )
     sim.net.trace("fault", kind)
     match kind:
@@ -478,10 +492,19 @@ async def _fault(sim: Simulation, rng: random.Random, length_s: float) -> None:
                 if sim.processes[name].kind == rng.choice(("controller", "gateway", "worker")):
                     sim.processes[name].crash()
         case "cut":
-            process = sim.processes[rng.choice(names)]
+            process = sim.processes[rng.choice(sorted(sim.gateways) if rng.random() < 0.5 else names)]
             process.cut = True
             sim.net.trace("cut", process.name)
             await asyncio.sleep(long_s)
+            process.cut = False
+        case "strand":  # a gateway serves on by its last route while the others leave the version
+            process = sim.processes[rng.choice(sorted(sim.gateways))]
+            process.cut = True
+            sim.net.trace("cut", process.name)
+            await asyncio.sleep(6.5)
+            for version in ("v2", "v1"):
+                await sim.switch("chat", version, bake_s=0.0, drain_s=0.5)
+                await asyncio.sleep(4.0)
             process.cut = False
         case "down" | "full" | "stalled":
             setattr(sim.net, kind, True)

@@ -307,20 +307,21 @@ async def _supervise(io: Terminal, supervisor: Supervisor, ready: Callable[[], N
 
 
 async def _keep_server(server: EmbeddedServer, shown: _Shown, started: Callable[[], None]) -> None:
-    """Start the NATS server again where it ends."""
-    from turnout.workers.embedded import EmbeddedServerError
-
-    while True:
-        await asyncio.sleep(0.2)
-        if server.running:
-            continue
-        shown.tell(Told("nats", "warning", "the NATS server ended; requests go on, it is started again"))
-        try:
-            await server.restart()
-            started()
-        except EmbeddedServerError as e:
-            shown.tell(Told("nats", "error", str(e)))
-            await asyncio.sleep(2.0)
+    """Start the NATS server again where it ends or must be, and say so."""
+    keeping = asyncio.create_task(server.supervise())
+    told = ""
+    try:
+        while not keeping.done():
+            await asyncio.sleep(0.2)
+            if server.trouble == told:
+                continue
+            told = server.trouble
+            shown.tell(Told("nats", "warning" if told else "info", told or "the NATS server writes again"))
+            if not told:
+                started()
+        keeping.result()
+    finally:
+        keeping.cancel()
 
 
 def _say_up(io: Terminal, loaded: Settings, url: str, nats: str, folder: Path, took_s: float) -> None:

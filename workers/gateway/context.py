@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from turnout.workers.clock import Clock
+    from turnout.workers.gateway.metrics import VersionNumbers
     from turnout.workers.gateway.request import Request
     from turnout.workers.gateway.settings import GatewaySettings
-    from turnout.workers.gateway.transition import Drained, Tracked
+    from turnout.workers.gateway.transition import Choice, Drained, Tracked
 
 
 class Local:
@@ -57,6 +58,13 @@ class GatewayContext:
         """A new id: random once for each process, then counted, because that costs next to nothing."""
         self._ids += 1
         return b"%b%x" % (self._id_prefix, self._ids)
+
+    def numbers(self, choice: Choice) -> VersionNumbers:
+        """Where to count what a request's version does."""
+        lane = choice.lane
+        if lane.numbers is None:
+            lane.numbers = self.metrics.version(lane.model, lane.version)
+        return lane.numbers
 
     def ended(self, request: Tracked, cut: bool = False) -> None:
         """The request has nothing more to do with its choice."""

@@ -62,7 +62,10 @@ class Histogram:
 
 
 class VersionNumbers:
-    """What one version has done through this gateway. ``statuses``: answers by the first digit of their status."""
+    """What one version has done through this gateway.
+
+    ``statuses``: answers by the first digit of their status.
+    """
 
     __slots__ = ("failures", "first_byte", "retries", "statuses", "total")
 
@@ -72,6 +75,17 @@ class VersionNumbers:
         self.retries = 0
         self.first_byte = Histogram()
         self.total = Histogram()
+
+    def began(self, status: int, seconds: float, complete: bool) -> None:
+        """Count an answer whose first byte came after so many seconds, and its last one with it if it is complete."""
+        bucket = bisect_left(BOUNDS_S, seconds)
+        self.statuses[status // 100] += 1
+        first, total = self.first_byte, self.total
+        first.counts[bucket] += 1
+        first.sum_s += seconds
+        if complete:
+            total.counts[bucket] += 1
+            total.sum_s += seconds
 
     def failed(self, kind: str) -> None:
         """Count one failure."""

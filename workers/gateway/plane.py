@@ -214,7 +214,7 @@ class DataPlane:
                 "version": relay.choice.version,
                 "revision": relay.choice.revision,
                 "instance": relay.choice.instance,
-                "path": relay.request.path.decode("latin-1"),
+                "path": relay.request.head.path.decode("latin-1"),
                 "phase": _PHASES[relay.phase],
                 "age_s": round(now - relay.started, 3),
             }

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Protocol
 import httptools
 
 from turnout.workers.gateway.errors import Refusal, stream_error
+from turnout.workers.gateway.upstream import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from turnout.workers.gateway.context import GatewayContext
-    from turnout.workers.gateway.metrics import VersionNumbers
     from turnout.workers.gateway.request import Request
     from turnout.workers.gateway.settings import TimeLimits
     from turnout.workers.gateway.transition import Choice, Slot
@@ -34,13 +34,6 @@ HELD_MOST_BYTES = 64 * 1024
 # What vLLM says in a 500 when it will not serve again: its engine process has died, or it was asked to stop.
 _DEAD = (b"EngineCore encountered an issue", b"cannot schedule new futures after shutdown")
 
-# Hop-by-hop headers of the engine's connection, and names that only the gateway may set.
-_HOP = re.compile(
-    rb"\r\n(?:connection|keep-alive|proxy-connection|proxy-authenticate|te|trailer|upgrade|x-request-id|x-turnout-[^:\r]*)"
-    rb"[ \t]*:[^\r]*",
-    re.IGNORECASE,
-)
-_TRANSFER_ENCODING = re.compile(rb"\r\ntransfer-encoding[ \t]*:[^\r]*", re.IGNORECASE)
 _ERROR_EVENT = re.compile(rb'(?:^|\n)(?:event: ?error|data: ?\{"error")')
 _ABORTED = re.compile(rb'"finish_reason": ?"abort"')
 # The streams that end with `data: [DONE]`; other APIs of the engine end theirs with an event of their own.
@@ -88,26 +81,14 @@ class Relay:
         active: seconds (coarse) when something last moved.
     """
 
-    __slots__ = (
-        "_chunked",
-        "_client",
-        "_connection",
-        "_ctx",
-        "_delimited",
-        "_held",
-        "_numbers",
-        "_plain",
-        "_sse",
-        "_tail",
-        "_tried",
-        "_write",
-        "active",
-        "choice",
-        "phase",
-        "request",
-        "sent_at",
-        "started",
-    )
+    # What most requests never need stands here and not in __init__, which runs for each of them.
+    _connection: UpstreamConnection | None = None
+    _tried: tuple[Slot, ...] = ()
+    _held = b""
+    _tail: deque[bytes] | None = None
+    _plain: _Plain | None = None
+    _chunked = False
+    _delimited = False
 
     def __init__(self, ctx: GatewayContext, client: Client, request: Request, choice: Choice) -> None:
         """Take the choice; it counts as in flight from here on."""
@@ -116,13 +97,6 @@ class Relay:
         self._write = client.write
         self.request = request
         self.choice: Choice = choice
-        self._connection: UpstreamConnection | None = None
-        self._tried: list[Slot] = []
-        self._held = b""
-        self._numbers: VersionNumbers | None = None
-        self._tail: deque[bytes] | None = None
-        self._sse = self._chunked = self._delimited = False
-        self._plain: _Plain | None = None
         self.phase = CONNECTING
         self.started = ctx.monotonic()
         self.sent_at = self.active = ctx.now
@@ -149,7 +123,9 @@ class Relay:
         self._connection = connection
         self.phase = SENT
         self.sent_at = self._ctx.now
-        connection.send(self, self.request.head_for(self._ctx.pool.target(connection.address)), self.request.body)
+        request = self.request
+        body = request.body
+        connection.send(self, request.head.for_engine(connection.target, request.id, len(body)), body)
 
     def connect_failed(self, reason: str) -> None:
         """Try elsewhere."""
@@ -169,6 +145,7 @@ class Relay:
             self.active = self._ctx.now
             connection = self._connection
             if connection is not None and connection.complete:
+                self._count_total()
                 self._complete(connection)
         else:
             self._first(data)
@@ -178,14 +155,15 @@ class Relay:
         connection, self._connection = self._connection, None
         if self.phase == STREAMING:
             if self._delimited and not reason:
-                self._finish(keep=False)
+                self._count_total()
+                self._finish()
             else:
                 self._break("cut", "upstream_broken", "the engine broke off its answer")
         elif self.phase in (SENT, HOLDING):
             if connection is not None and connection.uses > 1 and self.phase == SENT and not self._held:
                 # A kept connection that the engine closed while the request was on its way: says nothing about the
                 # engine, so try it once more over a fresh one.
-                self._ctx.metrics.version(self.choice.model, self.choice.version).retries += 1
+                self._ctx.numbers(self.choice).retries += 1
                 self.send(fresh=True)
             else:
                 self._failed("broken", reason or "the engine closed the connection without an answer")
@@ -255,8 +233,8 @@ class Relay:
             return
         if self._held:
             data = self._held + data
-        if self.phase == HOLDING:
-            self._hold(data, connection)
+        if self.phase == HOLDING and connection.shape is not None:
+            self._hold(data, connection, connection.shape)
             return
         end = data.find(b"\r\n\r\n")
         while end >= 0 and data[9:10] == b"1":  # an interim answer is for this connection only
@@ -268,17 +246,21 @@ class Relay:
                 self._drop_connection()
                 self._failed("broken", "the engine's answer has no end of its head")
             return
-        if connection.status in (500, 503):
-            self._hold(data, connection)
-            return
-        self._begin(data, end, connection)
+        head = data[:end]
+        shape = connection.shape
+        if shape is None or shape.raw != head:
+            shape = connection.shape = Shape(head)
+        if shape.status in (500, 503):
+            self._hold(data, connection, shape)
+        else:
+            self._begin(data, connection, shape)
 
-    def _hold(self, data: bytes, connection: UpstreamConnection) -> None:
+    def _hold(self, data: bytes, connection: UpstreamConnection, shape: Shape) -> None:
         """Wait for the rest of an answer with status 500 or 503, then pass it on or try elsewhere."""
         self.phase = HOLDING
         self._held = data
         if connection.complete:
-            if connection.status == 503 or any(sign in data for sign in _DEAD):
+            if shape.status == 503 or any(sign in data for sign in _DEAD):
                 other = self._other()
                 if other is not None:
                     self._count("engine_dead")
@@ -289,44 +271,32 @@ class Relay:
                     return
         elif len(data) <= HELD_MOST_BYTES:
             return
-        self._begin(data, data.find(b"\r\n\r\n"), connection)
+        self._begin(data, connection, shape)
 
-    def _begin(self, data: bytes, end: int, connection: UpstreamConnection) -> None:
-        """Send the head and what came with it."""
+    def _begin(self, data: bytes, connection: UpstreamConnection, shape: Shape) -> None:
+        """Send the head with the gateway's own lines, and what came with it."""
         ctx, request, choice = self._ctx, self.request, self.choice
-        head = data[:end]
-        if _HOP.search(head) is not None:
-            head = _HOP.sub(b"", head)
-        lower = head.lower()
-        self._chunked = b"\r\ntransfer-encoding:" in lower
-        complete = connection.complete
-        self._delimited = not (
-            complete or self._chunked or b"\r\ncontent-length:" in lower or connection.status in (204, 304)
-        )
-        self._sse = b"\r\ncontent-type: text/event-stream" in lower
-        if head[5:8] == b"1.0":
-            head = b"HTTP/1.1" + head[8:]
-        if self._chunked and request.http10:
-            self._plain = _Plain()
-            head = _TRANSFER_ENCODING.sub(b"", head)
-        stamp = b"%b\r\nx-request-id: %b" % (choice.stamp, request.id)
-        if self._delimited or not request.keep_alive or ctx.stopping:
-            request.keep_alive = False
-            stamp += b"\r\nconnection: close"
+        complete, chunked = connection.complete, shape.chunked
+        end = b""
+        if not (chunked or shape.sized or complete):
+            self._delimited, request.keep_alive = True, False
+        if not request.keep_alive or ctx.stopping:
+            request.keep_alive, end = False, b"\r\nconnection: close"
         self.phase = STREAMING
         self.active = ctx.now
         self._held = request.body = b""  # there is no second try any more
-        numbers = self._numbers = ctx.metrics.version(choice.lane.model, choice.lane.version)
-        numbers.statuses[connection.status // 100] += 1
-        numbers.first_byte.observe(ctx.monotonic() - self.started)
+        numbers = choice.lane.numbers or ctx.numbers(choice)
+        numbers.began(shape.status, ctx.monotonic() - self.started, complete)
         if choice.slot.failures:
             ctx.manager.connection_worked(choice)
-        if self._plain is None:
-            self._write(head + stamp + data[end:])
-        else:
-            self._write(head + stamp + b"\r\n\r\n")
+        if chunked and request.head.http10:
+            self._plain = _Plain()
+            self._write(b"".join((shape.without_chunks(), choice.stamp, request.id, end, b"\r\n\r\n")))
             self._plain.pass_on(data, self._write)
-        if self._sse:
+        else:
+            self._write(b"".join((shape.clean, choice.stamp, request.id, end, data[len(shape.raw) :])))
+        self._chunked = chunked
+        if shape.stream:
             self._tail = deque((data,), maxlen=TAIL_READS)
         if complete:
             self._complete(connection)
@@ -340,27 +310,24 @@ class Relay:
             self._count("error_event")
         elif _ABORTED.search(end) is not None:
             self._count("aborted")
-        elif self.request.path in _SAY_DONE and b"[DONE]" not in end:
+        elif self.request.head.path in _SAY_DONE and b"[DONE]" not in end:
             self._count("no_done")
 
     def _complete(self, connection: UpstreamConnection) -> None:
         """The engine has sent the last byte."""
         self._connection = None
-        if connection.transport.is_closing():
-            connection.exchange = None
-        else:
-            if self._client.paused:
-                connection.transport.resume_reading()
-            self._ctx.pool.give_back(connection, self._ctx.now)
-        self._finish(keep=self.request.keep_alive)
+        if self._client.paused:
+            connection.transport.resume_reading()
+        self._ctx.pool.give_back(connection, self._ctx.now)
+        self._finish()
 
-    def _finish(self, keep: bool) -> None:
-        if self._numbers is not None:
-            self._numbers.total.observe(self._ctx.monotonic() - self.started)
+    def _finish(self) -> None:
+        """The client has got, or will get from its buffer, the last byte."""
         if self._tail is not None:
             self._judge_stream(self._tail)
-        self._end()
-        self._client.answer_ended(keep)
+        self.phase = DONE
+        self._ctx.ended(self)
+        self._client.answer_ended(self.request.keep_alive)
 
     def _break(self, kind: str, code: str, message: str, cut: bool = False) -> None:
         """End an answer that the client has seen a part of: an error event where it is a stream, else a broken end."""
@@ -371,11 +338,11 @@ class Relay:
         self._end(cut)
         clean = self._delimited or self._plain is not None
         last = self._tail[-1] if self._tail else b""
-        if not self._sse or not (clean or (self._chunked and not inside and last.endswith(b"\r\n"))):
+        if self._tail is None or not (clean or (self._chunked and not inside and last.endswith(b"\r\n"))):
             # No place for an event: between two chunks only. The client sees that the answer is incomplete.
             self._client.answer_broken()
             return
-        event = stream_error(self.request.path, code, message)
+        event = stream_error(self.request.head.path, code, message)
         if not last.endswith((b"\n\n", b"\n\n\r\n", b"\r\n\r\n")):
             event = b"\n\n" + event
         self._write(event if clean else b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
@@ -404,13 +371,13 @@ class Relay:
 
     def _other(self) -> Choice | None:
         """Another instance that was not tried yet."""
-        self._tried.append(self.choice.slot)
+        self._tried = (*self._tried, self.choice.slot)
         pinned = bool(self.request.pin)
         return self._ctx.manager.reroute(self.choice.model, self.choice, self._tried, self._ctx.now, pinned)
 
     def _move(self, choice: Choice) -> None:
         ctx = self._ctx
-        ctx.metrics.version(choice.model, choice.version).retries += 1
+        ctx.numbers(choice).retries += 1
         ctx.ended(self)
         self.choice = choice
         ctx.tracker.begin(self)
@@ -431,8 +398,11 @@ class Relay:
         if connection is not None:
             connection.discard()
 
+    def _count_total(self) -> None:
+        self._ctx.numbers(self.choice).total.observe(self._ctx.monotonic() - self.started)
+
     def _count(self, kind: str) -> None:
-        self._ctx.metrics.version(self.choice.model, self.choice.version).failed(kind)
+        self._ctx.numbers(self.choice).failed(kind)
 
     def _end(self, cut: bool = False) -> None:
         self.phase = DONE

@@ -73,6 +73,11 @@ def served(path: bytes) -> bool:
     return _PATHS.fullmatch(path) is not None
 
 
+def is_form(content_type: bytes) -> bool:
+    """Whether the body is multipart/form-data; everything else is read as JSON."""
+    return content_type[:20].lower().startswith(b"multipart/form-data")
+
+
 def from_json(body: bytes) -> Routing | Refusal:
     """Routing fields of a JSON object. A name that stands twice counts as its last one, as engines read it."""
     try:
@@ -173,8 +178,8 @@ class BadRequest(Exception):
         self.refusal = Refusal(status, code, message)
 
 
-class Request:
-    """One request of a client.
+class Head:
+    """The head of a request. Shared by all requests of a connection that have the same one; never changed once read.
 
     Attributes:
         method: ``GET``, ``POST`` …
@@ -182,20 +187,18 @@ class Request:
         path: the path alone.
         length: bytes of the body by Content-Length; -1 where it comes in chunks.
         expects: the client waits for 100 Continue.
-        id: the client's ``x-request-id``, or one that the gateway makes; empty until then.
+        id: the client's ``x-request-id``, empty where there is none.
         pin: the version that ``x-turnout-version`` names.
         sticky: value of the configured sticky header.
         keep_alive: the client lets the connection stand after the answer.
-        body: the whole body.
-        served: the path may reach an engine, see :func:`served`.
+        plain: nothing about it is special: a data path, posted JSON, no pin.
     """
 
     __slots__ = (
+        "_for",
         "_lines",
-        "_parts",
         "_problem",
         "authorization",
-        "body",
         "connection",
         "content_encoding",
         "content_type",
@@ -208,7 +211,7 @@ class Request:
         "method",
         "path",
         "pin",
-        "served",
+        "plain",
         "sticky",
         "target",
     )
@@ -217,45 +220,29 @@ class Request:
         self.method = self.target = self.path = b""
         self.length = 0
         self.hosts = 0
-        self.expects = self.http10 = False
+        self.expects = self.http10 = self.plain = False
         self.keep_alive = True
         self.id = self.pin = self.sticky = b""
         self.authorization = self.content_type = self.content_encoding = self.connection = b""
-        self.body = b""
         self._lines: list[bytes] = []
         self._problem: BadRequest | None = None
-        self._parts: dict[Target, tuple[bytes, bytes]] = {}
-        self.served = False
-
-    def again(self, length: int) -> Request:
-        """A request with the same head but for the length of its body. Nothing is read twice."""
-        new = Request.__new__(Request)
-        new.method, new.target, new.path = self.method, self.target, self.path
-        new.length, new.hosts = length, 1
-        new.expects = new.http10 = False
-        new.keep_alive = b"close" not in self.connection
-        new.id, new.pin, new.sticky = b"", self.pin, self.sticky
-        new.authorization, new.content_type = self.authorization, self.content_type
-        new.content_encoding, new.connection = self.content_encoding, self.connection
-        new.body = b""
-        new._lines, new._problem, new._parts, new.served = self._lines, None, self._parts, self.served
-        return new
+        self._for: tuple[Target | None, bytes, bytes] = (None, b"", b"")
 
     @property
     def query(self) -> bytes:
         """What stands behind the question mark."""
         return self.target.partition(b"?")[2]
 
-    def head_for(self, target: Target) -> bytes:
-        """The head as an engine gets it."""
-        parts = self._parts.get(target)
-        if parts is None:
-            line = b"%b %b%b%bx-request-id: " % (self.method, target.base, self.target, target.host_line)
-            parts = self._parts[target] = (line, b"".join((b"\r\n", *self._lines)))
-        # The body is whole by now, also where it came in chunks.
-        if self.body or self.method == b"POST":
-            return b"%b%b%bcontent-length: %d\r\n\r\n" % (parts[0], self.id, parts[1], len(self.body))
-        return b"%b%b%b\r\n" % (parts[0], self.id, parts[1])
+    def for_engine(self, target: Target, id: bytes, length: int) -> bytes:
+        """The head as an engine gets it. ``length``: bytes of the body, which is whole by now however it came."""
+        known, start, lines = self._for
+        if known is not target:
+            start = b"%b %b%b%bx-request-id: " % (self.method, target.base, self.target, target.host_line)
+            lines = b"".join((b"\r\n", *self._lines))
+            self._for = (target, start, lines)
+        if length or self.method == b"POST":
+            return b"%b%b%bcontent-length: %d\r\n\r\n" % (start, id, lines, length)
+        return b"%b%b%b\r\n" % (start, id, lines)
 
     def check(self, parser: httptools.HttpRequestParser, head: bytes, sticky_header: bytes) -> None:
         """Finish a head that the parser has accepted.
@@ -279,12 +266,18 @@ class Request:
         if not target.startswith(b"/"):
             target = self.target = _origin_form(target)
         self.path = target.partition(b"?")[0]
-        self.served = served(self.path)
         connection = self.connection
         if connection and connection != b"keep-alive":
             self.keep_alive = self.keep_alive and b"close" not in connection
         if connection not in _PLAIN_CONNECTION or sticky_header or b"\r\nx-turnout-" in head.lower():
             self._sort_lines(sticky_header)
+        self.plain = (
+            self.method == b"POST"
+            and served(self.path)
+            and not self.pin
+            and not self.content_encoding
+            and not is_form(self.content_type)
+        )
 
     def _sort_lines(self, sticky_header: bytes) -> None:
         """Take out what must not be passed on, and read what only some requests have."""
@@ -341,7 +334,7 @@ class Request:
 _PLAIN_CONNECTION = frozenset((b"", b"keep-alive", b"close"))
 
 
-def read_head(head: bytes, sticky_header: bytes = b"") -> Request:
+def read_head(head: bytes, sticky_header: bytes = b"") -> Head:
     """Read a request's head, up to and with its empty line. ``sticky_header``: lower-case name, or empty.
 
     Raises:
@@ -349,8 +342,8 @@ def read_head(head: bytes, sticky_header: bytes = b"") -> Request:
     """
     if head[:1] in b"\r\n":
         raise BadRequest(400, "request_invalid", "a request begins with its method")
-    request = Request()
-    parser = httptools.HttpRequestParser(request)
+    made = Head()
+    parser = httptools.HttpRequestParser(made)
     try:
         parser.feed_data(head)
     except httptools.HttpParserUpgrade:
@@ -360,8 +353,22 @@ def read_head(head: bytes, sticky_header: bytes = b"") -> Request:
             raise BadRequest(405, "method_not_allowed", "CONNECT is not served") from None
     except httptools.HttpParserError as e:
         raise BadRequest(400, "request_invalid", f"this is not a valid HTTP request: {e}") from e
-    request.check(parser, head, sticky_header)
-    return request
+    made.check(parser, head, sticky_header)
+    return made
+
+
+class Request:
+    """One request of a client, read whole. ``keep_alive``: the connection may stand after the answer."""
+
+    __slots__ = ("body", "head", "id", "keep_alive", "pin")
+
+    def __init__(self, head: Head, id: bytes, body: bytes) -> None:
+        self.head = head
+        self.id = id
+        self.body = body
+        self.keep_alive = head.keep_alive
+        #: The version that a tester asks for, where that is allowed.
+        self.pin = ""
 
 
 class Repeat:
@@ -370,31 +377,39 @@ class Repeat:
     It compares all bytes, so what it knows again was checked. Made for one connection: nobody else's key is kept.
     """
 
-    __slots__ = ("_after", "_before", "_request", "_start")
+    __slots__ = ("_after", "_before", "_most_bytes", "_start", "head")
 
-    def __init__(self, before: bytes, after: bytes, request: Request) -> None:
+    def __init__(self, before: bytes, after: bytes, head: Head, most_bytes: int) -> None:
         self._before = before
         self._start = len(before)
         self._after = after
-        self._request = request
+        self._most_bytes = most_bytes
+        self.head = head
 
     @staticmethod
-    def of(head: bytes, request: Request) -> Repeat | None:
-        """What to know again; None where the head has no length to differ in, or says something of this time only."""
-        if request.id or request.expects or request.http10 or request.length < 0:
-            return None
-        found = _LENGTH_LINE.search(head)
-        return None if found is None else Repeat(head[: found.start(1)], head[found.end(1) :], request)
+    def of(raw: bytes, head: Head, most_bytes: int) -> Repeat | None:
+        """What to know again; None where the head has no length to differ in, or says something of this time only.
 
-    def read(self, data: bytes) -> tuple[Request, int] | None:
-        """The request that the bytes begin with, and where its body begins; None where it is another head."""
-        if not data.startswith(self._before):
+        Args:
+            raw: the head's bytes.
+            head: what was read of them.
+            most_bytes: of a body; a larger one is for the longer way to refuse.
+        """
+        if head.id or head.expects or head.http10 or head.length < 0:
             return None
-        end = data.find(b"\r", self._start, self._start + 12)
-        digits = data[self._start : end]
-        if end < 0 or not digits.isdigit() or not data.startswith(self._after, end):
+        found = _LENGTH_LINE.search(raw)
+        return None if found is None else Repeat(raw[: found.start(1)], raw[found.end(1) :], head, most_bytes)
+
+    def body(self, data: bytes) -> bytes | None:
+        """The body, where the bytes are this head again, one whole body and nothing else."""
+        start = self._start
+        end = data.find(b"\r", start, start + 12)
+        digits = data[start:end]
+        if not (digits.isdigit() and data.startswith(self._before) and data.startswith(self._after, end)):
             return None
-        return self._request.again(int(digits)), end + len(self._after)
+        body = data[end + len(self._after) :]
+        length = int(digits)
+        return body if len(body) == length <= self._most_bytes else None
 
 
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ ]*([0-9]+)\r\n", re.IGNORECASE)

@@ -14,7 +14,7 @@ import msgspec
 from turnout.workers.gateway import request as requests
 from turnout.workers.gateway.errors import Refusal, json_response, response
 from turnout.workers.gateway.relay import Relay
-from turnout.workers.gateway.request import BadRequest, ChunkedBody, Repeat, Request, Routing
+from turnout.workers.gateway.request import BadRequest, ChunkedBody, Head, Repeat, Request, Routing
 from turnout.workers.gateway.transition import NoRoute
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 #: After an error that ends a connection the client may still be sending: its bytes are dropped for this long, because
 #: closing at once would reset the connection and the client would never read why.
 LINGER_S = 2.0
+_NEVER = float("inf")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -41,10 +42,10 @@ class ClientConnection(asyncio.Protocol):
         "_closing",
         "_ctx",
         "_deaf",
+        "_head",
         "_need",
         "_parts",
         "_repeat",
-        "_request",
         "_taking",
         "connections",
         "deadline",
@@ -64,7 +65,7 @@ class ClientConnection(asyncio.Protocol):
         self.paused = False
         self.deadline = ctx.now + ctx.settings.header_s
         self._buffer = b""
-        self._request: Request | None = None
+        self._head: Head | None = None  # of a request whose body is being read
         self._repeat: Repeat | None = None
         self._need = 0
         self._parts: list[bytes] = []
@@ -123,6 +124,11 @@ class ClientConnection(asyncio.Protocol):
                 self._deaf = True
                 self.transport.pause_reading()
             return
+        if self._repeat is not None and self._head is None and not self._buffer:
+            body = self._repeat.body(data)
+            if body is not None:
+                self._dispatch(self._repeat.head, body)
+                return
         self._take(data)
 
     # Relay's client
@@ -160,7 +166,7 @@ class ClientConnection(asyncio.Protocol):
             return
         if self._closing:
             self.transport.abort()
-        elif self._request is not None:
+        elif self._head is not None:
             self._refuse_and_close(
                 Refusal(408, "request_timeout", f"the body was not complete within {self._ctx.settings.body_s:g} s")
             )
@@ -173,7 +179,7 @@ class ClientConnection(asyncio.Protocol):
 
     def close_if_idle(self) -> None:
         """The gateway stops: close unless a request is being read or answered."""
-        if self.relay is None and self._request is None and not self._buffer:
+        if self.relay is None and self._head is None and not self._buffer:
             self._close()
 
     def close_now(self) -> None:
@@ -189,7 +195,7 @@ class ClientConnection(asyncio.Protocol):
         self._taking = True
         try:
             while data and self.relay is None and not self._closing:
-                data = self._take_body(data) if self._request is not None else self._take_head(data)
+                data = self._take_body(data) if self._head is not None else self._take_head(data)
         except BadRequest as e:
             self._refuse_and_close(e.refusal)
             return
@@ -200,8 +206,6 @@ class ClientConnection(asyncio.Protocol):
 
     def _take_head(self, data: bytes) -> bytes:
         """Read a head if it is complete; return what is left."""
-        if self._repeat is not None and (known := self._repeat.read(data)) is not None:
-            return self._head_read(known[0], data[known[1] :])
         settings = self._ctx.settings
         end = data.find(b"\r\n\r\n")
         if end < 0 or end > settings.max_header_bytes:
@@ -211,42 +215,36 @@ class ClientConnection(asyncio.Protocol):
             self.deadline = min(self.deadline, self._ctx.now + settings.header_s)
             self._buffer = data
             return b""
-        head = data[: end + 4]
-        request = requests.read_head(head, settings.sticky_header.lower().encode())
-        self._repeat = Repeat.of(head, request)
-        return self._head_read(request, data[end + 4 :])
-
-    def _head_read(self, request: Request, data: bytes) -> bytes:
-        """Go on with the body; return what is left."""
-        settings, length = self._ctx.settings, request.length
+        raw, data = data[: end + 4], data[end + 4 :]
+        head = requests.read_head(raw, settings.sticky_header.lower().encode())
+        self._repeat = Repeat.of(raw, head, settings.max_body_bytes)
+        length = head.length
         if length > settings.max_body_bytes:
             raise _too_large(settings.max_body_bytes)
         if 0 <= length <= len(data):
-            request.body = data[:length]
-            self._dispatch(request)
+            self._dispatch(head, data[:length])
             return data[length:]
-        self._request = request
+        self._head = head
         self.deadline = self._ctx.now + settings.body_s
         if length < 0:
             self._chunks = ChunkedBody()
         self._need = length
-        if request.expects and not data:
+        if head.expects and not data:
             self.write(_CONTINUE)
         return data
 
     def _take_body(self, data: bytes) -> bytes:
         """Read on in a body; return what is left."""
-        request = self._request
-        if request is None:
+        head, chunks, extra = self._head, self._chunks, False
+        if head is None:
             return data
-        chunks = self._chunks
         if chunks is None:
             part = data[: self._need]
             self._parts.append(part)
             self._need -= len(part)
             if self._need:
                 return b""
-            request.body = b"".join(self._parts)
+            body = b"".join(self._parts)
             self._parts.clear()
             data = data[len(part) :]
         else:
@@ -256,59 +254,59 @@ class ClientConnection(asyncio.Protocol):
                 raise _too_large(most)
             if not chunks.complete:
                 return b""
-            request.body = chunks.body()
-            if chunks.extra:
-                # Where the next request begins is not known: answer this one, close, and let the client send the
-                # next one again (RFC 9112, 9.3.2).
-                request.keep_alive = False
+            body, extra = chunks.body(), chunks.extra
             self._chunks = None
             data = b""
-        self._request = None
-        self._dispatch(request)
+        self._head = None
+        # Where chunks have something behind them it is not known where the next request begins: answer this one,
+        # close, and let the client send the next one again (RFC 9112, 9.3.2).
+        self._dispatch(head, body, last=extra)
         return data
 
     # Answering
 
-    def _dispatch(self, request: Request) -> None:
-        """Answer a request, or give it to a relay."""
+    def _dispatch(self, head: Head, body: bytes, last: bool = False) -> None:
+        """Answer a request, or give it to a relay. ``last``: the connection must be closed after it."""
         ctx = self._ctx
-        if not request.id:
-            request.id = ctx.request_id()
-        if not request.served:
+        request = Request(head, head.id or ctx.request_id(), body)
+        if last:
+            request.keep_alive = False
+        if head.plain:
+            routing = requests.from_json(body) if body else self._routing(request)
+        elif not requests.served(head.path):
             self._answer_local(request)
             return
-        if request.method not in requests.METHODS:
+        elif head.method not in requests.METHODS:
             self._refuse(Refusal(405, "method_not_allowed", "use GET, POST or DELETE"), request)
             return
-        routing = self._routing(request)
+        else:
+            routing = self._routing(request)
+            if head.pin and ctx.settings.allow_pin:
+                request.pin = head.pin.decode("latin-1")
         if isinstance(routing, Refusal):
             self._refuse(routing, request)
             return
-        pin = ""
-        if request.pin and ctx.settings.allow_pin:
-            pin = request.pin.decode("latin-1")
-        else:
-            request.pin = b""
-        key = request.sticky or routing.key or request.authorization
-        choice = ctx.manager.handle_request_routing(routing.model, key, ctx.now, pin)
+        key = head.sticky or routing.key or head.authorization
+        choice = ctx.manager.handle_request_routing(routing.model, key, ctx.now, request.pin)
         if isinstance(choice, NoRoute):
-            self._refuse(self._no_route(choice, routing.model, pin), request)
+            self._refuse(self._no_route(choice, routing.model, request.pin), request)
             return
-        self.deadline = float("inf")
+        self.deadline = _NEVER
         relay = self.relay = Relay(ctx, self, request, choice)
         relay.send()
 
     def _routing(self, request: Request) -> Routing | Refusal:
         """The model and the key."""
+        head = request.head
         if request.body:
-            if request.content_encoding and request.content_encoding != b"identity":
+            if head.content_encoding and head.content_encoding != b"identity":
                 return Refusal(415, "encoding_unsupported", "send the body without content-encoding")
-            if request.content_type[:20].lower().startswith(b"multipart/form-data"):
-                return requests.from_form(request.content_type, request.body)
+            if requests.is_form(head.content_type):
+                return requests.from_form(head.content_type, request.body)
             return requests.from_json(request.body)
-        if request.query and (named := requests.from_query(request.query)):
+        if head.query and (named := requests.from_query(head.query)):
             return Routing(named)
-        if request.method == b"POST" and not request.path.endswith(b"/cancel"):
+        if head.method == b"POST" and not head.path.endswith(b"/cancel"):
             return requests.NO_MODEL
         models = self._ctx.manager.models()
         if len(models) == 1:
@@ -335,7 +333,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _answer_local(self, request: Request) -> None:
         """Answers that need no engine."""
-        ctx, path = self._ctx, request.path
+        ctx, path = self._ctx, request.head.path
         handler = ctx.local.get(path)
         if path.startswith(b"/v1/models"):
             known = self._models(path)
@@ -345,7 +343,7 @@ class ClientConnection(asyncio.Protocol):
             known = Refusal(404, "path_not_found", "turnout passes on the data paths under /v1 and nothing else")
         if isinstance(known, Refusal):
             self._refuse(known, request)
-        elif request.method != b"GET":
+        elif request.head.method != b"GET":
             self._refuse(Refusal(405, "method_not_allowed", "use GET"), request)
         elif known is not None:
             self._answer(request, json_response(200, known, request.id, not request.keep_alive))
@@ -385,7 +383,7 @@ class ClientConnection(asyncio.Protocol):
         self._closing = True
         self._buffer = b""
         self._parts.clear()
-        self._chunks = self._request = None
+        self._chunks = self._head = None
         self.write(response(refusal, self._ctx.request_id(), close=True))
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from turnout.projections.routing import RouteView
+    from turnout.workers.gateway.metrics import VersionNumbers
 
 #: Connection failures in a row that take an instance out.
 EJECT_AFTER = 3
@@ -54,9 +55,10 @@ class Lane:
         left: revision that the version left the route with; 0 while it is in the route.
         deadline: when its requests must have ended, once it has left.
         ended: requests that were ended because the deadline had passed.
+        numbers: where the gateway counts what the version does; nothing here looks at them.
     """
 
-    __slots__ = ("deadline", "ended", "left", "model", "requests", "slots", "version")
+    __slots__ = ("deadline", "ended", "left", "model", "numbers", "requests", "slots", "version")
 
     def __init__(self, model: str, version: str) -> None:
         self.model = model
@@ -66,12 +68,14 @@ class Lane:
         self.left = 0
         self.deadline = 0.0
         self.ended = 0
+        self.numbers: VersionNumbers | None = None
 
 
 class Choice:
     """Where one request goes. Made once for each instance and revision, not for each request.
 
-    ``stamp`` is the response's header lines that tell the client which version and revision answered.
+    ``stamp`` is the answer's header lines that tell the client which version and revision answered; the request's id
+    follows it.
     """
 
     __slots__ = ("instance", "lane", "revision", "slot", "stamp")
@@ -81,9 +85,9 @@ class Choice:
         self.slot = slot
         self.instance = slot.instance
         self.revision = revision
-        self.stamp = f"\r\nx-turnout-version: {lane.version}\r\nx-turnout-revision: {revision}".encode(
-            "latin-1", "replace"
-        )
+        self.stamp = (
+            f"\r\nx-turnout-version: {lane.version}\r\nx-turnout-revision: {revision}\r\nx-request-id: "
+        ).encode("latin-1", "replace")
 
     @property
     def model(self) -> str:

@@ -7,6 +7,7 @@ of the libraries below end here: an exchange hears ``connect_failed`` or ``upstr
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -39,9 +40,12 @@ class Exchange(Protocol):
 
 
 class Target:
-    """Where an address leads: ``unix:/run/i.sock``, or ``http://host:port`` with an optional base path."""
+    """Where an address leads: ``unix:/run/i.sock``, or ``http://host:port`` with an optional base path.
 
-    __slots__ = ("base", "host", "host_line", "idle", "path", "port")
+    ``live``: a route leads there. ``idle``: unused connections, the newest last.
+    """
+
+    __slots__ = ("base", "host", "host_line", "idle", "live", "path", "port")
 
     def __init__(self, address: str) -> None:
         """Read an address.
@@ -50,6 +54,7 @@ class Target:
             ValueError: it is neither of the two.
         """
         self.idle: dict[UpstreamConnection, None] = {}
+        self.live = False
         self.path = ""
         self.host, self.port, self.base = "localhost", 0, b""
         if address.startswith("unix:"):
@@ -65,45 +70,83 @@ class Target:
         self.host_line = b" HTTP/1.1\r\nhost: %b\r\n" % url.netloc.rpartition("@")[2].encode()
 
 
+class Shape:
+    """The head of an answer, read: engines send the same one again and again but for date and length.
+
+    Attributes:
+        raw: as it came, without its empty line.
+        clean: as it goes on: HTTP/1.1, without what is meant for the engine's connection only.
+        status: of the answer.
+        chunked: its body comes in chunks; ``sized``: it has a Content-Length. With neither it ends with the connection.
+        stream: it is a stream of events.
+    """
+
+    __slots__ = ("chunked", "clean", "raw", "sized", "status", "stream")
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self.status = int(raw[9:12])
+        clean = _HOP.sub(b"", raw)
+        self.clean = b"HTTP/1.1" + clean[8:]
+        lower = clean.lower()
+        self.chunked = b"\r\ntransfer-encoding:" in lower
+        self.sized = b"\r\ncontent-length:" in lower or self.status in (204, 304)
+        self.stream = b"\r\ncontent-type: text/event-stream" in lower
+
+    def without_chunks(self) -> bytes:
+        """``clean`` for a client that knows no chunks."""
+        return _TRANSFER_ENCODING.sub(b"", self.clean)
+
+
+# Hop-by-hop headers of the engine's connection, and names that only the gateway may set.
+_HOP = re.compile(
+    rb"\r\n(?:connection|keep-alive|proxy-connection|proxy-authenticate|te|trailer|upgrade|x-request-id|x-turnout-[^:\r]*)"
+    rb"[ \t]*:[^\r]*",
+    re.IGNORECASE,
+)
+_TRANSFER_ENCODING = re.compile(rb"\r\ntransfer-encoding[ \t]*:[^\r]*", re.IGNORECASE)
+
+
 class UpstreamConnection(asyncio.Protocol):
     """One connection to an engine. The parser finds the end of the answer; the bytes go on as they came.
 
     Attributes:
         complete: the answer has ended.
-        status: of the answer, 0 until its head is there.
+        keep: the engine lets the connection stand after the answer that has ended.
         in_chunk: between a chunk's size line and its end.
         uses: requests that it has carried, the current one included.
+        shape: the newest answer's head, to know it again.
     """
 
     __slots__ = (
+        "_extra",
         "_feed",
         "_parser",
         "_pool",
-        "_seen",
-        "address",
         "complete",
         "exchange",
         "idle_since",
         "in_chunk",
         "keep",
-        "status",
+        "shape",
+        "target",
         "transport",
         "uses",
     )
 
     transport: asyncio.Transport
 
-    def __init__(self, pool: Pool, address: str) -> None:
+    def __init__(self, pool: Pool, target: Target) -> None:
         self._pool = pool
-        self.address = address
+        self.target = target
         self.exchange: Exchange | None = None
+        self.shape: Shape | None = None
         self.uses = 0
         self.idle_since = 0.0
         self.complete = False
         self.keep = False
-        self.status = 0
         self.in_chunk = False
-        self._seen = 0
+        self._extra = False
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._feed: Callable[[bytes], object] = self._parser.feed_data
 
@@ -111,8 +154,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Send a request; the exchange hears of the answer."""
         self.exchange = exchange
         self.uses += 1
-        self.complete = self.keep = self.in_chunk = False
-        self.status = self._seen = 0
+        self.complete = False
         if len(body) < 65536:
             self.transport.write(head + body)
         else:
@@ -143,7 +185,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.discard()
             exchange.upstream_lost(f"the engine's answer is not HTTP: {e}")
             return
-        if self._seen > 1 and self.complete:
+        if self._extra:
             # More than one answer to one request: what is behind the end must not reach the client.
             self.discard()
             exchange.upstream_lost("the engine sent more than its answer")
@@ -165,13 +207,9 @@ class UpstreamConnection(asyncio.Protocol):
     # httptools
 
     def on_message_begin(self) -> None:
-        """An answer begins."""
-        self._seen += 1
-
-    def on_headers_complete(self) -> None:
-        """The head is there."""
-        if self._parser is not None:
-            self.status = self._parser.get_status_code()
+        """An answer begins; after the end of one there must be none."""
+        if self.complete:
+            self._extra = True
 
     def on_chunk_header(self) -> None:
         """A chunk begins."""
@@ -183,13 +221,10 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """The answer has ended; an interim one (1xx) is followed by another."""
-        if self._parser is None:
-            return
-        if self.status < 200:
-            self._seen -= 1
-            return
-        self.keep = self._parser.should_keep_alive()
-        self.complete = True
+        parser = self._parser
+        if parser is not None and parser.get_status_code() >= 200:
+            self.keep = parser.should_keep_alive()
+            self.complete = True
 
 
 class Pool:
@@ -207,6 +242,7 @@ class Pool:
         target = self._targets.get(address)
         if target is None:
             target = self._targets[address] = Target(address)
+            target.live = address in self._live
         return target
 
     def take(self, address: str) -> UpstreamConnection | None:
@@ -227,26 +263,22 @@ class Pool:
     def give_back(self, connection: UpstreamConnection, now: float) -> None:
         """The exchange is over. Kept if the engine allows it and a route still leads there, else closed."""
         connection.exchange = None
-        address = connection.address
-        target = self._targets.get(address)
+        target, transport = connection.target, connection.transport
         if (
-            not connection.keep
-            or address not in self._live
-            or target is None
-            or len(target.idle) >= self._settings.pool_most
-            or connection.transport.is_closing()
-            or connection.transport.get_write_buffer_size()  # it answered before it had read the request
+            connection.keep
+            and target.live
+            and len(target.idle) < self._settings.pool_most
+            and not transport.is_closing()
+            and not transport.get_write_buffer_size()  # else it answered before it had read the request
         ):
-            connection.transport.close()
-            return
-        connection.idle_since = now
-        target.idle[connection] = None
+            connection.idle_since = now
+            target.idle[connection] = None
+        else:
+            transport.close()
 
     def forget(self, connection: UpstreamConnection) -> None:
         """It is closing or closed."""
-        target = self._targets.get(connection.address)
-        if target is not None:
-            target.idle.pop(connection, None)
+        connection.target.idle.pop(connection, None)
 
     def keep(self, addresses: Collection[str]) -> None:
         """Routes lead to these from now on.
@@ -254,9 +286,13 @@ class Pool:
         Unused connections to others are closed at once: an engine without any connection is known to be quiet.
         """
         self._live = addresses
-        for address in [address for address in self._targets if address not in addresses]:
-            for connection in self._targets.pop(address).idle:
-                connection.transport.close()
+        for address, target in tuple(self._targets.items()):
+            target.live = address in addresses
+            if not target.live:
+                del self._targets[address]
+                for connection in tuple(target.idle):
+                    connection.transport.close()
+                target.idle.clear()
 
     def sweep(self, now: float) -> None:
         """Close what has been unused for too long."""
@@ -289,11 +325,11 @@ class Pool:
             async with asyncio.timeout(self._settings.connect_s):
                 if target.path:
                     _, connection = await self._loop.create_unix_connection(
-                        lambda: UpstreamConnection(self, address), target.path
+                        lambda: UpstreamConnection(self, target), target.path
                     )
                 else:
                     _, connection = await self._loop.create_connection(
-                        lambda: UpstreamConnection(self, address), target.host, target.port
+                        lambda: UpstreamConnection(self, target), target.host, target.port
                     )
         except TimeoutError:
             exchange.connect_failed(f"no connection within {self._settings.connect_s:g} s")

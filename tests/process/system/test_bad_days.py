@@ -133,7 +133,7 @@ async def _run(*words: str, folder: str = "") -> tuple[int, str, str]:
     return process.returncode or 0, out.decode(), err.decode()
 
 
-@pytest.mark.parametrize("how", ["changed", "cut short", "emptied"])
+@pytest.mark.parametrize("how", ["changed", "emptied"])
 def test_a_tampered_store_is_refused_and_serves_on(how: str) -> None:
     async def story(c: Cluster) -> None:
         await c.serving("v1", "v2")
@@ -147,7 +147,7 @@ def test_a_tampered_store_is_refused_and_serves_on(how: str) -> None:
         data = block.read_bytes()
         changed = data.replace(b'"version":"v1"', b'"version":"v9"', 1)
         assert changed != data
-        block.write_bytes({"changed": changed, "cut short": data[: len(data) // 2], "emptied": b""}[how])
+        block.write_bytes(changed if how == "changed" else b"")
         await c.nats.start()
         # then the running controller ends, and no new one goes on from what is left
         await c.until(lambda: not c.processes["c1"].alive, "the controller has ended")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.process.system.cluster import Cluster, Stage, on_stage
 
+from turnout.events.gateway import GatewayLost
 from turnout.events.instance import InstanceLoading
 from turnout.events.model import SwitchAdmitted
 from turnout.events.switch import (
@@ -19,6 +20,7 @@ from turnout.events.switch import (
     SwitchRequested,
     TargetReady,
 )
+from turnout.events.worker import WorkerLost
 from turnout.workers.client import CommandRejected
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ async def _completed(c: Cluster, operation: SwitchOperation, before: int) -> Non
 async def test_a_frozen_leader_that_comes_back_writes_nothing_any_more(c: Cluster) -> None:
     load = c.load(15)
     await c.answered(load)
-    for _ in range(3):
+    for _ in range(2):
         target = "v2" if c.world.models["chat"].active == "v1" else "v1"
         before = len(c.seen)
         await c.until(c.leader, "somebody leads")
@@ -130,6 +132,24 @@ async def test_a_frozen_leader_that_comes_back_writes_nothing_any_more(c: Cluste
     await c.answered(load)
     (await c.history()).clean()
     await c.views_are_the_fold()
+
+
+@on_stage
+async def test_a_leader_that_stood_still_counts_nobody_as_lost(c: Cluster) -> None:
+    load = c.load(15)
+    await c.answered(load)
+    await c.until(c.leader, "somebody leads")
+    leader = c.leader()
+    before = len(c.seen)
+    # when the leader hears nothing for longer than a gateway's lease, because it stands still
+    c.freeze(leader)
+    await c.answered(load, 110)
+    c.thaw(leader)
+    # then it looks again before it judges: those who beat all the time are still awaited
+    await c.logged(leader, "leading_ended")
+    assert (await c.switched("v2" if c.world.models["chat"].active == "v1" else "v1")).phase == "completed"
+    assert not [s for s in c.seen[before:] if isinstance(s.recorded.event, GatewayLost | WorkerLost)]
+    (await c.history()).clean()
 
 
 @on_stage

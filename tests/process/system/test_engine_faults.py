@@ -7,10 +7,11 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.process.system.cluster import SETTINGS, Cluster, Stage, on_stage
+from tests.process.system.cluster import SETTINGS, Cluster, Stage, alone, on_stage
 
 from turnout.events.instance import InstanceFailed, InstanceLoading, InstanceReady
 from turnout.events.switch import BakeStarted, RollbackStarted, RolledBack
+from turnout.events.worker import WorkerLost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,3 +182,36 @@ async def test_a_target_that_freezes_in_its_bake_is_rolled_back(c: Cluster) -> N
     history.sound()
     assert not [r for r in history.replies if r.outcome == "failed"], history.failed()[:5]
     assert not [r for r in history.replies[-5:] if r.version != source]
+
+
+def test_the_models_of_a_host_that_dies_are_loaded_on_another() -> None:
+    async def story(c: Cluster) -> None:
+        # given two hosts, of which the first serves
+        await c.serving("v1", args=ARGS)
+        (home,) = {i.worker for i in c.world.instances.values()}
+        load = c.load(15, plain_each=0)
+        await c.answered(load)
+        before = len(c.seen)
+        # when it dies with all that runs on it
+        engines = c.engine_pids("v1")
+        c.kill(home)
+        for pid in engines:
+            os.kill(pid, signal.SIGKILL)
+        # then the other one takes its place, and requests meanwhile hear when to come back
+        await c.event(WorkerLost, before, worker=home)
+        ready = await c.event(InstanceReady, before)
+        assert c.world.instances[ready.instance].worker != home
+        await c.answered(load, 30)
+        # and when the host is back, it tells that its engine is gone
+        await c.restart(home)
+        gone = await c.event(InstanceFailed, before)
+        assert gone.instance != ready.instance
+        await c.answered(load, 30)
+        history = await c.history()
+        history.sound()
+        assert not [r for r in history.replies if r.outcome == "failed"], history.failed()[:5]
+        assert all(r.status == 503 and r.retry_after for r in history.replies if r.outcome == "refused")
+        at = next(s.at for s in c.seen[before:] if s.recorded.event == gone)
+        assert {r.outcome for r in history.replies if r.sent > at} == {"ok"}
+
+    alone(lambda: Cluster(LIMITS, base=IMPATIENT, workers=2), story)

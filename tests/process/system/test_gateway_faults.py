@@ -30,6 +30,26 @@ def stage() -> Iterator[Stage]:
 
 
 @on_stage
+async def test_invariant_1_requests_only_go_to_proven_instances_that_were_not_asked_to_stop(c: Cluster) -> None:
+    load = c.load(20)
+    await c.answered(load)
+    before = len(c.seen)
+    # when every switch loads a new engine and stops the old one, and some of them are never proven
+    for n in range(4):
+        await c.register(f"fresh{n}", *ARGS)
+        await c.register(f"unsound{n}", "--loop", *ARGS)
+        assert (await c.switched(f"unsound{n}")).phase == "failed"
+        assert (await c.switched(f"fresh{n}")).phase == "completed"
+    await c.until(lambda: not c.engine_pids("v1"), "the first engine is gone")
+    # then every answer was by an instance that stood between its proof and its end
+    await c.answered(load)
+    history = await c.history()
+    history.clean()
+    assert {r.version for r in history.replies} == {"v1", "fresh0", "fresh1", "fresh2", "fresh3"}
+    assert len([s for s in c.seen[before:] if isinstance(s.recorded.event, InstanceDraining)]) >= 4
+
+
+@on_stage
 async def test_a_switch_completes_when_a_gateway_is_killed_in_the_drain(c: Cluster) -> None:
     await c.register("v2", *ARGS)
     load = c.load(15, gateways=("g1",))

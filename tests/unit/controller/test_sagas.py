@@ -48,7 +48,7 @@ def ran(agendas: list[Agenda], turns: int = 50) -> tuple[Scripted, MemoryStore]:
         await log.follow()
         runner = Scripted(log, Commands(log, clock, ModelSwitchingConfig(), Defaults()), clock, agendas)
         made.append((runner, store))
-        task = asyncio.create_task(runner.run(1))
+        task = asyncio.create_task(runner.run(1, lambda: True))
         for _ in range(turns):
             await asyncio.sleep(0)
         assert not task.done()

@@ -253,7 +253,7 @@ def test_an_ejection_survives_a_new_revision() -> None:
 def test_the_stamp_names_version_and_revision() -> None:
     m = manager()
     m.begin_transition(route(7, split("v1", 100)), 0.0)
-    assert choose(m).stamp == b"\r\nx-turnout-version: v1\r\nx-turnout-revision: 7"
+    assert choose(m).stamp == b"\r\nx-turnout-version: v1\r\nx-turnout-revision: 7\r\nx-request-id: "
 
 
 def test_ending_a_request_twice_is_a_bug_that_is_seen() -> None:
