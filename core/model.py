@@ -228,7 +228,7 @@ def _admit(state: ModelState, command: AdmitSwitch) -> tuple[ModelEvent, ...] | 
 
 
 def _close(state: ModelState, command: CloseSwitch) -> tuple[ModelEvent, ...]:
-    if state.switch != command.switch:
+    if not state.switch or state.switch != command.switch:
         return ()
     closed: tuple[ModelEvent, ...] = (SwitchClosed(state.model, command.switch, command.outcome),)
     if command.outcome != "completed":

@@ -271,7 +271,7 @@ class _Reader:
         for candidate in (parsed, raw):
             try:
                 if candidate is not _MISSING:
-                    return msgspec.convert(candidate, type)
+                    return msgspec.convert(candidate, cast("Any", type))
             except msgspec.ValidationError:
                 continue
         self._wrong(path, f"{_dotted(path)} is {_shown(parsed)}: give {_wanted(type)}")

@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import msgspec
 from tests.process.system.history import History, Seen
@@ -166,6 +166,7 @@ class Cluster:
         target = int(self.nats_url.rpartition(":")[2])
         self.relays = {name: Relay(free_port(), target) for name in via}
         self._moved = asyncio.Event()
+        self._why: Exception | None = None
         self._stack = contextlib.AsyncExitStack()
         self._tail: Tail | None = None
         self._client: Client | None = None
@@ -223,16 +224,9 @@ class Cluster:
             relay.mend()
         for process in running:
             process.signal(signal.SIGCONT)
-            process.signal(signal.SIGTERM)
-        end = self.clock.monotonic() + _STOP_S
-        for process in running:
-            while process.alive and self.clock.monotonic() < end:  # noqa: ASYNC110  a child's end is no event
-                await asyncio.sleep(_POLL_S)
-            if process.alive:
-                problems.append(f"{process.name} did not stop within {_STOP_S:g} s of SIGTERM")
-                process.kill()
-            elif code := process.poll():
-                problems.append(f"{process.name} ended with code {code} on SIGTERM")
+        # controllers last: the others say goodbye to them
+        for kinds in ("wg", "c"):
+            problems += await self._stopped([p for p in running if p.name[0] in kinds])
         await self._stack.aclose()
         for relay in self.relays.values():
             await relay.close()
@@ -251,6 +245,22 @@ class Cluster:
             self.explain(error)
             raise error
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _stopped(self, processes: list[Process]) -> list[str]:
+        """Ask processes to end, and wait for it; what went wrong with that."""
+        problems: list[str] = []
+        for process in processes:
+            process.signal(signal.SIGTERM)
+        end = self.clock.monotonic() + _STOP_S
+        for process in processes:
+            while process.alive and self.clock.monotonic() < end:  # noqa: ASYNC110  a child's end is no event
+                await asyncio.sleep(_POLL_S)
+            if process.alive:
+                problems.append(f"{process.name} did not stop within {_STOP_S:g} s of SIGTERM")
+                process.kill()
+            elif code := process.poll():
+                problems.append(f"{process.name} ended with code {code} on SIGTERM")
+        return problems
 
     def explain(self, error: BaseException) -> None:
         """Add the processes' last lines and the end of the log of facts to an error."""
@@ -377,9 +387,9 @@ class Cluster:
         """Wait for a condition, plain or awaitable; at most ``wait_s``."""
         end = self.clock.monotonic() + wait_s
         while True:
-            holds = condition()
+            holds: object = condition()
             if isinstance(holds, Awaitable):
-                holds = await holds
+                holds = await cast("Awaitable[object]", holds)
             if holds:
                 return
             if self.clock.monotonic() > end:

@@ -52,7 +52,7 @@ quiet_s = 0.2
         (("--loop",), "proving", "golden probe"),
         (("--nan",), "proving", "golden probe"),
         (("--error-rate=1",), "proving", "golden probe"),
-        (("--crash-after=0",), "proving", "ended"),
+        (("--crash-after=0",), "proving", "illegal memory access"),
         (("--no-such-flag=1",), "starting", "exit code 2"),
     ],
 )

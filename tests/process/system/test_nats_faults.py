@@ -139,8 +139,8 @@ def test_a_full_disk_stops_change_and_not_service(small_disk: Path) -> None:
             while True:
                 f.write(b"x" * 65536)
                 f.flush()
-        await c.until(lambda: c.nats.trouble, "the full disk is noticed")
         await c.until(lambda: _answered_with(c, "store_unavailable"), "a command hears of it")
+        await c.until(lambda: c.nats.trouble, "the full disk is noticed")
         # then service goes on
         await c.answered(load, 30)
         # and when there is room again, so does change
@@ -176,7 +176,8 @@ async def _restarted_with(c: Cluster, most_bytes: int) -> None:
 
 
 async def _answered_with(c: Cluster, code: str) -> bool:
-    version = RegisterVersion("chat", f"x{len(c.seen)}", EngineSpec("fake"))
+    # large enough for the pages that the store's files have already
+    version = RegisterVersion("chat", f"x{len(c.seen)}", EngineSpec("fake"), note="n" * 4096)
     try:
         await c.client.send("version.register", version, deadline_s=2.0)
     except Unavailable as e:
