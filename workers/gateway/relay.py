@@ -300,8 +300,6 @@ class Relay:
             self._tail = deque((data,), maxlen=TAIL_READS)
         if complete:
             self._complete(connection)
-        elif self._client.paused:
-            connection.transport.pause_reading()
 
     def _judge_stream(self, tail: deque[bytes]) -> None:
         """Notice what only the end of a stream tells: its status was 200 long ago."""

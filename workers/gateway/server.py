@@ -113,12 +113,14 @@ class ClientConnection(asyncio.Protocol):
         self.paused = False
         if self.relay is not None:
             self.relay.client_resumed()
+        elif not self._closing:
+            self._wake()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
         if self._closing:
             return
-        if self.relay is not None:
+        if self.relay is not None or self.paused:
             self._buffer += data
             if len(self._buffer) > self._ctx.settings.max_header_bytes:
                 self._deaf = True
@@ -139,13 +141,11 @@ class ClientConnection(asyncio.Protocol):
         if not keep or self._ctx.stopping:
             self._close()
             return
-        ctx = self._ctx
-        self.deadline = ctx.now + ctx.settings.keep_alive_s
-        if self._deaf:
-            self._deaf = False
-            self.transport.resume_reading()
-        if self._buffer and not self._taking:
-            self._take(b"")
+        if self.paused:
+            # Whoever sends requests ahead and takes no answers gets no further one: they would pile up here.
+            self.deadline = self._ctx.now + self._ctx.settings.stalled_s
+        else:
+            self._wake()
 
     def answer_broken(self) -> None:
         """The answer can't be completed."""
@@ -188,13 +188,22 @@ class ClientConnection(asyncio.Protocol):
 
     # Reading
 
+    def _wake(self) -> None:
+        """Go on with what came meanwhile."""
+        self.deadline = self._ctx.now + self._ctx.settings.keep_alive_s
+        if self._deaf:
+            self._deaf = False
+            self.transport.resume_reading()
+        if self._buffer and not self._taking:
+            self._take(b"")
+
     def _take(self, data: bytes) -> None:
         """Read as many requests as can be answered now."""
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
         self._taking = True
         try:
-            while data and self.relay is None and not self._closing:
+            while data and self.relay is None and not self.paused and not self._closing:
                 data = self._take_body(data) if self._head is not None else self._take_head(data)
         except BadRequest as e:
             self._refuse_and_close(e.refusal)
@@ -390,7 +399,9 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = self._ctx.now + LINGER_S
 
     def _close(self) -> None:
+        """Close when all is sent; a client that does not take it is not waited for without end."""
         self._closing = True
+        self.deadline = self._ctx.now + self._ctx.settings.stalled_s
         self.transport.close()
 
 

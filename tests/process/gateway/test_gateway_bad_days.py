@@ -484,3 +484,39 @@ async def test_a_slow_reader_of_one_answer_gets_the_next_one_too(s: Stage) -> No
     await client.post()
     for _ in range(2):
         assert len((await client.answer()).body) == 3_000_000
+
+
+@on_stage()
+async def test_a_client_that_sends_ahead_and_takes_nothing_gets_no_further_answer(s: Stage) -> None:
+    async def big(peer: Peer) -> None:
+        while True:
+            await peer.ask()
+            await peer.answer(b"y" * 100_000)
+
+    engine = await s.engine("a", big)
+    s.route(s.split("v1", engine))
+    client = await s.client(limit=2**16, rcvbuf=65536)
+    for _ in range(300):
+        await client.post()
+    connection = next(iter(s.plane.connections))
+    await s.wait(lambda: connection.paused)
+    await s.wait(lambda: not s.in_flight)
+    asked = len(engine.asked)
+    assert asked < 300
+    assert connection.transport.get_write_buffer_size() < 1_000_000
+    for _ in range(300):
+        assert len((await client.answer()).body) == 100_000
+
+
+@on_stage(stalled_s=0.3)
+async def test_a_client_that_does_not_take_its_last_answer_is_let_go(s: Stage) -> None:
+    async def big(peer: Peer) -> None:
+        while True:
+            await peer.ask()
+            await peer.answer(b"y" * 200_000)
+
+    s.route(s.split("v1", await s.engine("a", big)))
+    client = await s.client(limit=2**16, rcvbuf=65536)
+    for n in range(100):
+        await client.post(head=b"connection: close\r\n" if n == 99 else b"")
+    await s.wait(lambda: not s.plane.connections)

@@ -13,6 +13,7 @@ from turnout.workers.gateway.errors import Refusal
 from turnout.workers.gateway.request import (
     BadRequest,
     ChunkedBody,
+    Repeat,
     Routing,
     from_form,
     from_json,
@@ -20,7 +21,7 @@ from turnout.workers.gateway.request import (
     read_head,
     served,
 )
-from turnout.workers.gateway.upstream import Target
+from turnout.workers.gateway.upstream import Shape, Target
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
 ENGINE = Target("http://engine:8000/base/v1")
@@ -320,3 +321,92 @@ def test_a_query_can_name_the_model() -> None:
 def test_an_odd_engine_address_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="no engine address"):
         Target(address)
+
+
+# heads that are known again
+
+
+REPEATED = POST + b"Content-Type: application/json\r\nContent-Length: 2\r\nX-A: b\r\n\r\n"
+
+
+def repeat(raw: bytes = REPEATED, most_bytes: int = 1000) -> Repeat | None:
+    return Repeat.of(raw, read_head(raw), most_bytes)
+
+
+def test_a_head_is_known_again_whatever_the_length_of_its_body() -> None:
+    known = repeat()
+    assert known is not None
+    assert known.body(REPEATED + b"{}") == b"{}"
+    longer = REPEATED.replace(b"Length: 2", b"Length: 0012")
+    assert known.body(longer + b"x" * 12) == b"x" * 12
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(REPEATED + b"{", id="a part of the body"),
+        pytest.param(REPEATED + b"{}G", id="more than the body"),
+        pytest.param(REPEATED[:-2], id="a part of the head"),
+        pytest.param(REPEATED.replace(b"X-A: b", b"X-A: c") + b"{}", id="another header"),
+        pytest.param(REPEATED.replace(b"Length: 2", b"Length: 2\r\nTransfer-Encoding: chunked") + b"{}", id="a coding"),
+        pytest.param(REPEATED.replace(b"Length: 2", b"Length: 2\r\nContent-Length: 3") + b"{}", id="a second length"),
+        pytest.param(REPEATED.replace(b"Length: 2", b"Length: +2") + b"{}", id="a signed length"),
+        pytest.param(REPEATED.replace(b"Length: 2", b"Length: ") + b"", id="no length"),
+        pytest.param(REPEATED.replace(b"Length: 2", b"Length: 2\nA: b") + b"{}", id="a bare line feed"),
+        pytest.param(REPEATED.replace(b"Length: 2", b"Length: 1001") + b"x" * 1001, id="a body over the limit"),
+        pytest.param(REPEATED.replace(b"completions", b"embeddings") + b"{}", id="another path"),
+    ],
+)
+def test_what_is_not_the_same_head_with_one_whole_body_is_read_the_longer_way(data: bytes) -> None:
+    known = repeat()
+    assert known is not None
+    assert known.body(data) is None
+
+
+@given(st.integers(0, len(REPEATED) - 1), st.binary(max_size=3))
+def test_a_head_that_is_known_again_reads_like_a_new_one(at: int, put: bytes) -> None:
+    known = repeat()
+    assert known is not None
+    changed = REPEATED[:at] + put + REPEATED[at + len(put) :]
+    for length in range(4):
+        data = changed + b"x" * length
+        body = known.body(data)
+        if body is not None:
+            raw, end, rest = data.partition(b"\r\n\r\n")
+            head = read_head(raw + end)
+            assert body == rest
+            assert head.length == len(body)
+            assert head.for_engine(ENGINE, b"r", 1) == known.head.for_engine(ENGINE, b"r", 1)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        REPEATED.replace(b"X-A", b"x-request-id"),
+        REPEATED.replace(b"X-A: b", b"Expect: 100-continue"),
+        REPEATED.replace(b"Content-Length: 2", b"Transfer-Encoding: chunked"),
+        POST + b"\r\n",
+        b"POST /v1/completions HTTP/1.0\r\nContent-Length: 2\r\n\r\n",
+    ],
+)
+def test_a_head_that_says_something_of_this_time_only_is_not_kept(raw: bytes) -> None:
+    assert repeat(raw) is None
+
+
+# heads of answers
+
+
+@pytest.mark.parametrize(
+    ("raw", "chunked", "sized", "stream"),
+    [
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2", False, True, False),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: text/event-stream", True, False, True),
+        (b"HTTP/1.0 200 OK\r\nserver: x", False, False, False),
+        (b"HTTP/1.1 204 No Content", False, True, False),
+    ],
+)
+def test_an_answers_head_is_read(raw: bytes, chunked: bool, sized: bool, stream: bool) -> None:
+    shape = Shape(raw)
+    assert (shape.chunked, shape.sized, shape.stream) == (chunked, sized, stream)
+    assert shape.clean.startswith(b"HTTP/1.1 20")
+    assert shape.status in (200, 204)
