@@ -118,6 +118,8 @@ class Commands:
             return False
         except Unavailable:
             await self._reload(decided)
+            if world.done(owed.id) is None:  # not stored: the runner waits before it asks again
+                raise
         return True
 
     async def _settle(self, id: str, actor: str, plan: Callable[[World], Writes | Rejected | Plan]) -> Answer | Plan:

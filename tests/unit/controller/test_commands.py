@@ -314,3 +314,15 @@ def test_what_was_owed_and_stored_without_an_answer_is_found() -> None:
         assert desk.log.world.models["chat"].switch == "sw-1"
 
     play(scene)
+
+
+@pytest.mark.parametrize("step", ["not stored", "full"])
+def test_what_was_owed_and_not_stored_is_said_so_that_the_runner_waits(step: str) -> None:
+    async def scene(store: RoughStore, desk: Desk) -> None:
+        await prepared(desk)
+        store.script = [step]
+        with pytest.raises(Unavailable):
+            await desk.commands.carry_out(owed(), 7)
+        assert await desk.commands.carry_out(owed(), 7)
+
+    play(scene)
