@@ -221,7 +221,7 @@ async def _show(script: Script, client: Client, gateway: str, progress: Progress
     finally:
         progress("waiting for the last answers")
         await load.stop()
-    log = await _read_log(client)
+    log = [recorded async for recorded in client.log()]
     return _judge(script, load.answers, done, log, begun)
 
 
@@ -238,28 +238,6 @@ async def _follow(operation: SwitchOperation, progress: Progress) -> SwitchView:
                 raise DemoError(f"the switch to {view.target} {view.phase.replace('_', ' ')}: {view.reason}{tail}")
             return view
     raise DemoError(f"switch {operation.id} was lost")
-
-
-async def _read_log(client: Client) -> list[Recorded]:
-    """The whole log as it is now."""
-    last = await client.store.last_sequence()
-    log: list[Recorded] = []
-    complete = asyncio.Event()
-
-    def deliver(recorded: Recorded) -> None:
-        log.append(recorded)
-        if recorded.sequence >= last:
-            complete.set()
-
-    def lost(error: Exception) -> None:
-        raise DemoError(f"the log can't be read: {error}")
-
-    tail = await client.store.tail(0, deliver, lost)
-    try:
-        await complete.wait()
-    finally:
-        await tail.close()
-    return log
 
 
 class _Times(msgspec.Struct):

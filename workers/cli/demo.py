@@ -11,6 +11,7 @@ from turnout.events.model import EngineSpec
 from turnout.projections.audit import Audit
 from turnout.workers import running
 from turnout.workers.cli.audit import Lines
+from turnout.workers.cli.doctor import nvidia_gpus
 from turnout.workers.cli.terminal import DONE, FAILED, Duration, Terminal, common, rows, table
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _script(engine: str, switches: int, rate: float | None, seconds: float | Non
         raise DemoError(f"the models are not there ({', '.join(missing)}); make them with: make setup-vllm")
     return Script(
         versions={v: EngineSpec("vllm", str(folder), args=_VLLM_ARGS) for v, folder in folders.items()},
-        rate=rate or (5.0 if _has_gpu() else 0.2),  # two engines and their load on two cores are slow
+        rate=rate or (5.0 if nvidia_gpus() else 0.2),  # two engines and their load on two cores are slow
         seconds=seconds or 60.0,
         switches=switches,
         bake_s=2.0,
@@ -101,10 +102,6 @@ def _script(engine: str, switches: int, rate: float | None, seconds: float | Non
         prompt="What is the capital of France?",
         max_tokens=12,
     )
-
-
-def _has_gpu() -> bool:
-    return Path("/proc/driver/nvidia/gpus").exists()
 
 
 def _show(io: Terminal, outcome: Outcome) -> int:

@@ -109,12 +109,16 @@ def _vllm(settings: Settings) -> Iterator[Check]:
     yield Check("vllm", "ok", f"{install.version} ({kind}, {names} architectures)  {install.python}")
 
 
+def nvidia_gpus() -> int:
+    """How many GPUs the NVIDIA driver of this machine shows."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
 def _devices() -> Check:
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     host = f"{cores} cores, {size(memory)}"
-    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    if gpus:
+    if gpus := nvidia_gpus():
         return Check("devices", "ok", f"{gpus} NVIDIA GPUs, {host}")
     if Path("/dev/kfd").exists():
         return Check("devices", "ok", f"AMD GPU, {host}")
