@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
@@ -335,37 +334,26 @@ def test_nothing_of_an_engine_is_left_after_a_stop(
     assert [p.name for p in folder.iterdir()] == ["i-1.log"]
 
 
-def test_a_stale_socket_does_not_stop_a_start(runner: asyncio.Runner, make: Make, folder: Path) -> None:
+def test_invariant_9_every_start_of_an_instance_has_an_address_of_its_own(
+    runner: asyncio.Runner, make: Make, folder: Path
+) -> None:
     async def test() -> None:
         host = make()
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as stale:
-            stale.bind(RunFolder(folder).socket("i-1"))
-        await load(host, order())
+        first = await load(host, order())
         await host.stop("i-1")
+        second = await load(host, order())
+        await host.stop("i-1")
+        assert first.address != second.address
 
     runner.run(test())
-
-
-def test_a_socket_in_use_is_said_and_left_alone(runner: asyncio.Runner, make: Make, folder: Path) -> None:
-    async def test() -> None:
-        host = make()
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as used:
-            used.bind(RunFolder(folder).socket("i-1"))
-            used.listen()
-            failure = await host.load(order(), untold)
-            assert isinstance(failure, Failure)
-            assert failure.stage == "starting"
-            assert "another process listens" in failure.reason
-            assert process.listens(RunFolder(folder).socket("i-1"))
-
-    runner.run(test())
+    assert not list(folder.glob("*.sock*"))
 
 
 def test_the_run_folder_is_private_and_its_sockets_fit_the_kernel(folder: Path) -> None:
     deep = folder / ("x" * 60) / ("y" * 60)
     run = RunFolder(deep)
     assert deep.stat().st_mode & 0o777 == 0o700
-    assert len(run.socket("i-" + "z" * 80).encode()) <= process.SUN_PATH_BYTES
+    assert len(run.socket("i-" + "z" * 80, "123456").encode()) <= process.SUN_PATH_BYTES
     assert run.sockets.stat().st_mode & 0o777 == 0o700
     run.sockets.rmdir()
 

@@ -219,9 +219,14 @@ async def _up(io: Terminal, loaded: Settings, processes: int, folder: Path) -> i
         supervisor = Supervisor(children, ("gateway", "worker", "controller"))
         url = _url(loaded, held)
 
+        written: list[running.Running] = []
+
         def write() -> None:
             pids = {child.name: child.pid for child in children} | ({"nats": server.pid} if server is not None else {})
-            running.write(folder, running.Running(os.getpid(), nats, url, pids))
+            said = running.Running(os.getpid(), nats, url, pids)
+            if written != [said]:
+                running.write(folder, said)
+                written[:] = [said]
 
         async def keep_written() -> None:
             while True:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httptools
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Coroutine
 
     from turnout.workers.gateway.settings import GatewaySettings
 
@@ -42,10 +42,11 @@ class Exchange(Protocol):
 class Target:
     """Where an address leads: ``unix:/run/i.sock``, or ``http://host:port`` with an optional base path.
 
-    ``live``: a route leads there. ``idle``: unused connections, the newest last.
+    ``live``: a route leads there. ``idle``: unused connections, the newest last. ``held``: a connection that never
+    carries a request: by it the engine's worker sees that somebody routes there (see ``Pool.keep``).
     """
 
-    __slots__ = ("base", "host", "host_line", "idle", "live", "path", "port")
+    __slots__ = ("base", "held", "holding", "host", "host_line", "idle", "live", "path", "port")
 
     def __init__(self, address: str) -> None:
         """Read an address.
@@ -54,6 +55,8 @@ class Target:
             ValueError: it is neither of the two.
         """
         self.idle: dict[UpstreamConnection, None] = {}
+        self.held: UpstreamConnection | None = None
+        self.holding = False
         self.live = False
         self.path = ""
         self.host, self.port, self.base = "localhost", 0, b""
@@ -256,9 +259,7 @@ class Pool:
 
     def connect(self, address: str, exchange: Exchange) -> None:
         """Open a connection; the exchange hears ``connected`` or ``connect_failed``."""
-        task = self._loop.create_task(self._connect(address, exchange))
-        self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
+        self._start(self._connect(address, exchange))
 
     def give_back(self, connection: UpstreamConnection, now: float) -> None:
         """The exchange is over. Kept if the engine allows it and a route still leads there, else closed."""
@@ -283,7 +284,9 @@ class Pool:
     def keep(self, addresses: Collection[str]) -> None:
         """Routes lead to these from now on.
 
-        Unused connections to others are closed at once: an engine without any connection is known to be quiet.
+        Unused connections to others are closed at once: an engine without any connection is known to be quiet. To each
+        of these one connection is held, used or not: a gateway that is cut off from the control plane is still seen by
+        the workers of the engines that it routes to (invariant 2).
         """
         self._live = addresses
         for address, target in tuple(self._targets.items()):
@@ -293,9 +296,15 @@ class Pool:
                 for connection in tuple(target.idle):
                     connection.transport.close()
                 target.idle.clear()
+                if target.held is not None:
+                    target.held.transport.close()
+        for address in addresses:
+            self._hold(address)
 
     def sweep(self, now: float) -> None:
-        """Close what has been unused for too long."""
+        """Close what has been unused for too long; hold again what the engine has let go."""
+        for address in self._live:
+            self._hold(address)
         oldest = now - self._settings.pool_idle_s
         for target in self._targets.values():
             stale: list[UpstreamConnection] = []
@@ -319,24 +328,54 @@ class Pool:
         if self._connecting:
             await asyncio.wait(tuple(self._connecting))
 
-    async def _connect(self, address: str, exchange: Exchange) -> None:
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    def _hold(self, address: str) -> None:
+        """See that one connection to the address is held; one that can't be had is tried again by the next sweep."""
         try:
             target = self.target(address)
-            async with asyncio.timeout(self._settings.connect_s):
-                if target.path:
-                    _, connection = await self._loop.create_unix_connection(
-                        lambda: UpstreamConnection(self, target), target.path
-                    )
-                else:
-                    _, connection = await self._loop.create_connection(
-                        lambda: UpstreamConnection(self, target), target.host, target.port
-                    )
+        except ValueError:  # no address: the first request that is sent there says so
+            return
+        if not target.holding and (target.held is None or target.held.transport.is_closing()):
+            target.holding = True
+            self._start(self._open_held(target))
+
+    async def _open_held(self, target: Target) -> None:
+        try:
+            connection = await self._open(target)
+        except OSError:  # includes TimeoutError; the engine is not there now
+            return
+        finally:
+            target.holding = False
+        if target.live:
+            target.held = connection
+        else:
+            connection.transport.close()
+
+    async def _connect(self, address: str, exchange: Exchange) -> None:
+        try:
+            connection = await self._open(self.target(address))
         except TimeoutError:
             exchange.connect_failed(f"no connection within {self._settings.connect_s:g} s")
         except (OSError, ValueError) as e:
             exchange.connect_failed(f"{type(e).__name__}: {e}")
         else:
             exchange.connected(connection)
+
+    async def _open(self, target: Target) -> UpstreamConnection:
+        async with asyncio.timeout(self._settings.connect_s):
+            if target.path:
+                _, connection = await self._loop.create_unix_connection(
+                    lambda: UpstreamConnection(self, target), target.path
+                )
+            else:
+                _, connection = await self._loop.create_connection(
+                    lambda: UpstreamConnection(self, target), target.host, target.port
+                )
+        return connection
 
 
 def _nothing(_: bytes) -> None:

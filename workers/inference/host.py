@@ -166,7 +166,7 @@ class HostRunner:
                 " [engine_missing]",
             )
         site = Site(
-            socket=self._folder.socket(order.instance),
+            socket=self._folder.socket(order.instance, self._clock.id()[:6]),
             port=host_process.free_port(settings.address),
             host=settings.address,
             unix=settings.unix,

@@ -168,12 +168,17 @@ class RunFolder:
             self.sockets = Path(tempfile.gettempdir()) / f"turnout-{os.getuid()}-{name}"
             _make_private(self.sockets)
 
-    def socket(self, instance: str) -> str:
-        """Path of an instance's socket, short enough for the kernel."""
+    def socket(self, instance: str, start: str) -> str:
+        """Path of the socket of one start of the instance, short enough for the kernel.
+
+        ``start`` is new each time (6 characters): a late word of a dead worker about an earlier start names another
+        address, and is not taken for the engine that loads now (invariant 9).
+        """
+        return str(self.sockets / f"{self._socket_name(instance)}.{start}.sock")
+
+    def _socket_name(self, instance: str) -> str:
         name = subjects.token(instance)
-        if len(name) > 24:
-            name = hashlib.sha256(name.encode()).hexdigest()[:16]
-        return str(self.sockets / f"{name}.sock")
+        return name if len(name) <= 16 else hashlib.sha256(name.encode()).hexdigest()[:16]
 
     def log(self, instance: str) -> Path:
         """The file that takes the engine's output."""
@@ -192,8 +197,8 @@ class RunFolder:
     def forget(self, instance: str) -> None:
         """The engine is gone: its log stays until the next worker starts, for whoever looks for the cause."""
         self._state(instance).unlink(missing_ok=True)
-        for path in (self.socket(instance), self.socket(instance) + SHUT):
-            Path(path).unlink(missing_ok=True)
+        for path in self.sockets.glob(f"{self._socket_name(instance)}.??????.sock*"):
+            path.unlink(missing_ok=True)
 
     def records(self) -> tuple[Record, ...]:
         """What an earlier worker has left. A damaged file is not a record; its engine is found by its mark."""
@@ -249,17 +254,6 @@ def free_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
         s.bind((host, 0))
         return int(s.getsockname()[1])
-
-
-def listens(path: str) -> bool:
-    """Whether somebody accepts connections at a socket's path."""
-    with socket.socket(socket.AF_UNIX) as s:
-        s.settimeout(1.0)
-        try:
-            s.connect(path)
-        except OSError:
-            return False
-        return True
 
 
 class Log:
@@ -320,13 +314,8 @@ class EngineProcess:
         """Start the engine in a session of its own, its output to the log file.
 
         Raises:
-            OSError: the executable can't be run, or its socket is in use.
+            OSError: the executable can't be run.
         """
-        if launch.address.startswith("unix:"):
-            path = launch.address[5:]
-            if listens(path):
-                raise OSError(f"another process listens at {path}: stop it, or choose another run folder")
-            Path(path).unlink(missing_ok=True)  # vLLM leaves it behind, and fails on it after 11 s
         env = {k: v for k, v in os.environ.items() if not k.startswith(_SECRET_PREFIXES)}
         env = {**launch.env_default, **env, **launch.env, "PYTHONUNBUFFERED": "1", MARK: folder.mark + instance}
         log = folder.log(instance)
