@@ -8,6 +8,7 @@ MAKEFLAGS += --no-builtin-rules
 # 3.11 first: the CPU build of torch may be on offer for that version only.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ENGINE ?= vllm
+SCENARIO ?=
 SEEDS ?= 1000
 ARGS ?=
 
@@ -122,8 +123,8 @@ record: setup ## add recorded histories of this version to tests/histories
 # ---- use ----
 
 .PHONY: demo
-demo: setup $(if $(filter vllm,$(ENGINE)),setup-vllm) ## switch a model under load; ENGINE=fake needs no vLLM (ARGS go to turnout demo)
-	$(BIN)/turnout demo --engine $(ENGINE) $(ARGS)
+demo: setup $(if $(SCENARIO),,$(if $(filter vllm,$(ENGINE)),setup-vllm)) ## switch a model under load; ENGINE=fake or SCENARIO=canary-dead need no vLLM (ARGS go to turnout demo)
+	$(BIN)/turnout demo $(if $(SCENARIO),--scenario $(SCENARIO),--engine $(ENGINE)) $(ARGS)
 
 .PHONY: bench
 bench: setup ## measure turnout beside nginx and vllm-router, print tables (ARGS go to bench/run.py)

@@ -17,11 +17,14 @@ class ModelSwitchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
         default_switch_strategy: what a switch uses where none is named.
         enable_health_checks: workers ask their ready engines a golden question regularly, and replace a hung one.
         health_check_interval: seconds between two such questions.
-        max_transition_time: seconds from the request until the target must carry all its traffic.
+        max_transition_time: seconds from the request until the target must carry all its traffic; what the strategy
+            itself plans to wait (pauses, judged steps) comes on top; time that a switch stands still is not counted.
         enable_request_tracking: gateways keep a record of each running request (not only counts) and list them.
         enable_metrics: processes answer ``/metrics``.
-        metrics_interval: seconds between two published samples.
-        alert_thresholds: ceilings; ``error_rate`` as a share, ``latency_p95`` in milliseconds.
+        metrics_interval: seconds between two health samples that a gateway publishes; while a switch runs it does so
+            four times a second.
+        alert_thresholds: ceilings; ``error_rate`` as a share, ``latency_p95`` in milliseconds. Above them an alert is
+            raised, and a running switch is judged by them.
     """
 
     enable_dynamic_registry: bool = True

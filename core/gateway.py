@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from turnout.core.decider import Rejected
+from turnout.core.persistent import PersistentMap
 from turnout.events.gateway import (
     GatewayEvent,
     GatewayJoined,
@@ -15,7 +16,7 @@ from turnout.events.gateway import (
 )
 
 
-class GatewayState(msgspec.Struct, frozen=True):
+class GatewayState(msgspec.Struct, frozen=True, gc=False):
     """What one gateway has said.
 
     Attributes:
@@ -32,9 +33,9 @@ class GatewayState(msgspec.Struct, frozen=True):
     address: str = ""
     live: bool = False
     left: bool = False
-    applied: dict[str, int] = {}
-    first: dict[str, int] = {}
-    drained: dict[tuple[str, str], int] = {}
+    applied: PersistentMap[str, int] = msgspec.field(default_factory=PersistentMap[str, int])
+    first: PersistentMap[str, int] = msgspec.field(default_factory=PersistentMap[str, int])
+    drained: PersistentMap[tuple[str, str], int] = msgspec.field(default_factory=PersistentMap[tuple[str, str], int])
 
     def has_drained(self, model: str, version: str, revision: int) -> bool:
         """Whether nothing of the version, which left the route with ``revision``, can be in flight here."""
@@ -49,13 +50,21 @@ initial = GatewayState()
 def evolve(state: GatewayState, event: GatewayEvent) -> GatewayState:
     """State after the event. A later revision is never replaced by a lower one."""
     match event:
-        case RouteApplied(gateway, model, revision):
-            applied = {**state.applied, model: max(revision, state.applied.get(model, 0))}
-            first = state.first if model in state.first else {**state.first, model: revision}
-            return GatewayState(gateway, state.address, state.live, state.left, applied, first, state.drained)
-        case VersionDrained(gateway, model, version, revision):
-            drained = {**state.drained, (model, version): max(revision, state.drained.get((model, version), 0))}
-            return GatewayState(gateway, state.address, state.live, state.left, state.applied, state.first, drained)
+        case RouteApplied():  # the bulk of a log: no captures, which cost more than the rest of it
+            before = state.applied.get(event.model, 0)
+            if event.revision <= before:
+                return state
+            applied = state.applied.plus(event.model, event.revision)
+            first = state.first if before else state.first.plus(event.model, event.revision)
+            return GatewayState(event.gateway, state.address, state.live, state.left, applied, first, state.drained)
+        case VersionDrained():
+            key = event.model, event.version
+            if event.revision <= state.drained.get(key, 0):
+                return state
+            drained = state.drained.plus(key, event.revision)
+            return GatewayState(
+                event.gateway, state.address, state.live, state.left, state.applied, state.first, drained
+            )
         case GatewayJoined(gateway, address):
             return GatewayState(gateway, address, True, False, state.applied, state.first, state.drained)
         case GatewayLost():

@@ -13,14 +13,28 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from turnout.core import gateway, instance, model, worker
+from turnout.core import alert, gateway, instance, model, policy, worker
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Rejected
+from turnout.core.judging.judgement import JudgeSettings
 from turnout.core.model import AdmitSwitch, unknown_model
 from turnout.core.sagas import placement
 from turnout.core.sagas import switch as saga
-from turnout.core.sagas.owed import Write
-from turnout.core.switch import ENDED, FORWARD, UNTOUCHED, AbortSwitch, OpenSwitch, SwitchState, unknown_switch
+from turnout.core.sagas.owed import Write, decide
+from turnout.core.strategies import STRATEGIES
+from turnout.core.strategies.base import Stage
+from turnout.core.switch import (
+    ENDED,
+    FORWARD,
+    UNTOUCHED,
+    AbortSwitch,
+    OpenSwitch,
+    PauseSwitch,
+    PromoteSwitch,
+    ResumeSwitch,
+    SwitchState,
+    unknown_switch,
+)
 
 if TYPE_CHECKING:
     from turnout.core.world import World
@@ -37,7 +51,8 @@ class StartSwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         reason: why, for the log.
         bake_s: seconds that the old version stays warm; None for the configured default.
         drain_s: seconds that its last requests may run; None for the configured default.
-        max_transition_time_s: None for the configured default.
+        max_transition_time_s: None for the configured default, to which the waits that the strategy plans are added.
+        policy: name of one of the model's policies, instead of strategy and parameters.
     """
 
     model: str
@@ -48,10 +63,46 @@ class StartSwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bake_s: float | None = None
     drain_s: float | None = None
     max_transition_time_s: float | None = None
+    policy: str = ""
 
 
 class StopSwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``switch.abort``: end a running switch; what has moved goes back to the source."""
+
+    switch: str
+    reason: str = ""
+
+
+class HoldSwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``switch.pause``: stand still at the next step's door; ``seconds``: go on by itself after them."""
+
+    switch: str
+    reason: str = ""
+    seconds: float | None = None
+
+
+class ContinueSwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``switch.resume``: go on after ``switch.pause``."""
+
+    switch: str
+    reason: str = ""
+
+
+class AdvanceSwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``switch.promote``: let it past its step.
+
+    ``step`` is the one that the operator has seen, so that a second click does nothing; None for whichever it is now.
+    ``full``: past every further step, pause and analysis; needs a reason.
+    """
+
+    switch: str
+    step: int | None = None
+    full: bool = False
+    reason: str = ""
+
+
+class RetrySwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``switch.retry``: a new switch with the same target, strategy and parameters, and fresh evidence."""
 
     switch: str
     reason: str = ""
@@ -72,7 +123,16 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, tag="plan", tag_field="status"):
-    """What a switch would do. ``seconds`` and ``bytes`` are None where nothing was measured yet."""
+    """What a switch would do. ``seconds`` and ``bytes`` are None where nothing was measured yet.
+
+    Attributes:
+        steps: everything in order, the traffic levels among them.
+        notes: what else the strategy does, in words.
+        stages: the traffic levels that the strategy plans; none where the model serves nothing yet.
+        judging: how each of them is judged, with the configured ceilings where the parameters name none.
+        deadline_s: seconds until the target must carry all its traffic.
+        policy: name of the policy that it follows, empty for none; ``parameters`` are the strategy's own.
+    """
 
     model: str
     source: str
@@ -82,6 +142,12 @@ class Plan(msgspec.Struct, frozen=True, tag="plan", tag_field="status"):
     seconds: float | None
     bytes: int | None
     steps: tuple[Step, ...]
+    notes: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    judging: JudgeSettings
+    deadline_s: float
+    policy: str
+    parameters: dict[str, object]
 
 
 class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -120,6 +186,15 @@ def _register(world: World, body: model.RegisterVersion, context: Context) -> Wr
     return (Write("model", body.model, body),)
 
 
+def _set(world: World, body: model.SetPolicy | model.SetRules, context: Context) -> Writes | Rejected:
+    return (Write("model", body.model, body),)
+
+
+def _acknowledge(world: World, body: alert.AcknowledgeAlert, context: Context) -> Writes | Rejected:
+    by = msgspec.structs.replace(body, by=body.by or context.actor)
+    return (Write("alert", body.alert, by),) if body.alert else _nameless("alert")
+
+
 def _deregister(world: World, body: model.DeregisterVersion, context: Context) -> Writes | Rejected:
     if not context.config.enable_dynamic_registry and context.actor != "config":
         return Rejected(
@@ -143,19 +218,58 @@ def _start(world: World, body: StartSwitch, context: Context) -> Writes | Reject
         return admitted
     if problem := _no_way(world, body.model, body.version):
         return problem
+    if body.policy:
+        planned = _by_policy(state, body)
+        if isinstance(planned, Rejected):
+            return planned
+        body = planned
     return _open(world, body, context, undo=False)
 
 
-def _open(world: World, body: StartSwitch, context: Context, *, undo: bool) -> Writes:
+def _by_policy(state: model.ModelState, body: StartSwitch) -> StartSwitch | Rejected:
+    """The command with what the policy says; what the command says itself wins, but for strategy and parameters."""
+    raw = state.policies.get(body.policy)
+    if raw is None:
+        known = ", ".join(sorted(state.policies)) or "none"
+        return Rejected(
+            "policy_unknown",
+            f"{state.model} has no policy {body.policy!r} (set: {known})",
+            f"set it first: turnout policy set {state.model} {body.policy} FILE",
+        )
+    if body.strategy or body.parameters:
+        return Rejected(
+            "parameters_invalid",
+            "a policy names strategy and parameters itself",
+            "give either --policy, or --strategy and its parameters",
+        )
+    parsed = policy.parse(raw)
+    if isinstance(parsed, tuple):  # it was checked when it was set; this turnout is stricter
+        return Rejected("policy_invalid", "; ".join(parsed), f"set it again: turnout policy set {state.model}")
+    return msgspec.structs.replace(
+        body,
+        strategy=parsed.strategy,
+        parameters=parsed.parameters,
+        bake_s=parsed.bake_s if body.bake_s is None else body.bake_s,
+        drain_s=parsed.drain_s if body.drain_s is None else body.drain_s,
+        max_transition_time_s=(
+            parsed.max_transition_time_s if body.max_transition_time_s is None else body.max_transition_time_s
+        ),
+    )
+
+
+def _open(world: World, body: StartSwitch, context: Context, *, undo: bool) -> Writes | Rejected:
     state: model.ModelState = world.state("model", body.model)
     config, defaults, id = context.config, context.defaults, switch_id(context.command)
-    limit = config.max_transition_time if body.max_transition_time_s is None else body.max_transition_time_s
+    strategy = body.strategy or config.default_switch_strategy
+    limit = _limit_s(strategy, body, config)
+    if isinstance(limit, Rejected):
+        return limit
     opened = OpenSwitch(
         switch=id,
         model=body.model,
         target=body.version,
         source=state.active,
-        strategy=body.strategy or config.default_switch_strategy,
+        strategy=strategy,
         parameters=body.parameters,
         undo=undo,
         reason=body.reason,
@@ -163,8 +277,26 @@ def _open(world: World, body: StartSwitch, context: Context, *, undo: bool) -> W
         bake_s=defaults.bake_s if body.bake_s is None else body.bake_s,
         drain_s=defaults.drain_s if body.drain_s is None else body.drain_s,
         at=context.now,
+        policy=body.policy,
     )
     return (Write("model", body.model, AdmitSwitch(body.model, id, body.version)), Write("switch", id, opened))
+
+
+def _limit_s(strategy: str, body: StartSwitch, config: ModelSwitchingConfig) -> float | Rejected:
+    """Seconds until the target must carry all its traffic: what the strategy plans to wait is no delay."""
+    if strategy not in STRATEGIES or STRATEGIES[strategy].problems(body.parameters):
+        return config.max_transition_time  # the switch's own decider refuses it
+    shortest, longest = policy.waits_s(strategy, body.parameters)
+    given = body.max_transition_time_s
+    if given is None:
+        return config.max_transition_time + longest
+    if given < shortest:
+        return Rejected(
+            "parameters_invalid",
+            f"the steps of {strategy} take at least {shortest:g} s, and max_transition_time is {given:g} s",
+            "give more time, or shorter pauses",
+        )
+    return given
 
 
 def _no_way(world: World, name: str, version: str) -> Rejected | None:
@@ -185,18 +317,28 @@ def _plan(world: World, body: StartSwitch, context: Context) -> Plan | Rejected:
     writes = _start(world, body, context)
     if isinstance(writes, Rejected):
         return writes
+    if isinstance(refused := decide(world, writes), Rejected):
+        return refused
     opened = writes[1].command
     assert isinstance(opened, OpenSwitch)  # noqa: S101  what _open returns
     warm = bool(world.ready(body.model, body.version))
     load = world.loads.get((body.model, body.version))
     seconds = 0.0 if warm else (load.seconds if load else None)
-    steps = [
-        Step(f"{body.version} is ready already" if warm else f"load and prove {body.version}", seconds),
-        Step(f"give {body.version} all traffic; wait for {len(world.live_gateways)} gateways"),
-    ]
+    steps = [Step(f"{body.version} is ready already" if warm else f"load and prove {body.version}", seconds)]
+    strategy, thresholds = STRATEGIES[opened.strategy], context.config.alert_thresholds
+    judging = strategy.judging(opened.parameters)
+    stages: tuple[Stage, ...] = ()
+    notes: tuple[str, ...] = ()
     if opened.source:
+        stages, lines = strategy.stages(opened.parameters), strategy.describe(opened.parameters)
+        steps.extend(
+            Step(f"give {body.version} {line}", stage.pause_s) for line, stage in zip(lines, stages, strict=False)
+        )
+        notes = lines[len(stages) :]
         steps.append(Step(f"bake: keep {opened.source} warm", opened.bake_s))
         steps.append(Step(f"drain {opened.source}, at most", opened.drain_s))
+    else:
+        steps.append(Step(f"give {body.version} all traffic: nothing serves yet, so there are no steps"))
     return Plan(
         model=body.model,
         source=opened.source,
@@ -206,6 +348,16 @@ def _plan(world: World, body: StartSwitch, context: Context) -> Plan | Rejected:
         seconds=seconds,
         bytes=load.bytes if load and load.bytes else None,
         steps=tuple(steps),
+        notes=notes,
+        stages=stages,
+        judging=msgspec.structs.replace(
+            judging,
+            error_ceiling=judging.error_ceiling or thresholds.get("error_rate"),
+            latency_ceiling_ms=judging.latency_ceiling_ms or thresholds.get("latency_p95"),
+        ),
+        deadline_s=(opened.deadline - opened.at).total_seconds(),
+        policy=opened.policy,
+        parameters=opened.parameters,
     )
 
 
@@ -232,7 +384,9 @@ def _undo(world: World, body: UndoModel, context: Context) -> Writes | Rejected:
         )
     if problem := _no_way(world, body.model, target):
         return problem
-    start = StartSwitch(body.model, target, strategy="immediate", reason=reason, bake_s=0.0)
+    # Nobody judges it: an operator has decided, and evidence must not undo the undo.
+    unjudged: dict[str, object] = {"judge": {"mode": "none"}}
+    start = StartSwitch(body.model, target, "immediate", unjudged, reason, bake_s=0.0)
     return _open(world, start, context, undo=True)
 
 
@@ -260,6 +414,48 @@ def _back(world: World, state: SwitchState, cause: str, reason: str, context: Co
     return saga.rollback(world, state, cause, reason, context.now)
 
 
+def _pause(world: World, body: HoldSwitch, context: Context) -> Writes | Rejected:
+    if body.seconds is not None and not 0 < body.seconds < 1e9:
+        return Rejected("parameters_invalid", f"seconds is {body.seconds}", "give a number of seconds above 0")
+    until = None if body.seconds is None else context.now + timedelta(seconds=body.seconds)
+    reason = body.reason or f"paused by {context.actor}"
+    return (Write("switch", body.switch, PauseSwitch(body.switch, "operator", reason, context.now, until)),)
+
+
+def _resume(world: World, body: ContinueSwitch, context: Context) -> Writes | Rejected:
+    reason = body.reason or f"resumed by {context.actor}"
+    return (Write("switch", body.switch, ResumeSwitch(body.switch, reason, context.now)),)
+
+
+def _promote(world: World, body: AdvanceSwitch, context: Context) -> Writes | Rejected:
+    state: SwitchState = world.state("switch", body.switch)
+    step = state.step if body.step is None else body.step
+    reason = body.reason or ("" if body.full else f"promoted by {context.actor}")
+    return (Write("switch", body.switch, PromoteSwitch(body.switch, step, body.full, reason, context.now)),)
+
+
+def _retry(world: World, body: RetrySwitch, context: Context) -> Writes | Rejected:
+    state: SwitchState = world.state("switch", body.switch)
+    if state.phase == "unknown":
+        return unknown_switch(body.switch)
+    if state.phase not in ENDED:
+        return Rejected(
+            "switch_running",
+            f"switch {state.switch} is {state.phase.replace('_', ' ')}: there is nothing to retry yet",
+            f"wait for it (turnout status {state.switch}) or end it (turnout abort {state.switch})",
+        )
+    again = StartSwitch(
+        model=state.model,
+        version=state.target,
+        strategy=state.strategy,
+        parameters=state.parameters,
+        reason=body.reason or f"retry of {state.switch}",
+        bake_s=state.bake_s,
+        drain_s=state.drain_s,
+    )
+    return _start(world, again, context)
+
+
 def _gateway(world: World, body: gateway.GatewayCommand, context: Context) -> Writes | Rejected:
     return (Write("gateway", body.gateway, body),) if body.gateway else _nameless("gateway")
 
@@ -283,6 +479,13 @@ VERBS: dict[tuple[str, str], tuple[type[msgspec.Struct], Handler]] = {
     ("ops", "switch.start"): (StartSwitch, _start),
     ("ops", "switch.plan"): (StartSwitch, _plan),
     ("ops", "switch.abort"): (StopSwitch, _abort),
+    ("ops", "switch.pause"): (HoldSwitch, _pause),
+    ("ops", "switch.resume"): (ContinueSwitch, _resume),
+    ("ops", "switch.promote"): (AdvanceSwitch, _promote),
+    ("ops", "switch.retry"): (RetrySwitch, _retry),
+    ("ops", "model.policy"): (model.SetPolicy, _set),
+    ("ops", "model.rules"): (model.SetRules, _set),
+    ("ops", "alert.acknowledge"): (alert.AcknowledgeAlert, _acknowledge),
     ("ops", "model.undo"): (UndoModel, _undo),
     ("gw", "gateway.join"): (gateway.JoinGateway, _gateway),
     ("gw", "gateway.applied"): (gateway.ReportApplied, _gateway),
@@ -292,6 +495,7 @@ VERBS: dict[tuple[str, str], tuple[type[msgspec.Struct], Handler]] = {
     ("worker", "worker.leave"): (worker.LeaveWorker, _worker),
     ("worker", "instance.loading"): (instance.ReportLoading, _instance),
     ("worker", "instance.ready"): (instance.ReportReady, _instance),
+    ("worker", "instance.probed"): (instance.ReportProbed, _instance),
     ("worker", "instance.stopped"): (instance.ReportStopped, _instance),
     ("worker", "instance.failed"): (instance.ReportFailed, _instance),
 }

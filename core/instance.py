@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import msgspec
 
 from turnout.core.decider import Rejected
@@ -10,6 +12,8 @@ from turnout.events.instance import (
     InstanceEvent,
     InstanceFailed,
     InstanceLoading,
+    InstanceProbed,
+    InstanceProbeRequested,
     InstanceReady,
     InstanceRequested,
     InstanceStopped,
@@ -20,7 +24,13 @@ ENDED = frozenset(("stopped", "failed"))
 
 
 class InstanceState(msgspec.Struct, frozen=True):
-    """``phase``: unknown, requested, loading, ready, draining, stopped or failed."""
+    """One instance.
+
+    Attributes:
+        phase: unknown, requested, loading, ready, draining, stopped or failed.
+        probe: cause of the newest probe that was asked for since it was ready, at ``probe_at`` (UTC).
+        probed: cause of the newest one that was answered; ``sound`` where it was answered well.
+    """
 
     instance: str = ""
     model: str = ""
@@ -36,6 +46,10 @@ class InstanceState(msgspec.Struct, frozen=True):
     reason: str = ""
     log_tail: tuple[str, ...] = ()
     forced: bool = False
+    probe: str = ""
+    probe_at: datetime | None = None
+    probed: str = ""
+    sound: bool = True
 
 
 initial = InstanceState()
@@ -44,19 +58,36 @@ initial = InstanceState()
 def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
     """State after the event."""
     match event:
-        case InstanceLoading(_, stage):
-            return msgspec.structs.replace(state, phase="loading", stage=stage)
-        case InstanceReady(_, address, _, _, bytes):
-            return msgspec.structs.replace(state, phase="ready", stage="", address=address, bytes=bytes)
-        case InstanceRequested(instance, model, version, worker, engine, cause, attempt):
-            return InstanceState(instance, model, version, worker, engine, "requested", "", "", cause, attempt)
-        case InstanceDraining(_, reason, forced_by):
-            forced = state.forced or bool(forced_by)
-            return msgspec.structs.replace(state, phase="draining", reason=reason, forced=forced)
+        case InstanceLoading():
+            return msgspec.structs.replace(state, phase="loading", stage=event.stage)
+        case InstanceReady():
+            return msgspec.structs.replace(state, phase="ready", stage="", address=event.address, bytes=event.bytes)
+        case InstanceRequested():
+            return InstanceState(
+                event.instance,
+                event.model,
+                event.version,
+                event.worker,
+                event.engine,
+                "requested",
+                "",
+                "",
+                event.cause,
+                event.attempt,
+            )
+        case InstanceProbeRequested():
+            return msgspec.structs.replace(state, probe=event.cause, probe_at=event.at)
+        case InstanceProbed():
+            return msgspec.structs.replace(state, probed=event.cause, sound=event.ok)
+        case InstanceDraining():
+            forced = state.forced or bool(event.forced_by)
+            return msgspec.structs.replace(state, phase="draining", reason=event.reason, forced=forced)
         case InstanceStopped():
             return msgspec.structs.replace(state, phase="stopped")
-        case InstanceFailed(_, stage, reason, log_tail):
-            return msgspec.structs.replace(state, phase="failed", stage=stage, reason=reason, log_tail=log_tail)
+        case InstanceFailed():
+            return msgspec.structs.replace(
+                state, phase="failed", stage=event.stage, reason=event.reason, log_tail=event.log_tail
+            )
 
 
 class RequestInstance(msgspec.Struct, frozen=True):
@@ -91,6 +122,24 @@ class ReportReady(msgspec.Struct, frozen=True):
     fingerprint: str = ""
 
 
+class RequestProbe(msgspec.Struct, frozen=True):
+    """Ask the worker to prove a ready instance once more."""
+
+    instance: str
+    cause: str
+    at: datetime
+
+
+class ReportProbed(msgspec.Struct, frozen=True):
+    """The worker has asked the golden question that ``cause`` wanted."""
+
+    instance: str
+    cause: str
+    ok: bool
+    seconds: float
+    reason: str = ""
+
+
 class DrainInstance(msgspec.Struct, frozen=True):
     """Ask the worker to stop it. Only sent when no gateway routes to it, or when an operator forces it."""
 
@@ -116,7 +165,16 @@ class ReportFailed(msgspec.Struct, frozen=True):
     exit_code: int | None = None
 
 
-InstanceCommand = RequestInstance | ReportLoading | ReportReady | DrainInstance | ReportStopped | ReportFailed
+InstanceCommand = (
+    RequestInstance
+    | ReportLoading
+    | ReportReady
+    | RequestProbe
+    | ReportProbed
+    | DrainInstance
+    | ReportStopped
+    | ReportFailed
+)
 
 
 def decide(state: InstanceState, command: InstanceCommand) -> tuple[InstanceEvent, ...] | Rejected:
@@ -134,6 +192,14 @@ def decide(state: InstanceState, command: InstanceCommand) -> tuple[InstanceEven
             )
         case _ if state.phase in ENDED:
             return ()
+        case RequestProbe(instance, cause, at):
+            if state.phase != "ready" or state.probe == cause:
+                return ()
+            return (InstanceProbeRequested(instance, cause, at),)
+        case ReportProbed(instance, cause, ok, seconds, reason):
+            if cause != state.probe or cause == state.probed:
+                return ()
+            return (InstanceProbed(instance, cause, ok, seconds, reason),)
         case DrainInstance(instance, reason, forced_by):
             if state.phase == "draining" and (state.forced or not forced_by):  # a force that comes later is news
                 return ()

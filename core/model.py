@@ -7,6 +7,7 @@ import re
 
 import msgspec
 
+from turnout.core import policy, rules
 from turnout.core.decider import Rejected
 from turnout.events.model import (
     ActiveVersionChanged,
@@ -15,11 +16,14 @@ from turnout.events.model import (
     KnownGoodRevoked,
     ModelEvent,
     ModelRegistered,
+    PolicyChanged,
+    RulesChanged,
     SwitchAdmitted,
     SwitchClosed,
     VersionDeregistered,
     VersionRegistered,
 )
+from turnout.events.route import Rule
 
 ENGINE_KINDS = ("vllm", "openai", "fake")
 
@@ -28,7 +32,10 @@ _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 
 class ModelState(msgspec.Struct, frozen=True):
-    """What is registered, what serves, what is known to be good (newest last), and the switch that runs."""
+    """What is registered, what serves, what is known to be good (newest last), the switch that runs, and what was set.
+
+    ``policies``: name → as it was given. ``rules``: in their order.
+    """
 
     model: str = ""
     versions: dict[str, EngineSpec] = {}
@@ -36,6 +43,8 @@ class ModelState(msgspec.Struct, frozen=True):
     known_good: tuple[str, ...] = ()
     switch: str = ""
     target: str = ""
+    policies: dict[str, dict[str, object]] = {}
+    rules: tuple[Rule, ...] = ()
 
     @property
     def undo_target(self) -> str:
@@ -50,23 +59,28 @@ def evolve(state: ModelState, event: ModelEvent) -> ModelState:
     """State after the event."""
     replace = msgspec.structs.replace
     match event:
-        case ModelRegistered(model):
-            return replace(state, model=model)
-        case VersionRegistered(model, version, engine):
-            return replace(state, model=model, versions={**state.versions, version: engine})
-        case VersionDeregistered(_, version):
-            versions = {name: engine for name, engine in state.versions.items() if name != version}
-            return replace(state, versions=versions, known_good=_without(state.known_good, version))
-        case SwitchAdmitted(_, switch, target):
-            return replace(state, switch=switch, target=target)
+        case ModelRegistered():
+            return replace(state, model=event.model)
+        case VersionRegistered():
+            return replace(state, model=event.model, versions={**state.versions, event.version: event.engine})
+        case VersionDeregistered():
+            versions = {name: engine for name, engine in state.versions.items() if name != event.version}
+            return replace(state, versions=versions, known_good=_without(state.known_good, event.version))
+        case SwitchAdmitted():
+            return replace(state, switch=event.switch, target=event.target)
         case SwitchClosed():
             return replace(state, switch="", target="")
-        case ActiveVersionChanged(_, version):
-            return replace(state, active=version)
-        case KnownGoodMarked(_, version):
-            return replace(state, known_good=(*_without(state.known_good, version), version))
-        case KnownGoodRevoked(_, version):
-            return replace(state, known_good=_without(state.known_good, version))
+        case ActiveVersionChanged():
+            return replace(state, active=event.version)
+        case KnownGoodMarked():
+            return replace(state, known_good=(*_without(state.known_good, event.version), event.version))
+        case KnownGoodRevoked():
+            return replace(state, known_good=_without(state.known_good, event.version))
+        case PolicyChanged():
+            others = {other: one for other, one in state.policies.items() if other != event.name}
+            return replace(state, policies={**others, event.name: event.policy} if event.policy else others)
+        case RulesChanged():
+            return replace(state, rules=event.rules)
 
 
 class RegisterVersion(msgspec.Struct, frozen=True):
@@ -102,7 +116,22 @@ class CloseSwitch(msgspec.Struct, frozen=True):
     revoke: str = ""
 
 
-ModelCommand = RegisterVersion | DeregisterVersion | AdmitSwitch | CloseSwitch
+class SetPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Name a way to switch; an empty policy takes the name away. Running switches keep what they began with."""
+
+    model: str
+    name: str
+    policy: dict[str, object]
+
+
+class SetRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """These are the model's rules from now on, all of them."""
+
+    model: str
+    rules: tuple[Rule, ...]
+
+
+ModelCommand = RegisterVersion | DeregisterVersion | AdmitSwitch | CloseSwitch | SetPolicy | SetRules
 
 
 def decide(state: ModelState, command: ModelCommand) -> tuple[ModelEvent, ...] | Rejected:
@@ -118,6 +147,10 @@ def decide(state: ModelState, command: ModelCommand) -> tuple[ModelEvent, ...] |
             return _admit(state, command)
         case CloseSwitch():
             return _close(state, command)
+        case SetPolicy():
+            return _set_policy(state, command)
+        case SetRules():
+            return _set_rules(state, command)
 
 
 def unknown_model(model: str) -> Rejected:
@@ -195,6 +228,12 @@ def _deregister(state: ModelState, version: str) -> tuple[ModelEvent, ...] | Rej
             f"{state.model} serves {version}",
             f"switch to another version first: turnout switch {state.model} VERSION",
         )
+    if named := [rule.name for rule in state.rules if rule.version == version]:
+        return Rejected(
+            "version_in_use",
+            f"rule {named[0]!r} of {state.model} sends requests to {version}",
+            f"take the rule away first: turnout rules set {state.model} FILE",
+        )
     if state.switch:
         return Rejected(
             "version_in_use",
@@ -240,6 +279,35 @@ def _close(state: ModelState, command: CloseSwitch) -> tuple[ModelEvent, ...]:
     if command.revoke:
         changed.append(KnownGoodRevoked(state.model, command.revoke, command.switch))
     return (*changed, *closed)
+
+
+def _set_policy(state: ModelState, command: SetPolicy) -> tuple[ModelEvent, ...] | Rejected:
+    if not _VERSION.fullmatch(command.name):
+        return Rejected(
+            "name_invalid",
+            f"{command.name!r} can't be a policy's name",
+            "use up to 64 letters, digits and . _ + -, starting with a letter or digit",
+        )
+    if state.policies.get(command.name, {}) == command.policy:
+        return ()
+    if command.policy and isinstance(problems := policy.parse(command.policy), tuple):
+        return Rejected("policy_invalid", "; ".join(problems), "docs/strategies.md has every word of a policy")
+    return (PolicyChanged(command.model, command.name, command.policy),)
+
+
+def _set_rules(state: ModelState, command: SetRules) -> tuple[ModelEvent, ...] | Rejected:
+    if state.rules == command.rules:
+        return ()
+    problems = list(rules.problems(command.rules))
+    problems += [
+        f"rule {rule.name!r}: {state.model} has no version {rule.version!r} (registered: {', '.join(state.versions)})"
+        for rule in command.rules
+        if rule.version and rule.version not in state.versions
+    ]
+    problems += [f"rule {r.name!r}: its model is {state.model} itself" for r in command.rules if r.model == state.model]
+    if problems:
+        return Rejected("rules_invalid", "; ".join(problems), "docs/rules.md has every name that a rule may use")
+    return (RulesChanged(command.model, command.rules),)
 
 
 def _without(versions: tuple[str, ...], version: str) -> tuple[str, ...]:

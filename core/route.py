@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from turnout.core.decider import Rejected
-from turnout.events.route import RouteChanged, RouteEvent, Split
+from turnout.core.persistent import PersistentMap
+from turnout.events.route import Mirror, RouteChanged, RouteEvent, Rule, Split
 
 
 class RouteState(msgspec.Struct, frozen=True):
@@ -16,11 +17,19 @@ class RouteState(msgspec.Struct, frozen=True):
     splits: tuple[Split, ...] = ()
     salt: str = ""
     drain_s: float = 0.0
-    left: dict[str, int] = {}
+    left: PersistentMap[str, int] = msgspec.field(default_factory=PersistentMap[str, int])
+    rules: tuple[Rule, ...] = ()
+    mirrors: tuple[Mirror, ...] = ()
+    candidate: str = ""
 
     def names(self, instance: str) -> bool:
         """Whether a gateway that routes by this revision may send to the instance."""
-        return any(endpoint.instance == instance for split in self.splits for endpoint in split.endpoints)
+        return any(e.instance == instance for part in self.parts for e in part.endpoints)
+
+    @property
+    def parts(self) -> tuple[Split | Mirror, ...]:
+        """Everything that has a version and instances."""
+        return (*self.splits, *self.mirrors)
 
 
 initial = RouteState()
@@ -30,12 +39,24 @@ def evolve(state: RouteState, event: RouteEvent) -> RouteState:
     """State after the event. A revision that is not newer changes nothing."""
     if event.revision <= state.revision:
         return state
-    here = {split.version for split in event.splits}
-    left = {version: revision for version, revision in state.left.items() if version not in here}
-    for split in state.splits:
-        if split.version not in here:
-            left[split.version] = event.revision
-    return RouteState(event.model, event.revision, event.splits, event.salt, event.drain_s, left)
+    here = {split.version for split in event.splits} | {mirror.version for mirror in event.mirrors}
+    left = state.left
+    for version in here:
+        left = left.minus(version)
+    for part in state.parts:
+        if part.version not in here:
+            left = left.plus(part.version, event.revision)
+    return RouteState(
+        event.model,
+        event.revision,
+        event.splits,
+        event.salt,
+        event.drain_s,
+        left,
+        event.rules,
+        event.mirrors,
+        event.candidate,
+    )
 
 
 class ChangeRoute(msgspec.Struct, frozen=True):
@@ -47,6 +68,9 @@ class ChangeRoute(msgspec.Struct, frozen=True):
     salt: str
     drain_s: float
     cause: str
+    rules: tuple[Rule, ...] = ()
+    mirrors: tuple[Mirror, ...] = ()
+    candidate: str = ""
 
 
 RouteCommand = ChangeRoute
@@ -54,7 +78,7 @@ RouteCommand = ChangeRoute
 
 def decide(state: RouteState, command: RouteCommand) -> tuple[RouteEvent, ...] | Rejected:
     """A new revision, if it says something new and was made from the newest."""
-    if command.splits == state.splits and command.salt == state.salt:
+    if same(state, command):
         return ()
     if command.revision != state.revision + 1:
         return Rejected(
@@ -67,5 +91,26 @@ def decide(state: RouteState, command: RouteCommand) -> tuple[RouteEvent, ...] |
     if command.splits and abs(total - 100) > 1e-6:
         return Rejected("weights_off", f"the weights of {command.model} add up to {total:g}", "make them add up to 100")
     return (
-        RouteChanged(command.model, command.revision, command.splits, command.salt, command.drain_s, command.cause),
+        RouteChanged(
+            command.model,
+            command.revision,
+            command.splits,
+            command.salt,
+            command.drain_s,
+            command.cause,
+            command.rules,
+            command.mirrors,
+            command.candidate,
+        ),
+    )
+
+
+def same(state: RouteState, command: ChangeRoute) -> bool:
+    """Whether the command asks for the table that is there."""
+    return (
+        command.splits == state.splits
+        and command.salt == state.salt
+        and command.rules == state.rules
+        and command.mirrors == state.mirrors
+        and command.candidate == state.candidate
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import msgspec
 
 from turnout.core.decider import Rejected
+from turnout.core.judging.judgement import Decision, Judgement
 from turnout.core.strategies import STRATEGIES
 from turnout.events.switch import (
     BakeStarted,
@@ -18,18 +19,27 @@ from turnout.events.switch import (
     StepStarted,
     SwitchAborted,
     SwitchCompleted,
+    SwitchConcluded,
     SwitchEvent,
     SwitchFailed,
+    SwitchPaused,
+    SwitchPromoted,
     SwitchRequested,
+    SwitchResumed,
     TargetReady,
+    VerdictReached,
 )
 
 #: Outcomes: phases that no command leads out of.
-ENDED = frozenset(("completed", "rolled_back", "aborted", "failed"))
+ENDED = frozenset(("completed", "rolled_back", "aborted", "concluded", "failed"))
+#: Outcomes after which the same target may be tried again.
+_RETRIED = frozenset(("rolled_back", "aborted", "failed"))
 #: The target has no traffic yet.
 UNTOUCHED = frozenset(("requested", "loading", "ready"))
 #: The target has traffic, and the source can have it back with one revision.
 FORWARD = frozenset(("stepping", "stepped", "baking", "draining"))
+#: Where an operator may make it stand still.
+PAUSABLE = frozenset(("requested", "loading", "ready", "stepping", "stepped", "baking"))
 
 
 class SwitchState(msgspec.Struct, frozen=True):
@@ -39,9 +49,13 @@ class SwitchState(msgspec.Struct, frozen=True):
         phase: unknown, requested, loading, ready, stepping (a step waits for gateways), stepped (it was applied),
             baking, draining, rolling_back, or one of ENDED.
         step: number of the newest step, 0 before the first.
-        weight: percent that the target has since that step.
+        weight: percent that the target has since that step; ``mirror``: percent that is copied to it.
         revision: route revision that the phase waits for.
         since: UTC, start of the phase's wait.
+        applied_at: UTC, when every gateway had applied the step; pauses since then move it.
+        paused: why it stands still (see ``SwitchPaused``), empty where it does not; since ``paused_at``.
+        promoted: newest step that an operator has let it past; ``full``: past all.
+        verdict: newest decision of the judge on this step, empty where there is none.
     """
 
     switch: str = ""
@@ -64,6 +78,15 @@ class SwitchState(msgspec.Struct, frozen=True):
     bake_until: datetime | None = None
     cause: str = ""
     reason: str = ""
+    mirror: float = 0.0
+    applied_at: datetime | None = None
+    paused: str = ""
+    paused_at: datetime | None = None
+    paused_until: datetime | None = None
+    promoted: int = 0
+    full: bool = False
+    verdict: str = ""
+    policy: str = ""
 
 
 initial = SwitchState()
@@ -89,31 +112,82 @@ def evolve(state: SwitchState, event: SwitchEvent) -> SwitchState:
                 phase="requested",
                 since=event.at,
                 reason=event.reason,
+                policy=event.policy,
             )
-        case InstancesRequested(_, instances):
-            return replace(state, phase="loading", instances=instances)
-        case TargetReady(_, instances):
-            return replace(state, phase="ready", instances=instances)
-        case StepStarted(_, step, weight, revision, _, at):
-            return replace(state, phase="stepping", step=step, weight=weight, revision=revision, since=at)
-        case StepApplied():
-            return replace(state, phase="stepped")
-        case BakeStarted(_, until):
-            return replace(state, phase="baking", bake_until=until)
-        case DrainStarted(_, _, revision, at):
-            return replace(state, phase="draining", revision=revision, since=at)
-        case RollbackStarted(_, revision, cause, reason, at):
+        case InstancesRequested():
+            return replace(state, phase="loading", instances=event.instances)
+        case TargetReady():
+            return replace(state, phase="ready", instances=event.instances)
+        case StepStarted():
             return replace(
-                state, phase="rolling_back", weight=0.0, revision=revision, cause=cause, reason=reason, since=at
+                state,
+                phase="stepping",
+                step=event.step,
+                weight=event.weight,
+                mirror=event.mirror,
+                revision=event.revision,
+                since=event.at,
+                verdict="",
+            )
+        case StepApplied():
+            applied_at = None if state.since is None else state.since + timedelta(seconds=event.seconds)
+            return replace(state, phase="stepped", applied_at=applied_at)
+        case VerdictReached():
+            return replace(state, verdict=event.decision)
+        case SwitchPaused():
+            return replace(state, paused=event.cause, paused_at=event.at, paused_until=event.until)
+        case SwitchResumed():
+            return _go_on(state, event.at)
+        case SwitchPromoted():
+            return replace(
+                _go_on(state, event.at), promoted=max(state.promoted, event.step), full=state.full or event.full
+            )
+        case BakeStarted():
+            return replace(state, phase="baking", bake_until=event.until)
+        case DrainStarted():
+            return replace(state, phase="draining", revision=event.revision, since=event.at)
+        case RollbackStarted():
+            return replace(
+                state,
+                phase="rolling_back",
+                weight=0.0,
+                mirror=0.0,
+                revision=event.revision,
+                cause=event.cause,
+                reason=event.reason,
+                since=event.at,
+                paused="",
             )
         case SwitchCompleted():
             return replace(state, phase="completed")
         case RolledBack():
             return replace(state, phase="rolled_back")
-        case SwitchAborted(_, reason):
-            return replace(state, phase="aborted", reason=reason)
-        case SwitchFailed(_, _, reason):
-            return replace(state, phase="failed", reason=reason)
+        case SwitchAborted():
+            return replace(state, phase="aborted", reason=event.reason)
+        case SwitchConcluded():
+            return replace(state, phase="concluded", reason=event.reason)
+        case SwitchFailed():
+            return replace(state, phase="failed", reason=event.reason)
+
+
+def _go_on(state: SwitchState, at: datetime) -> SwitchState:
+    """The switch moves again: the time that it stood still counts for no deadline."""
+    if state.paused_at is None or not state.paused:
+        return state
+    stood = max(at - state.paused_at, timedelta())
+
+    def later(time: datetime | None) -> datetime | None:
+        return None if time is None else time + stood
+
+    return msgspec.structs.replace(
+        state,
+        paused="",
+        paused_at=None,
+        paused_until=None,
+        applied_at=later(state.applied_at),
+        deadline=later(state.deadline),
+        bake_until=later(state.bake_until),
+    )
 
 
 class OpenSwitch(msgspec.Struct, frozen=True):
@@ -131,6 +205,7 @@ class OpenSwitch(msgspec.Struct, frozen=True):
     bake_s: float
     drain_s: float
     at: datetime
+    policy: str = ""
 
 
 class RecordInstancesRequested(msgspec.Struct, frozen=True):
@@ -150,7 +225,10 @@ class RecordTargetReady(msgspec.Struct, frozen=True):
 
 
 class StartStep(msgspec.Struct, frozen=True):
-    """The strategy's next traffic level; its route revision is written in the same batch."""
+    """The strategy's next traffic level; its route revision is written in the same batch.
+
+    ``verdict``: the judgement that let it go on, where one was asked for.
+    """
 
     switch: str
     step: int
@@ -158,6 +236,8 @@ class StartStep(msgspec.Struct, frozen=True):
     revision: int
     reason: str
     at: datetime
+    mirror: float = 0.0
+    verdict: Judgement | None = None
 
 
 class RecordStepApplied(msgspec.Struct, frozen=True):
@@ -168,6 +248,43 @@ class RecordStepApplied(msgspec.Struct, frozen=True):
     revision: int
     gateways: tuple[str, ...]
     seconds: float
+
+
+class RecordVerdict(msgspec.Struct, frozen=True):
+    """The judge decided, and nothing can be done about it now."""
+
+    switch: str
+    verdict: Judgement
+    at: datetime
+
+
+class PauseSwitch(msgspec.Struct, frozen=True):
+    """Stand still. ``cause`` as in ``SwitchPaused``; ``verdict``: where evidence or the want of it is the reason."""
+
+    switch: str
+    cause: str
+    reason: str
+    at: datetime
+    until: datetime | None = None
+    verdict: Judgement | None = None
+
+
+class ResumeSwitch(msgspec.Struct, frozen=True):
+    """Go on after an operator's pause, or when a pause's time is up."""
+
+    switch: str
+    reason: str
+    at: datetime
+
+
+class PromoteSwitch(msgspec.Struct, frozen=True):
+    """Let it past ``step`` (the one that the operator has seen: a second click does nothing); ``full``: past all."""
+
+    switch: str
+    step: int
+    full: bool
+    reason: str
+    at: datetime
 
 
 class StartBake(msgspec.Struct, frozen=True):
@@ -194,21 +311,23 @@ class CompleteSwitch(msgspec.Struct, frozen=True):
 
 
 class StartRollback(msgspec.Struct, frozen=True):
-    """Give the source everything back; the route is written in the same batch."""
+    """Give the source everything back; the route is written in the same batch. ``verdict``: where one is the cause."""
 
     switch: str
     revision: int
     cause: str
     reason: str
     at: datetime
+    verdict: Judgement | None = None
 
 
 class FinishRollback(msgspec.Struct, frozen=True):
-    """All live gateways route by the rollback."""
+    """All live gateways route by the rollback; ``proof`` as in ``RolledBack``."""
 
     switch: str
     gateways: tuple[str, ...]
     seconds: float
+    proof: str = ""
 
 
 class AbortSwitch(msgspec.Struct, frozen=True):
@@ -233,6 +352,10 @@ SwitchCommand = (
     | RecordTargetReady
     | StartStep
     | RecordStepApplied
+    | RecordVerdict
+    | PauseSwitch
+    | ResumeSwitch
+    | PromoteSwitch
     | StartBake
     | StartDrain
     | CompleteSwitch
@@ -268,12 +391,20 @@ def decide(state: SwitchState, command: SwitchCommand) -> tuple[SwitchEvent, ...
             if state.phase in UNTOUCHED or not state.source:
                 return (SwitchFailed(switch, stage, reason, log_tail),)
             return _out_of_turn(state, "fail")
-        case StartStep(switch, step, weight, revision, reason, at):
+        case StartStep(switch, step, weight, revision, reason, at, mirror, verdict):
             if step <= state.step:
                 return ()
             if state.phase in ("ready", "stepped") and step == state.step + 1:
-                return (StepStarted(switch, step, weight, revision, reason, at),)
+                return (*_receipt(state, verdict, at), StepStarted(switch, step, weight, revision, reason, at, mirror))
             return _out_of_turn(state, f"step {step}")
+        case RecordVerdict(_, verdict, at):
+            return () if state.verdict == _word(verdict) else _receipt(state, verdict, at)
+        case PauseSwitch():
+            return _pause(state, command)
+        case ResumeSwitch():
+            return _resume(state, command)
+        case PromoteSwitch():
+            return _promote(state, command)
         case RecordStepApplied(switch, step, revision, gateways, seconds):
             if state.phase == "stepping" and step == state.step:
                 return (StepApplied(switch, step, revision, gateways, seconds),)
@@ -290,16 +421,20 @@ def decide(state: SwitchState, command: SwitchCommand) -> tuple[SwitchEvent, ...
             if state.phase == "draining" or (state.phase == "stepped" and not state.source):
                 return (SwitchCompleted(switch, drain_s),)
             return _out_of_turn(state, "complete")
-        case StartRollback(switch, revision, cause, reason, at):
+        case StartRollback(switch, revision, cause, reason, at, verdict):
             if state.phase in FORWARD:
-                return (RollbackStarted(switch, revision, cause, reason, at),)
+                return (*_receipt(state, verdict, at), RollbackStarted(switch, revision, cause, reason, at))
             return () if state.phase == "rolling_back" else _out_of_turn(state, "roll back")
-        case FinishRollback(switch, gateways, seconds):
+        case FinishRollback(switch, gateways, seconds, proof):
             if state.phase != "rolling_back":
                 return _out_of_turn(state, "finish the rollback")
-            if state.cause == "abort":
-                return (SwitchAborted(switch, state.reason),)
-            return (RolledBack(switch, gateways, seconds),)
+            match state.cause:
+                case "abort":
+                    return (SwitchAborted(switch, state.reason),)
+                case "concluded":
+                    return (SwitchConcluded(switch, state.source, state.reason),)
+                case _:
+                    return (RolledBack(switch, gateways, seconds, proof),)
 
 
 def unknown_switch(switch: str) -> Rejected:
@@ -335,8 +470,96 @@ def _open(state: SwitchState, command: OpenSwitch) -> tuple[SwitchEvent, ...] | 
             command.bake_s,
             command.drain_s,
             command.at,
+            command.policy,
         ),
     )
+
+
+def outcome_of(state: SwitchState) -> str:
+    """How a switch that is rolling back will have ended."""
+    return {"abort": "aborted", "concluded": "concluded"}.get(state.cause, "rolled_back")
+
+
+def _word(verdict: Judgement) -> str:
+    """The decision as the log has it."""
+    return "inconclusive" if verdict.decision in (Decision.HOLD, Decision.ERROR) else str(verdict.decision)
+
+
+def _receipt(state: SwitchState, verdict: Judgement | None, at: datetime) -> tuple[SwitchEvent, ...]:
+    """The judge's decision with everything that it was made from; one that holds has run out of time."""
+    if verdict is None:
+        return ()
+    return (
+        VerdictReached(
+            state.switch,
+            state.step,
+            _word(verdict),
+            verdict.rule,
+            verdict.reason or verdict.missing,
+            verdict.metric,
+            verdict.source_requests,
+            verdict.target_requests,
+            verdict.source_errors,
+            verdict.target_errors,
+            verdict.target_users,
+            verdict.seconds,
+            verdict.figures,
+            verdict.samples,
+            verdict.gateways,
+            at,
+        ),
+    )
+
+
+def _pause(state: SwitchState, command: PauseSwitch) -> tuple[SwitchEvent, ...] | Rejected:
+    if state.paused == command.cause:
+        return ()
+    if state.phase not in PAUSABLE:
+        return _out_of_turn(state, "pause")
+    if state.paused and command.cause != "operator":
+        return ()  # it stands still already; an operator's pause may come on top of the policy's
+    paused = SwitchPaused(command.switch, command.cause, command.reason, command.at, command.until)
+    return (*_receipt(state, command.verdict, command.at), paused)
+
+
+def _resume(state: SwitchState, command: ResumeSwitch) -> tuple[SwitchEvent, ...] | Rejected:
+    if not state.paused:
+        return ()
+    if state.paused != "operator":
+        return Rejected(
+            "waits_for_a_decision",
+            f"switch {state.switch} was not paused by an operator: {state.paused}",
+            f"let it go on with: turnout promote {state.switch}, or end it with: turnout abort {state.switch}",
+        )
+    return (SwitchResumed(command.switch, command.reason, command.at),)
+
+
+def _promote(state: SwitchState, command: PromoteSwitch) -> tuple[SwitchEvent, ...] | Rejected:
+    if (command.full and state.full) or (not command.full and command.step <= state.promoted):
+        return ()
+    if not command.full and command.step < state.step:
+        return ()  # it has gone on since the operator looked
+    if command.step > state.step:
+        return Rejected(
+            "step_ahead",
+            f"switch {state.switch} is at step {state.step}, not at {command.step}",
+            f"look at it: turnout status {state.switch}",
+        )
+    if command.full and not command.reason:
+        return Rejected(
+            "reason_missing",
+            "a full promotion skips every further step, pause and analysis, and the log must say why",
+            "give the reason: --reason TEXT",
+        )
+    if state.phase not in ("stepping", "stepped"):
+        return _out_of_turn(state, "be promoted")
+    if state.paused == "operator" and not command.full:
+        return Rejected(
+            "switch_paused",
+            f"switch {state.switch} was paused by an operator",
+            f"let it go on first: turnout resume {state.switch}",
+        )
+    return (SwitchPromoted(command.switch, state.step, command.full, command.reason, command.at),)
 
 
 def _is_outcome(state: SwitchState, command: SwitchCommand) -> bool:
@@ -347,7 +570,7 @@ def _is_outcome(state: SwitchState, command: SwitchCommand) -> bool:
         case FailSwitch():
             return state.phase == "failed"
         case FinishRollback():
-            return state.phase == ("aborted" if state.cause == "abort" else "rolled_back")
+            return state.phase == outcome_of(state)
         case _:
             return False
 
@@ -357,5 +580,6 @@ def _out_of_turn(state: SwitchState, what: str) -> Rejected:
     return Rejected(
         code,
         f"switch {state.switch} is {state.phase.replace('_', ' ')}: it can't {what}",
-        f"look at it: turnout status {state.switch}",
+        f"look at it: turnout status {state.switch}"
+        + (f"; try the version again with: turnout retry {state.switch}" if state.phase in _RETRIED else ""),
     )

@@ -18,7 +18,7 @@ A strategy of your own is asked without any switch around it:
 
 >>> from turnout.core.strategies import ImmediateSwitch
 >>> asked(ImmediateSwitch(), weight=0.0)
-SetWeight(weight=100.0, reason='all at once')
+SetWeight(weight=100.0, reason='all at once', mirror=0.0)
 
 A saga is asked what it owes in a world that has seen some events; each command may be carried out in it:
 
@@ -35,9 +35,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from turnout.core.decider import Rejected
+from turnout.core.sagas.owed import decide
 from turnout.core.strategies.base import Evidence, Operation
-from turnout.core.world import DECIDERS, World
+from turnout.core.world import World
 from turnout.events import subjects
+from turnout.events.alert import AlertEvent
 from turnout.events.codec import Context, decode, record
 from turnout.events.envelope import START as NO_POSITION
 from turnout.events.gateway import GatewayEvent
@@ -170,14 +172,12 @@ class WorldBuilder:
 
     def carry_out(self, owed: Owed) -> tuple[object, ...]:
         """Decide what a saga owes and let it happen. Returns the events; none where a decider refused."""
-        events: list[object] = []
-        for write in owed.writes:
-            decided = DECIDERS[write.aggregate].decide(self.world.state(write.aggregate, write.id), write.command)
-            if isinstance(decided, Rejected):
-                return ()
-            events.extend(decided)
+        decided = decide(self.world, owed.writes)
+        if isinstance(decided, Rejected):
+            return ()
+        events = tuple(event for made in decided.values() for event in made)
         self.happens(*events, command=owed.id, after_s=0.0)
-        return tuple(events)
+        return events
 
     def _record(self, event: object, context: Context, n: int) -> Recorded:
         subject = subject_of(event)
@@ -212,6 +212,7 @@ def subject_of(event: object) -> str:
 
 
 _UNIONS: tuple[tuple[str, Any], ...] = (
+    ("alert", AlertEvent),
     ("model", ModelEvent),
     ("switch", SwitchEvent),
     ("instance", InstanceEvent),

@@ -6,17 +6,18 @@ its own writes at once and the same events again from the tail. Knows no store.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from turnout.core import gateway, instance, model, route, switch, worker
+from turnout.core import alert, gateway, instance, model, route, switch, worker
 from turnout.events import subjects
+from turnout.events.alert import AlertRaised
 from turnout.events.envelope import START, Position, Recorded, Unknown
 from turnout.events.gateway import RouteApplied, VersionDrained
 from turnout.events.instance import InstanceFailed, InstanceReady
-from turnout.events.route import RouteChanged
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -28,13 +29,17 @@ DECIDERS: dict[str, ModuleType] = {
     "instance": instance,
     "worker": worker,
     "gateway": gateway,
+    "alert": alert,
 }
 
 #: The bulk of what gateways report. A repeated report is no news to the decider: it needs no memory of command ids.
+#: Nothing else is derived from them.
 _ONLY_GROWS = frozenset((RouteApplied, VersionDrained))
 
 #: An instance that served this long was sound: its failure starts the back-off anew.
 SOUND_S = 60.0
+#: Lost gateways and workers that are remembered: each process that is killed leaves one behind.
+LOST_MOST = 100
 
 
 class Done(msgspec.Struct, frozen=True, gc=False):
@@ -45,6 +50,13 @@ class Done(msgspec.Struct, frozen=True, gc=False):
     sequence: int
     events: int
     switch: str
+
+
+def _with(done: Done, recorded: Recorded, switch_id: str) -> Done:
+    """What a command has written, with one more event; they may come in any order: each subject has its own."""
+    sequence = recorded.sequence
+    subject, first = (recorded.subject, sequence) if sequence < done.first else (done.subject, done.first)
+    return Done(subject, first, max(sequence, done.sequence), done.events + 1, switch_id or done.switch)
 
 
 class Failures(msgspec.Struct, frozen=True, gc=False):
@@ -61,6 +73,17 @@ class Load(msgspec.Struct, frozen=True, gc=False):
     bytes: int
 
 
+class _Subject(msgspec.Struct, gc=False):
+    """Where one subject stands, and what its events need: looked up once, not for each event."""
+
+    newest: Recorded
+    aggregate: str
+    id: str
+    evolve: Callable[[Any, Any], Any] | None
+    state: Any
+    states: dict[str, Any]
+
+
 class World:
     """The fold. Read its dicts, never write them; ``apply`` is the only way to change them."""
 
@@ -71,6 +94,7 @@ class World:
         self.instances: dict[str, instance.InstanceState] = {}
         self.workers: dict[str, worker.WorkerState] = {}
         self.gateways: dict[str, gateway.GatewayState] = {}
+        self.alerts: dict[str, alert.AlertState] = {}
         self.sequence = 0
         self.epoch = 0
         #: Instances that have not ended, by id.
@@ -85,9 +109,18 @@ class World:
         self.failures: dict[tuple[str, str], Failures] = {}
         #: (model, version) → what its newest load took.
         self.loads: dict[tuple[str, str], Load] = {}
+        #: Model → the event that ended its newest switch.
+        self.ended: dict[str, Recorded] = {}
+        #: (``gateway`` or ``worker``, id) → the event that it was lost by, of the newest LOST_MOST that are lost still.
+        self.lost: dict[tuple[str, str], Recorded] = {}
+        #: Live gateway → when it joined (UTC).
+        self.joined: dict[str, datetime] = {}
+        #: Alert → the event that raised it last; and those that are raised now.
+        self.raisings: dict[str, Recorded] = {}
+        self.raised: set[str] = set()
         self.requested_instances = 0
         self._ready_at: dict[str, datetime] = {}
-        self._last: dict[str, Recorded] = {}
+        self._last: dict[str, _Subject] = {}
         self._done: dict[str, Done] = {}
         self._states: dict[str, dict[str, Any]] = {
             "model": self.models,
@@ -96,6 +129,7 @@ class World:
             "instance": self.instances,
             "worker": self.workers,
             "gateway": self.gateways,
+            "alert": self.alerts,
         }
 
     def state(self, aggregate: str, id: str) -> Any:
@@ -104,13 +138,13 @@ class World:
 
     def position(self, subject: str) -> Position:
         """Where the subject's history ends, as far as this fold has come."""
-        last = self._last.get(subject)
-        return START if last is None else last.position
+        known = self._last.get(subject)
+        return START if known is None else known.newest.position
 
     def last_event(self, subject: str) -> str:
         """Id of the subject's newest event, empty where it has none."""
-        last = self._last.get(subject)
-        return "" if last is None else last.envelope.id
+        known = self._last.get(subject)
+        return "" if known is None else known.newest.envelope.id
 
     def done(self, command: str) -> Done | None:
         """What the command has written, None where it has not taken effect."""
@@ -118,27 +152,33 @@ class World:
 
     def apply(self, recorded: Recorded) -> bool:
         """Fold one event. False where its subject has come this far already."""
-        subject = recorded.subject
-        last = self._last.get(subject)
-        if last is not None and recorded.sequence <= last.sequence:
+        known = self._last.get(recorded.subject)
+        if known is None:
+            known = self._last[recorded.subject] = self._first_of(recorded)
+        elif recorded.sequence <= known.newest.sequence:
             return False
-        self._last[subject] = recorded
-        self.sequence = max(self.sequence, recorded.sequence)
-        envelope = recorded.envelope
-        self.epoch = max(self.epoch, envelope.epoch)
-        aggregate, id = subjects.parse_event(subject)
-        if type(recorded.event) not in _ONLY_GROWS:
-            self._done[envelope.command] = self._done_with(recorded, id if aggregate == "switch" else "")
+        known.newest = recorded
+        if recorded.sequence > self.sequence:
+            self.sequence = recorded.sequence
+        if recorded.envelope.epoch > self.epoch:
+            self.epoch = recorded.envelope.epoch
         event = recorded.event
-        if type(event) is Unknown:
+        quiet = type(event) in _ONLY_GROWS
+        if not quiet:
+            switch_id = known.id if known.aggregate == "switch" else ""
+            command = recorded.envelope.command
+            done = self._done.get(command)
+            self._done[command] = (
+                Done(recorded.subject, recorded.sequence, recorded.sequence, 1, switch_id)
+                if done is None
+                else _with(done, recorded, switch_id)
+            )
+        if known.evolve is None or type(event) is Unknown:
             return True
-        states = self._states.get(aggregate)
-        if states is None:
-            return True
-        decider = DECIDERS[aggregate]
-        before = states.get(id, decider.initial)
-        after = states[id] = decider.evolve(before, event)
-        self._index(aggregate, id, before, after, recorded)
+        before = known.state
+        after = known.state = known.states[known.id] = known.evolve(before, event)
+        if not quiet and after is not before:
+            self._index(known.aggregate, known.id, before, after, recorded)
         return True
 
     def ready(self, model: str, version: str) -> tuple[instance.InstanceState, ...]:
@@ -155,35 +195,52 @@ class World:
             )
         )
 
-    def _done_with(self, recorded: Recorded, switch_id: str) -> Done:
-        """What the event's command has written with it. Its events may come in any order: each subject has its own."""
-        sequence = recorded.sequence
-        done = self._done.get(recorded.envelope.command)
-        if done is None:
-            return Done(recorded.subject, sequence, sequence, 1, switch_id)
-        subject, first = (recorded.subject, sequence) if sequence < done.first else (done.subject, done.first)
-        return Done(subject, first, max(sequence, done.sequence), done.events + 1, switch_id or done.switch)
+    def _first_of(self, recorded: Recorded) -> _Subject:
+        """The subject that begins with this event."""
+        aggregate, id = subjects.parse_event(recorded.subject)
+        decider = DECIDERS.get(aggregate)
+        if decider is None:
+            return _Subject(recorded, aggregate, id, None, None, {})
+        return _Subject(recorded, aggregate, id, decider.evolve, decider.initial, self._states[aggregate])
 
     def _index(self, aggregate: str, id: str, before: Any, after: Any, recorded: Recorded) -> None:
         """Keep what is derived from several events or from their times."""
         match aggregate:
             case "gateway":
-                (self.live_gateways.add if after.live else self.live_gateways.discard)(id)
+                if after.live != before.live:
+                    (self.live_gateways.add if after.live else self.live_gateways.discard)(id)
+                self._index_loss(aggregate, id, after, recorded)
+            case "worker":
+                self._index_loss(aggregate, id, after, recorded)
             case "switch":
                 (self.running.discard if after.phase in switch.ENDED else self.running.add)(id)
+                if after.phase in switch.ENDED:
+                    self.ended[after.model] = recorded
+            case "alert":
+                (self.raised.add if after.raised else self.raised.discard)(id)
+                if type(recorded.event) is AlertRaised:
+                    self.raisings[id] = recorded
             case "route":
-                self._index_route(before, recorded)
+                self._index_route(before, after, recorded)
             case "instance":
                 self._index_instance(id, before, after, recorded)
             case _:
                 pass
 
-    def _index_route(self, before: route.RouteState, recorded: Recorded) -> None:
-        event = recorded.event
-        if not isinstance(event, RouteChanged) or event.revision <= before.revision:
-            return
-        was = {e.instance for s in before.splits for e in s.endpoints}
-        now = {e.instance for s in event.splits for e in s.endpoints}
+    def _index_loss(self, kind: str, id: str, after: gateway.GatewayState | worker.WorkerState, one: Recorded) -> None:
+        self.lost.pop((kind, id), None)
+        if not after.live and not after.left:
+            self.lost[kind, id] = one
+            if len(self.lost) > LOST_MOST:
+                self.lost.pop(next(iter(self.lost)))
+        if kind == "gateway":
+            self.joined.pop(id, None)
+            if after.live:
+                self.joined[id] = one.envelope.time
+
+    def _index_route(self, before: route.RouteState, after: route.RouteState, recorded: Recorded) -> None:
+        was = {e.instance for part in before.parts for e in part.endpoints}
+        now = {e.instance for part in after.parts for e in part.endpoints}
         for id in now:
             self.idle_since.pop(id, None)
         for id in was - now:

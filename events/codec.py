@@ -7,11 +7,18 @@ from typing import get_args
 
 import msgspec
 
-from turnout.events import gateway, instance, model, route, switch, upcast, worker
+from turnout.events import alert, gateway, instance, model, route, switch, upcast, worker
 from turnout.events.envelope import Envelope, Position, Recorded, Unknown
 from turnout.events.version import VERSION
 
-_UNIONS = (model.ModelEvent, switch.SwitchEvent, instance.InstanceEvent, worker.WorkerEvent, gateway.GatewayEvent)
+_UNIONS = (
+    model.ModelEvent,
+    switch.SwitchEvent,
+    instance.InstanceEvent,
+    worker.WorkerEvent,
+    gateway.GatewayEvent,
+    alert.AlertEvent,
+)
 
 _MEMBERS: tuple[type[msgspec.Struct], ...] = (
     *(member for union in _UNIONS for member in get_args(union)),

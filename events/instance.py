@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import msgspec
 
 from turnout.events.model import EngineSpec
@@ -73,6 +75,31 @@ class InstanceFailed(msgspec.Struct, frozen=True, gc=False):
     exit_code: int | None = None
 
 
+class InstanceProbeRequested(msgspec.Struct, frozen=True, gc=False):
+    """A worker was asked to prove a ready instance once more. ``cause`` names the request, e.g. ``sw-1.1``."""
+
+    instance: str
+    cause: str
+    at: datetime
+
+
+class InstanceProbed(msgspec.Struct, frozen=True, gc=False):
+    """The golden probe that ``cause`` asked for was answered, well (``ok``) or not."""
+
+    instance: str
+    cause: str
+    ok: bool
+    seconds: float
+    reason: str = ""
+
+
 InstanceEvent = (
-    InstanceRequested | InstanceLoading | InstanceReady | InstanceDraining | InstanceStopped | InstanceFailed
+    InstanceRequested
+    | InstanceLoading
+    | InstanceReady
+    | InstanceProbeRequested
+    | InstanceProbed
+    | InstanceDraining
+    | InstanceStopped
+    | InstanceFailed
 )

@@ -95,6 +95,7 @@ class JetStreamStore:
             if e.code in jsapi.FULL:
                 raise StoreFull(
                     f"the event log has no room ({e.text}): free disk space or raise the limit of stream {self._stream}"
+                    ", and restart a nats-server that met a full disk (turnout up does that itself)"
                 ) from e
             raise Unavailable(f"the event log refused a write: {e}") from e
 

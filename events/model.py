@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from turnout.events.route import Rule
+
 
 class Probe(msgspec.Struct, frozen=True, omit_defaults=True):
     """The golden request that proves an instance of a version through its real API.
@@ -107,6 +109,21 @@ class KnownGoodRevoked(msgspec.Struct, frozen=True, gc=False):
     switch: str
 
 
+class PolicyChanged(msgspec.Struct, frozen=True):
+    """A named way to switch, for later switches: ``policy`` as it was given, checked. Empty takes the name away."""
+
+    model: str
+    name: str
+    policy: dict[str, object]
+
+
+class RulesChanged(msgspec.Struct, frozen=True):
+    """The model's rules, all of them, in their order."""
+
+    model: str
+    rules: tuple[Rule, ...]
+
+
 ModelEvent = (
     ModelRegistered
     | VersionRegistered
@@ -116,4 +133,6 @@ ModelEvent = (
     | ActiveVersionChanged
     | KnownGoodMarked
     | KnownGoodRevoked
+    | PolicyChanged
+    | RulesChanged
 )

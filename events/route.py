@@ -20,6 +20,35 @@ class Split(msgspec.Struct, frozen=True, gc=False):
     endpoints: tuple[Endpoint, ...]
 
 
+class Rule(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """Chooses by the input, before the split. The first rule of a model that applies decides; none: the split does.
+
+    Attributes:
+        name: for people and headers, unique in its model.
+        when: CEL expression over the request (see core/rules.py); true where the rule applies.
+        version: send it to this version, which is kept loaded for it; empty for one of the other two.
+        model: send it by another model's route instead.
+        candidate: only such requests take part in a running switch's split; while a model has a rule of this kind all
+            others stay on the source until the target has all the traffic.
+        percent: of the requests to which it applies (by their sticky key); the others go on to the next rule.
+    """
+
+    name: str
+    when: str
+    version: str = ""
+    model: str = ""
+    candidate: bool = False
+    percent: float = 100.0
+
+
+class Mirror(msgspec.Struct, frozen=True, gc=False):
+    """Copies of ``percent`` of the requests go to ``version``; what it answers reaches nobody."""
+
+    version: str
+    percent: float
+    endpoints: tuple[Endpoint, ...]
+
+
 class RouteChanged(msgspec.Struct, frozen=True, gc=False):
     """The whole table of one model from ``revision`` on. Weights are percent and add up to 100, or there is no split.
 
@@ -29,7 +58,10 @@ class RouteChanged(msgspec.Struct, frozen=True, gc=False):
         splits: every version that may get a request; what is absent drains.
         salt: salt of the sticky split (the switch id).
         drain_s: seconds that requests on an absent version may still run.
-        cause: switch id, or ``repair`` where instances came or went.
+        cause: switch id, ``repair`` where instances came or went, or ``rules``.
+        rules: in the order in which they are asked.
+        mirrors: whom to send copies to.
+        candidate: version of the running switch's target; empty where none runs.
     """
 
     model: str
@@ -38,6 +70,9 @@ class RouteChanged(msgspec.Struct, frozen=True, gc=False):
     salt: str
     drain_s: float
     cause: str
+    rules: tuple[Rule, ...] = ()
+    mirrors: tuple[Mirror, ...] = ()
+    candidate: str = ""
 
 
 RouteEvent = RouteChanged

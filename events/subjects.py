@@ -11,10 +11,11 @@ import re
 EVENTS = "turnout.evt"
 COMMANDS = "turnout.cmd"
 BEATS = "turnout.beat"
+HEALTH = "turnout.health"
 VIEWS = "$KV.VIEWS"
 LIVE_VIEWS = "turnout.view"
 LEASES = "$KV.LEASES"
-AGGREGATES = ("model", "switch", "route", "instance", "worker", "gateway")
+AGGREGATES = ("model", "switch", "route", "instance", "worker", "gateway", "alert")
 
 _PLAIN = re.compile(rb"[A-Za-z0-9_-]")
 _ESCAPE = re.compile(r"=([0-9A-F]{2})")
@@ -94,3 +95,8 @@ def parse_view_key(key: str) -> tuple[str, str]:
 def lease(role: str) -> str:
     """Bucket subject of a lease, e.g. ``$KV.LEASES.controller``."""
     return f"{LEASES}.{role}"
+
+
+def health(model: str, version: str) -> str:
+    """Subject of the samples of one version, e.g. ``turnout.health.chat.v2``."""
+    return f"{HEALTH}.{token(model)}.{token(version)}"

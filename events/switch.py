@@ -23,6 +23,7 @@ class SwitchRequested(msgspec.Struct, frozen=True):
         bake_s: seconds the source stays warm at full traffic before it drains.
         drain_s: seconds a leaving version's requests may still run before the gateway ends them with an error event.
         at: UTC, when it was asked.
+        policy: name of the model's policy that gave strategy and parameters; empty where the command gave them.
     """
 
     switch: str
@@ -37,6 +38,7 @@ class SwitchRequested(msgspec.Struct, frozen=True):
     bake_s: float
     drain_s: float
     at: datetime
+    policy: str = ""
 
 
 class InstancesRequested(msgspec.Struct, frozen=True, gc=False):
@@ -56,7 +58,10 @@ class TargetReady(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepStarted(msgspec.Struct, frozen=True, gc=False):
-    """Traffic level number ``step``: the target gets ``weight`` percent from route revision ``revision`` on."""
+    """Traffic level number ``step``: the target gets ``weight`` percent from route revision ``revision`` on.
+
+    ``mirror``: percent of the requests that are copied to the target; their answers reach nobody.
+    """
 
     switch: str
     step: int
@@ -64,6 +69,7 @@ class StepStarted(msgspec.Struct, frozen=True, gc=False):
     revision: int
     reason: str
     at: datetime
+    mirror: float = 0.0
 
 
 class StepApplied(msgspec.Struct, frozen=True, gc=False):
@@ -74,6 +80,93 @@ class StepApplied(msgspec.Struct, frozen=True, gc=False):
     revision: int
     gateways: tuple[str, ...]
     seconds: float
+
+
+class Figure(msgspec.Struct, frozen=True, gc=False):
+    """One measured comparison.
+
+    Attributes:
+        name: ``errors``, ``error_ceiling``, ``first_byte``, ``first_byte_p95``, ``token_time``, ``empty``,
+            ``repetition``, ``length_stop``, ``tokens``, ``sample_ratio``, ``dead``, ``probes``, ``latency_ceiling``,
+            ``shadow_errors``.
+        source: the source's value (a share, ms, tokens); None where there is none.
+        target: the target's.
+        e: evidence of harm so far in this step (1 at the start; e-value).
+        e_needed: from there on it is enough.
+        e_good: evidence of no harm, None where the metric is not asked for promotion.
+        e_good_needed: from there on it is enough.
+        low, high: confidence limits of target/source, None where they make no sense yet.
+    """
+
+    name: str
+    source: float | None = None
+    target: float | None = None
+    e: float = 1.0
+    e_needed: float = 100.0
+    e_good: float | None = None
+    e_good_needed: float = 20.0
+    low: float | None = None
+    high: float | None = None
+
+
+class VerdictReached(msgspec.Struct, frozen=True):
+    """The judge decided: the receipt has everything that the decision was made from.
+
+    Attributes:
+        decision: ``fail`` (rolled back in the same batch), ``pass`` (the strategy may go on), ``inconclusive`` (time is
+            up without an answer) or ``invalid`` (the comparison itself is broken).
+        rule: what decided; ``reason`` is one sentence for people; ``metric`` the figure that weighed most.
+        seconds: from the step's first sample to its newest.
+        samples: windows read, from so many ``gateways``.
+    """
+
+    switch: str
+    step: int
+    decision: str
+    rule: str
+    reason: str
+    metric: str
+    source_requests: int
+    target_requests: int
+    source_errors: int
+    target_errors: int
+    target_users: int
+    seconds: float
+    figures: tuple[Figure, ...]
+    samples: int
+    gateways: int
+    at: datetime
+
+
+class SwitchPaused(msgspec.Struct, frozen=True, gc=False):
+    """The switch stays at its step until somebody or ``until`` (UTC) moves it on.
+
+    ``cause``: ``operator``, ``pause`` (the policy's), ``inconclusive`` or ``invalid``.
+    """
+
+    switch: str
+    cause: str
+    reason: str
+    at: datetime
+    until: datetime | None = None
+
+
+class SwitchResumed(msgspec.Struct, frozen=True, gc=False):
+    """It goes on. The time it stood still is not counted."""
+
+    switch: str
+    reason: str
+    at: datetime
+
+
+class SwitchPromoted(msgspec.Struct, frozen=True, gc=False):
+    """An operator let it past step ``step``; ``full``: past every further step, pause and analysis."""
+
+    switch: str
+    step: int
+    full: bool
+    reason: str
+    at: datetime
 
 
 class BakeStarted(msgspec.Struct, frozen=True, gc=False):
@@ -102,7 +195,8 @@ class SwitchCompleted(msgspec.Struct, frozen=True, gc=False):
 class RollbackStarted(msgspec.Struct, frozen=True, gc=False):
     """The source gets everything back from route revision ``revision`` on.
 
-    ``cause`` is ``abort`` or ``undo`` (an operator), ``deadline`` or ``failure``.
+    ``cause`` is ``abort`` or ``undo`` (an operator), ``deadline``, ``failure`` (no instance left), ``verdict``,
+    ``inconclusive``, or ``concluded`` (an experiment has ended and the source stays).
     """
 
     switch: str
@@ -113,17 +207,30 @@ class RollbackStarted(msgspec.Struct, frozen=True, gc=False):
 
 
 class RolledBack(msgspec.Struct, frozen=True, gc=False):
-    """All live gateways (named) route by the rollback's revision. The end of a switch that went wrong or was undone."""
+    """All live gateways (named) route by the rollback's revision. The end of a switch that went wrong or was undone.
+
+    ``proof``: the instance of the source that answered its golden probe since then; empty where none did in time, and
+    an alert says so.
+    """
 
     switch: str
     gateways: tuple[str, ...]
     seconds: float
+    proof: str = ""
 
 
 class SwitchAborted(msgspec.Struct, frozen=True, gc=False):
     """An operator ended the switch; where traffic had moved, it is back on the source."""
 
     switch: str
+    reason: str
+
+
+class SwitchConcluded(msgspec.Struct, frozen=True, gc=False):
+    """An experiment ended as planned and the source stays: nothing went wrong. ``kept`` has all the traffic."""
+
+    switch: str
+    kept: str
     reason: str
 
 
@@ -142,11 +249,16 @@ SwitchEvent = (
     | TargetReady
     | StepStarted
     | StepApplied
+    | VerdictReached
+    | SwitchPaused
+    | SwitchResumed
+    | SwitchPromoted
     | BakeStarted
     | DrainStarted
     | SwitchCompleted
     | RollbackStarted
     | RolledBack
     | SwitchAborted
+    | SwitchConcluded
     | SwitchFailed
 )

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from turnout.events import subjects
+from turnout.events.alert import AlertAcknowledged, AlertRaised, AlertResolved
 from turnout.events.envelope import Unknown
 from turnout.events.gateway import GatewayJoined, GatewayLeft, GatewayLost, RouteApplied, VersionDrained
 from turnout.events.instance import (
     InstanceDraining,
     InstanceFailed,
     InstanceLoading,
+    InstanceProbed,
+    InstanceProbeRequested,
     InstanceReady,
     InstanceRequested,
     InstanceStopped,
@@ -24,6 +27,8 @@ from turnout.events.model import (
     KnownGoodMarked,
     KnownGoodRevoked,
     ModelRegistered,
+    PolicyChanged,
+    RulesChanged,
     SwitchAdmitted,
     SwitchClosed,
     VersionDeregistered,
@@ -40,9 +45,14 @@ from turnout.events.switch import (
     StepStarted,
     SwitchAborted,
     SwitchCompleted,
+    SwitchConcluded,
     SwitchFailed,
+    SwitchPaused,
+    SwitchPromoted,
     SwitchRequested,
+    SwitchResumed,
     TargetReady,
+    VerdictReached,
 )
 from turnout.events.worker import WorkerJoined, WorkerLeft, WorkerLost
 
@@ -51,11 +61,24 @@ if TYPE_CHECKING:
 
     from turnout.events.envelope import Recorded
 
-_OUTCOMES = {"completed": "completed", "rolled_back": "was rolled back", "aborted": "was aborted", "failed": "failed"}
+_OUTCOMES = {
+    "completed": "completed",
+    "rolled_back": "was rolled back",
+    "aborted": "was aborted",
+    "concluded": "ended as planned",
+    "failed": "failed",
+}
+#: Why a switch stands still, by the cause in the event.
+_PAUSES = {
+    "operator": "paused",
+    "pause": "waits to be promoted",
+    "inconclusive": "held: the evidence says neither yes nor no",
+    "invalid": "held: the comparison is broken",
+}
 _BAD = (SwitchFailed, InstanceFailed, WorkerLost, GatewayLost)
-_WARNING = (RollbackStarted, RolledBack, SwitchAborted, KnownGoodRevoked)
-_GOOD = (SwitchCompleted, ActiveVersionChanged, InstanceReady, KnownGoodMarked)
-_DETAIL = (RouteApplied, VersionDrained, InstanceLoading, SwitchAdmitted, SwitchClosed, Unknown)
+_WARNING = (RollbackStarted, RolledBack, SwitchAborted, KnownGoodRevoked, SwitchPaused)
+_GOOD = (SwitchCompleted, SwitchConcluded, ActiveVersionChanged, InstanceReady, KnownGoodMarked, AlertResolved)
+_DETAIL = (InstanceProbeRequested, RouteApplied, VersionDrained, InstanceLoading, SwitchAdmitted, SwitchClosed, Unknown)
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -104,6 +127,8 @@ class Audit:
                 self._models[switch] = model
             case RouteChanged(model, revision, _, _, _, cause):
                 self._revisions[model, revision] = cause
+            case AlertRaised(alert):
+                self._models[alert], self._causes[alert] = event.model, event.switch
             case _:
                 pass
         model = id if aggregate in ("model", "route") else self._models.get(id, "") or getattr(event, "model", "")
@@ -132,6 +157,12 @@ class Audit:
 
 def tone(event: object) -> str:
     """How an event may be marked: ``good``, ``warning``, ``bad``, ``detail`` or empty."""
+    if isinstance(event, VerdictReached):
+        return {"fail": "bad", "pass": "good"}.get(event.decision, "warning")
+    if isinstance(event, InstanceProbed):
+        return "detail" if event.ok else "bad"
+    if isinstance(event, AlertRaised):
+        return {"critical": "bad", "warning": "warning"}.get(event.severity, "")
     if isinstance(event, _BAD):
         return "bad"
     if isinstance(event, _WARNING) or (isinstance(event, VersionDrained) and event.ended):
@@ -188,12 +219,17 @@ def _say(recorded: Recorded, names: Mapping[str, str]) -> str:
             | TargetReady()
             | StepStarted()
             | StepApplied()
+            | VerdictReached()
+            | SwitchPaused()
+            | SwitchResumed()
+            | SwitchPromoted()
             | BakeStarted()
             | DrainStarted()
             | SwitchCompleted()
             | RollbackStarted()
             | RolledBack()
             | SwitchAborted()
+            | SwitchConcluded()
             | SwitchFailed()
         ):
             return _say_switch(event, recorded, names)
@@ -201,6 +237,8 @@ def _say(recorded: Recorded, names: Mapping[str, str]) -> str:
             InstanceRequested()
             | InstanceLoading()
             | InstanceReady()
+            | InstanceProbeRequested()
+            | InstanceProbed()
             | InstanceDraining()
             | InstanceStopped()
             | InstanceFailed()
@@ -210,6 +248,8 @@ def _say(recorded: Recorded, names: Mapping[str, str]) -> str:
             return _say_gateway(event)
         case WorkerJoined() | WorkerLost() | WorkerLeft():
             return _say_worker(event)
+        case AlertRaised() | AlertAcknowledged() | AlertResolved():
+            return _say_alert(event)
         case _:
             return _say_model(event, who(recorded.envelope.actor), names)
 
@@ -232,6 +272,11 @@ def _say_model(event: object, actor: str, names: Mapping[str, str]) -> str:
             return f"{model} {version} is known to be good"
         case KnownGoodRevoked(model, version):
             return f"{model} {version} was undone: no undo returns to it any more"
+        case PolicyChanged(model, name, policy):
+            return f"{actor} set policy {name} of {model}" if policy else f"{actor} removed policy {name} of {model}"
+        case RulesChanged(model, rules):
+            named = _several(tuple(rule.name for rule in rules))
+            return f"{actor} set the rules of {model}: {named}" if rules else f"{actor} removed the rules of {model}"
         case _:
             return type(event).__name__
 
@@ -241,7 +286,8 @@ def _say_switch(event: object, recorded: Recorded, names: Mapping[str, str]) -> 
     if isinstance(event, SwitchRequested):
         if event.undo:
             return f"{actor} undid {event.model}: from {event.source} back to {event.target}{_because(event.reason)}"
-        return f"{actor} asked for {event.model} {event.target} ({event.strategy}){_because(event.reason)}"
+        how = f"{event.strategy}, policy {event.policy}" if event.policy else event.strategy
+        return f"{actor} asked for {event.model} {event.target} ({how}){_because(event.reason)}"
     name = names.get(getattr(event, "switch", ""), getattr(event, "switch", ""))
     match event:
         case InstancesRequested(_, instances):
@@ -249,11 +295,22 @@ def _say_switch(event: object, recorded: Recorded, names: Mapping[str, str]) -> 
         case TargetReady(_, instances, took_s, warm):
             after = "already" if warm else f"after {seconds(took_s)}"
             return f"{name}: ready {after} ({_several(instances)})"
-        case StepStarted(_, step, weight, revision, reason):
-            return f"{name}: step {step} gives it {weight:g} % with revision {revision}{_because(reason)}"
+        case StepStarted(_, step, weight, revision, reason, _, mirror):
+            gives = f"gives it copies of {mirror:g} % of the requests" if mirror else f"gives it {weight:g} %"
+            return f"{name}: step {step} {gives} with revision {revision}{_because(reason)}"
         case StepApplied(_, step, _, gateways, took_s):
             by = _several(gateways) if gateways else "no gateway, as none is live"
             return f"{name}: step {step} applied in {seconds(took_s)} by {by}"
+        case VerdictReached(_, step, decision, _, reason):
+            return f"{name}: verdict on step {step} is {decision}{_because(reason)}"
+        case SwitchPaused(_, cause, reason, _, until):
+            for_s = "" if until is None else f" for {seconds((until - event.at).total_seconds())}"
+            return f"{name}: {_PAUSES.get(cause, cause)}{for_s}{_because(reason)}"
+        case SwitchResumed(_, reason):
+            return f"{name}: goes on{_because(reason)}"
+        case SwitchPromoted(_, step, full, reason):
+            past = "past every further step, pause and analysis" if full else f"past step {step}"
+            return f"{name}: {actor} promoted it {past}{_because(reason)}"
         case BakeStarted(_, until):
             left_s = max(0.0, (until - recorded.envelope.time).total_seconds())
             return f"{name}: bakes for {seconds(left_s)}, the old version stays warm"
@@ -263,10 +320,13 @@ def _say_switch(event: object, recorded: Recorded, names: Mapping[str, str]) -> 
             return f"{name}: completed" + (f", drained in {seconds(took_s)}" if took_s else "")
         case RollbackStarted(_, revision, cause, reason):
             return f"{name}: goes back with revision {revision} ({cause}){_because(reason)}"
-        case RolledBack(_, gateways, took_s):
-            return f"{name}: rolled back in {seconds(took_s)} by {_several(gateways) or 'no gateway'}"
+        case RolledBack(_, gateways, took_s, proof):
+            proven = f"; {names.get(proof, proof)} answered its probe" if proof else ""
+            return f"{name}: rolled back in {seconds(took_s)} by {_several(gateways) or 'no gateway'}{proven}"
         case SwitchAborted(_, reason):
             return f"{name}: {reason}" if reason.startswith("aborted by") else f"{name}: aborted{_because(reason)}"
+        case SwitchConcluded(_, kept, reason):
+            return f"{name}: ended as planned, {kept} stays{_because(reason)}"
         case SwitchFailed(_, stage, reason, log_tail):
             return f"{name}: failed in stage {stage}{_because(reason)}{_last_words(log_tail)}"
         case _:
@@ -286,6 +346,10 @@ def _say_instance(event: object, names: Mapping[str, str]) -> str:
         case InstanceReady(_, _, load_s, probe_s, bytes):
             memory = f", {size(bytes)}" if bytes else ""
             return f"{name}: proven ready, loaded in {seconds(load_s)}, probed in {seconds(probe_s)}{memory}"
+        case InstanceProbeRequested():
+            return f"{name}: shall answer its golden probe once more"
+        case InstanceProbed(_, _, ok, took_s, reason):
+            return f"{name}: {'answered' if ok else 'failed'} its golden probe in {seconds(took_s)}{_because(reason)}"
         case InstanceDraining(_, reason, forced_by):
             forced = f", forced by {forced_by}" if forced_by else ""
             return f"{name}: asked to stop{forced}{_because(reason)}"
@@ -304,7 +368,8 @@ def _say_route(event: RouteChanged, names: Mapping[str, str]) -> str:
         for split in event.splits
     )
     why = f" ({event.cause})" if event.cause == "repair" else ""
-    return f"{event.model} is routed by revision {event.revision}{why}: {shares or 'nothing serves it'}"
+    copies = "".join(f", copies of {mirror.percent:g} % to {mirror.version}" for mirror in event.mirrors)
+    return f"{event.model} is routed by revision {event.revision}{why}: {shares or 'nothing serves it'}{copies}"
 
 
 def _say_gateway(event: object) -> str:
@@ -336,6 +401,16 @@ def _say_worker(event: object) -> str:
             return f"worker {worker} stopped"
         case _:
             return type(event).__name__
+
+
+def _say_alert(event: AlertRaised | AlertAcknowledged | AlertResolved) -> str:
+    match event:
+        case AlertRaised(alert, severity, _, summary):
+            return f"{severity} alert {alert}: {summary}"
+        case AlertAcknowledged(alert, by, note):
+            return f"{by} has seen alert {alert}{_because(note)}"
+        case AlertResolved(alert, reason):
+            return f"alert {alert} is over{_because(reason)}"
 
 
 def _engine(engine: EngineSpec) -> str:

@@ -11,6 +11,8 @@ from turnout.events.instance import (
     InstanceDraining,
     InstanceFailed,
     InstanceLoading,
+    InstanceProbed,
+    InstanceProbeRequested,
     InstanceReady,
     InstanceRequested,
     InstanceStopped,
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
 
 
 class InstanceView(msgspec.Struct):
-    """One instance that has not ended. ``phase``: requested, loading, ready or draining."""
+    """One instance that has not ended.
+
+    ``phase``: requested, loading, ready or draining. ``probe``: cause of a golden probe that its worker is asked for
+    and has not answered; empty for none.
+    """
 
     instance: str
     model: str
@@ -38,6 +44,7 @@ class InstanceView(msgspec.Struct):
     bytes: int = 0
     reason: str = ""
     forced_by: str = ""
+    probe: str = ""
 
 
 class WorkerView(msgspec.Struct):
@@ -75,6 +82,8 @@ class Workers(Fold):
                 InstanceRequested: self._instance_requested,
                 InstanceLoading: self._instance_loading,
                 InstanceReady: self._instance_ready,
+                InstanceProbeRequested: self._probe_requested,
+                InstanceProbed: self._probed,
                 InstanceDraining: self._instance_draining,
                 InstanceStopped: self._instance_ended,
                 InstanceFailed: self._instance_ended,
@@ -109,6 +118,14 @@ class Workers(Fold):
         view.address = event.address
         view.load_s = event.load_s
         view.bytes = event.bytes
+
+    def _probe_requested(self, event: InstanceProbeRequested, recorded: Recorded) -> None:
+        self._instance(event.instance).probe = event.cause
+
+    def _probed(self, event: InstanceProbed, recorded: Recorded) -> None:
+        view = self._instance(event.instance)
+        if view.probe == event.cause:
+            view.probe = ""
 
     def _instance_draining(self, event: InstanceDraining, recorded: Recorded) -> None:
         view = self._instance(event.instance)

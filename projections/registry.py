@@ -13,11 +13,14 @@ from turnout.events.model import (
     KnownGoodMarked,
     KnownGoodRevoked,
     ModelRegistered,
+    PolicyChanged,
+    RulesChanged,
     SwitchAdmitted,
     SwitchClosed,
     VersionDeregistered,
     VersionRegistered,
 )
+from turnout.events.route import Rule
 from turnout.projections.fold import Fold
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ class ModelView(msgspec.Struct):
             goes.
         switch: id of the running switch, empty where none runs.
         last_switch: id of the newest switch that ended, and ``last_outcome`` how.
+        policies: name → policy as it was given.
+        rules: in the order in which gateways ask them.
     """
 
     model: str
@@ -55,6 +60,8 @@ class ModelView(msgspec.Struct):
     switch: str = ""
     last_switch: str = ""
     last_outcome: str = ""
+    policies: dict[str, dict[str, object]] = {}
+    rules: tuple[Rule, ...] = ()
 
 
 class Registry(Fold):
@@ -73,6 +80,8 @@ class Registry(Fold):
                 ActiveVersionChanged: self._active_version_changed,
                 KnownGoodMarked: self._known_good_marked,
                 KnownGoodRevoked: self._known_good_revoked,
+                PolicyChanged: self._policy_changed,
+                RulesChanged: self._rules_changed,
             }
         )
         self.models: dict[str, ModelView] = {}
@@ -114,6 +123,16 @@ class Registry(Fold):
     def _known_good_revoked(self, event: KnownGoodRevoked, recorded: Recorded) -> None:
         view = self._model(event.model)
         view.known_good = _without(view.known_good, event.version)
+
+    def _policy_changed(self, event: PolicyChanged, recorded: Recorded) -> None:
+        policies = self._model(event.model).policies
+        if event.policy:
+            policies[event.name] = event.policy
+        else:
+            policies.pop(event.name, None)
+
+    def _rules_changed(self, event: RulesChanged, recorded: Recorded) -> None:
+        self._model(event.model).rules = event.rules
 
     def _model(self, name: str) -> ModelView:
         self.changed.add(name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from turnout.events.model import ModelRegistered
-from turnout.events.route import RouteChanged, Split
+from turnout.events.route import Mirror, RouteChanged, Rule, Split
 from turnout.projections.fold import Fold
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class RouteView(msgspec.Struct, frozen=True, gc=False):
         left: version → revision that it left the route with, of versions that are not back; the newest
             ``LEFT_MOST``. A gateway that was cut off skips revisions: without this it could not report that a version
             which came and went meanwhile is drained, and the controller would wait for ever.
+        rules, mirrors, candidate: see ``events.route.RouteChanged``.
     """
 
     model: str
@@ -42,6 +43,9 @@ class RouteView(msgspec.Struct, frozen=True, gc=False):
     salt: str = ""
     drain_s: float = 0.0
     left: dict[str, int] = {}
+    rules: tuple[Rule, ...] = ()
+    mirrors: tuple[Mirror, ...] = ()
+    candidate: str = ""
 
 
 class Routing(Fold):
@@ -60,7 +64,17 @@ class Routing(Fold):
     def _route_changed(self, event: RouteChanged, recorded: Recorded) -> None:
         model = event.model
         left = _left(self.routes.get(model), event)
-        self.routes[model] = RouteView(model, event.revision, event.splits, event.salt, event.drain_s, left)
+        self.routes[model] = RouteView(
+            model,
+            event.revision,
+            event.splits,
+            event.salt,
+            event.drain_s,
+            left,
+            event.rules,
+            event.mirrors,
+            event.candidate,
+        )
         self.changed.add(model)
 
     def _model_registered(self, event: ModelRegistered, recorded: Recorded) -> None:
@@ -75,6 +89,10 @@ def _left(before: RouteView | None, event: RouteChanged) -> dict[str, int]:
         return {}
     here = {split.version for split in event.splits}
     gone = [split.version for split in before.splits if split.version not in here]
+    if event.mirrors or before.mirrors:
+        here.update(mirror.version for mirror in event.mirrors)
+        gone = [version for version in gone if version not in here]
+        gone += [mirror.version for mirror in before.mirrors if mirror.version not in here]
     if not gone and here.isdisjoint(before.left):
         return before.left
     left = before.left.copy()  # not rebuilt entry by entry: a fold of a long log spends its time here

@@ -17,9 +17,14 @@ from turnout.events.switch import (
     StepStarted,
     SwitchAborted,
     SwitchCompleted,
+    SwitchConcluded,
     SwitchFailed,
+    SwitchPaused,
+    SwitchPromoted,
     SwitchRequested,
+    SwitchResumed,
     TargetReady,
+    VerdictReached,
 )
 from turnout.projections.fold import Fold
 
@@ -36,9 +41,14 @@ class SwitchView(msgspec.Struct, gc=False):
         source: version that served before; empty at a model's first switch.
         target: version that was asked for.
         strategy: name of the strategy.
-        phase: requested, loading, ready, stepping, stepped, baking, draining, rolling_back, or the outcome:
-            completed, rolled_back, aborted, failed.
-        weight: percent that the target has.
+        phase: requested, loading, ready, stepping, stepped, paused, baking, draining, rolling_back, or the outcome:
+            completed, rolled_back, aborted, concluded (an experiment ended and the source stays), failed.
+        weight: percent that the target has; ``mirror``: percent of the requests that are copied to it.
+        step: number of the newest step.
+        paused: why it stands still: operator, pause (the policy's), inconclusive, invalid; empty where it does not.
+        paused_until: UTC, when it goes on by itself; None where somebody must decide.
+        verdict: the judge's newest decision with all its figures; ``verdicts`` counts them.
+        policy: name of the policy that it follows, empty for none; ``parameters`` are the strategy's own.
         reason: why it was asked for, and later why it ended as it did.
         stage: where a failed load stopped.
         log_tail: the engine's own last lines after a failed load.
@@ -71,6 +81,14 @@ class SwitchView(msgspec.Struct, gc=False):
     warm: bool = False
     cutover_s: float | None = None
     drain_s: float | None = None
+    step: int = 0
+    mirror: float = 0.0
+    paused: str = ""
+    paused_until: datetime | None = None
+    verdict: VerdictReached | None = None
+    verdicts: int = 0
+    policy: str = ""
+    parameters: dict[str, object] = {}
 
 
 class Switches(Fold):
@@ -86,16 +104,23 @@ class Switches(Fold):
                 TargetReady: self._target_ready,
                 StepStarted: self._step_started,
                 StepApplied: self._step_applied,
+                VerdictReached: self._verdict_reached,
+                SwitchPaused: self._paused,
+                SwitchResumed: self._resumed,
+                SwitchPromoted: self._resumed,
                 BakeStarted: self._bake_started,
                 DrainStarted: self._drain_started,
                 SwitchCompleted: self._completed,
                 RollbackStarted: self._rollback_started,
                 RolledBack: self._rolled_back,
                 SwitchAborted: self._aborted,
+                SwitchConcluded: self._concluded,
                 SwitchFailed: self._failed,
             }
         )
         self.switches: dict[str, SwitchView] = {}
+        #: Paused switch → its phase before, and since when it stands still.
+        self._before: dict[str, tuple[str, datetime]] = {}
 
     def view(self, id: str) -> SwitchView | None:
         """The view of one switch."""
@@ -114,16 +139,18 @@ class Switches(Fold):
             actor=recorded.envelope.actor,
             requested_at=event.at,
             deadline=event.deadline,
+            policy=event.policy,
+            parameters=event.parameters,
         )
 
     def _instances_requested(self, event: InstancesRequested, recorded: Recorded) -> None:
         view = self._view(event.switch)
-        view.phase = "loading"
+        self._move(view, "loading")
         view.instances = event.instances
 
     def _target_ready(self, event: TargetReady, recorded: Recorded) -> None:
         view = self._view(event.switch)
-        view.phase = "ready"
+        self._move(view, "ready")
         view.instances = event.instances
         view.ready_s = event.seconds
         view.warm = event.warm
@@ -131,12 +158,35 @@ class Switches(Fold):
     def _step_started(self, event: StepStarted, recorded: Recorded) -> None:
         view = self._view(event.switch)
         view.phase = "stepping"
+        view.step = event.step
         view.weight = event.weight
+        view.mirror = event.mirror
 
     def _step_applied(self, event: StepApplied, recorded: Recorded) -> None:
         view = self._view(event.switch)
-        view.phase = "stepped"
+        self._move(view, "stepped")
         view.cutover_s = event.seconds
+
+    def _verdict_reached(self, event: VerdictReached, recorded: Recorded) -> None:
+        view = self._view(event.switch)
+        view.verdict = event
+        view.verdicts += 1
+
+    def _paused(self, event: SwitchPaused, recorded: Recorded) -> None:
+        view = self._view(event.switch)
+        self._before.setdefault(event.switch, (view.phase, event.at))
+        view.phase, view.paused, view.paused_until = "paused", event.cause, event.until
+        view.reason = event.reason
+
+    def _resumed(self, event: SwitchResumed | SwitchPromoted, recorded: Recorded) -> None:
+        view = self._view(event.switch)
+        phase, at = self._before.pop(event.switch, (view.phase, event.at))
+        view.paused, view.paused_until = "", None
+        if view.phase == "paused":
+            view.phase = phase
+        stood = event.at - at  # counts for no deadline
+        view.deadline = None if view.deadline is None else view.deadline + stood
+        view.bake_until = None if view.bake_until is None else view.bake_until + stood
 
     def _bake_started(self, event: BakeStarted, recorded: Recorded) -> None:
         view = self._view(event.switch)
@@ -153,7 +203,9 @@ class Switches(Fold):
     def _rollback_started(self, event: RollbackStarted, recorded: Recorded) -> None:
         view = self._view(event.switch)
         view.phase = "rolling_back"
-        view.weight = 0.0
+        view.paused, view.paused_until = "", None
+        self._before.pop(event.switch, None)
+        view.weight = view.mirror = 0.0
         view.reason = event.reason
 
     def _rolled_back(self, event: RolledBack, recorded: Recorded) -> None:
@@ -164,14 +216,27 @@ class Switches(Fold):
         view.weight = 0.0
         view.reason = event.reason
 
+    def _concluded(self, event: SwitchConcluded, recorded: Recorded) -> None:
+        view = self._end(event.switch, "concluded", recorded)
+        view.reason = event.reason
+
     def _failed(self, event: SwitchFailed, recorded: Recorded) -> None:
         view = self._end(event.switch, "failed", recorded)
         view.stage = event.stage
         view.reason = event.reason
         view.log_tail = event.log_tail
 
+    def _move(self, view: SwitchView, phase: str) -> None:
+        """Into the next phase; what is paused shows it when it goes on."""
+        if view.switch in self._before:
+            self._before[view.switch] = (phase, self._before[view.switch][1])
+        else:
+            view.phase = phase
+
     def _end(self, id: str, outcome: str, recorded: Recorded) -> SwitchView:
         view = self._view(id)
+        self._before.pop(id, None)
+        view.paused, view.paused_until = "", None
         view.phase = outcome
         view.ended_at = recorded.envelope.time
         return view

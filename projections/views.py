@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from turnout.events import subjects
+from turnout.projections.alerts import Alerts
 from turnout.projections.fleet import Gateways, Workers
 from turnout.projections.registry import Registry
 from turnout.projections.routing import Routing
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
     from turnout.events.envelope import Recorded
     from turnout.projections.fold import Folds
+
+
+#: Kinds of views that processes act on.
+_URGENT = frozenset(("route", "worker"))
 
 
 class Projection(Protocol):
@@ -51,6 +56,7 @@ class Views:
         self.switches = Switches()
         self.workers = Workers()
         self.gateways = Gateways()
+        self.alerts = Alerts()
         self.sequence = 0
         #: Digest of the log's first event: which log this is the fold of.
         self.log = ""
@@ -61,6 +67,7 @@ class Views:
             self.switches,
             self.workers,
             self.gateways,
+            self.alerts,
         )
         self._folds = _joined(self._all)
 
@@ -83,6 +90,10 @@ class Views:
                         self._dirty[subjects.view_key(projection.kind, id)] = (self.sequence, projection, id)
                 projection.changed.clear()
 
+    def urgent(self) -> bool:
+        """Whether something changed that gateways or workers act on; the rest is for people."""
+        return any(projection.kind in _URGENT for _, projection, _ in self._dirty.values())
+
     def take(self, after: int) -> dict[str, bytes | None]:
         """Key → JSON of every view that events above ``after`` have changed; None where a view is gone.
 
@@ -104,6 +115,7 @@ class Views:
             ("switch", dict(self.switches.switches)),
             ("worker", dict(self.workers.workers)),
             ("gateway", dict(self.gateways.gateways)),
+            ("alert", dict(self.alerts.alerts)),
         )
         return {
             subjects.view_key(kind, id): msgspec.json.encode(view)

@@ -15,16 +15,30 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import msgspec
 
 from turnout.core.decider import Accepted, Failed, Rejected
-from turnout.core.handling import Plan, StartSwitch, StopSwitch, UndoModel
-from turnout.core.model import DeregisterVersion, RegisterVersion, unknown_model
-from turnout.core.switch import ENDED, unknown_switch
+from turnout.core.handling import (
+    AdvanceSwitch,
+    ContinueSwitch,
+    HoldSwitch,
+    Plan,
+    RetrySwitch,
+    StartSwitch,
+    StopSwitch,
+    UndoModel,
+)
+from turnout.core.model import DeregisterVersion, RegisterVersion, SetPolicy, unknown_model
+from turnout.core.switch import ENDED, SwitchState, unknown_switch
+from turnout.core.switch import evolve as evolve_switch
+from turnout.core.switch import initial as no_switch
 from turnout.events import subjects
 from turnout.events.store import StoreFull, Unavailable
+from turnout.events.switch import SwitchEvent
+from turnout.projections.alerts import AlertView
 from turnout.projections.fleet import GatewayView, WorkerView
 from turnout.projections.registry import ModelView, VersionView
 from turnout.projections.routing import RouteView
 from turnout.projections.switches import SwitchView
 from turnout.workers.answers import CommandRejected, ControllerBug
+from turnout.workers.controller.health import AskEvidence, AskHealth, EvidenceReport, HealthReport
 from turnout.workers.ports import Request
 
 __all__ = [
@@ -33,16 +47,19 @@ __all__ = [
     "ControllerBug",
     "DynamicModelRegistry",
     "Following",
+    "HealthMonitor",
     "ModelSwitcher",
     "ModelVersionManager",
     "Plane",
     "SwitchOperation",
     "connect",
+    "held",
 ]
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
+    from turnout.core.health import SwitchImpact
     from turnout.events.envelope import Recorded
     from turnout.events.model import EngineSpec
     from turnout.events.store import EventStore
@@ -64,11 +81,11 @@ _TYPES: dict[str, type[Any]] = {
     "switch": SwitchView,
     "worker": WorkerView,
     "gateway": GatewayView,
+    "alert": AlertView,
 }
 _decoders = {kind: msgspec.json.Decoder(type) for kind, type in _TYPES.items()}
-_answers: msgspec.json.Decoder[Accepted | Rejected | Failed | Plan] = msgspec.json.Decoder(
-    Accepted | Rejected | Failed | Plan
-)
+_Answer = Accepted | Rejected | Failed | Plan | HealthReport | EvidenceReport
+_answers: msgspec.json.Decoder[_Answer] = msgspec.json.Decoder(_Answer)
 
 V = TypeVar("V")
 
@@ -159,8 +176,8 @@ class Client:
 
     async def send(
         self, verb: str, body: msgspec.Struct, *, actor: str = "", id: str = "", deadline_s: float = DEADLINE_S
-    ) -> Accepted | Plan:
-        """Send a command of role ``ops`` until it is answered.
+    ) -> Accepted | Plan | HealthReport | EvidenceReport:
+        """Send a command or a question of role ``ops`` until it is answered.
 
         Args:
             verb: e.g. ``switch.start``.
@@ -225,6 +242,51 @@ class Client:
         if not isinstance(view, SwitchView):
             raise CommandRejected(unknown_switch(id))
         return view
+
+    async def find_switch(self, name: str, *, ended: bool = False) -> SwitchView:
+        """A switch by its id, or the one that runs on the model of this name.
+
+        Args:
+            name: id of a switch, or name of a model.
+            ended: where none runs on the model, take the newest that has ended.
+
+        Raises:
+            CommandRejected: there is none.
+        """
+        switch_key, model_key = _key("switch", name), _key("model", name)
+        found = await self.views(switch_key, model_key)
+        if isinstance(switch := found.get(switch_key), SwitchView):
+            return switch
+        if not isinstance(model := found.get(model_key), ModelView):
+            raise CommandRejected(
+                Rejected(
+                    "switch_unknown",
+                    f"there is no switch and no model {name!r}",
+                    "list the models with: turnout models",
+                )
+            )
+        if id := model.switch or (model.last_switch if ended else ""):
+            return await self.switch(id)
+        last = f"; the newest was {model.last_switch}, {model.last_outcome}" if model.last_switch else ""
+        raise CommandRejected(
+            Rejected(
+                "no_switch_runs",
+                f"no switch runs on {name}{last}",
+                f"start one: turnout switch {name} VERSION",
+            )
+        )
+
+    async def switch_state(self, id: str) -> SwitchState:
+        """One switch as deciders see it, from its own events: also when its step was applied, and what was promoted.
+
+        Raises:
+            Unavailable: the log can't be read.
+        """
+        state = no_switch
+        for recorded in await self._plane.store.read(subjects.event("switch", id)):
+            if isinstance(recorded.event, SwitchEvent):  # else a newer turnout's: no fold knows it
+                state = evolve_switch(state, recorded.event)
+        return state
 
     async def views(self, *keys: str, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
         """Views by key, as new as this client's last command.
@@ -313,6 +375,11 @@ async def connect(url: str = "", *, actor: str = "") -> AsyncGenerator[Client]:
         yield Client(plane, actor)
 
 
+def held(view: SwitchView) -> bool:
+    """Whether a switch stands still until a person decides; a pause that ends by itself is none."""
+    return view.phase == "paused" and view.paused_until is None
+
+
 class SwitchOperation:
     """One switch that was asked for. ``id`` is the switch id."""
 
@@ -332,15 +399,51 @@ class SwitchOperation:
         """
         await self._client.send("switch.abort", StopSwitch(self.id, reason), actor=actor)
 
-    async def wait(self, timeout_s: float | None = None) -> SwitchView:
+    async def promote(self, step: int, *, full: bool = False, reason: str = "", actor: str = "", id: str = "") -> None:
+        """Let it past a step.
+
+        Args:
+            step: the one that was seen: where it has gone on since, nothing happens.
+            full: past every further step, pause and analysis; needs a reason.
+            reason: why, for the log.
+            actor: who asks, where it is not the client's actor.
+            id: of the command.
+
+        Raises:
+            CommandRejected: it has ended, or can't be promoted now.
+        """
+        body = AdvanceSwitch(self.id, step, full, reason)
+        await self._client.send("switch.promote", body, actor=actor, id=id)
+
+    async def pause(self, seconds: float | None = None, *, reason: str = "", actor: str = "") -> None:
+        """Let it stand still at its step; ``seconds``: go on by itself after them.
+
+        Raises:
+            CommandRejected: it has ended, or goes back already.
+        """
+        await self._client.send("switch.pause", HoldSwitch(self.id, reason, seconds), actor=actor)
+
+    async def resume(self, *, reason: str = "", actor: str = "") -> None:
+        """Let it go on after ``pause``.
+
+        Raises:
+            CommandRejected: it waits for something else.
+        """
+        await self._client.send("switch.resume", ContinueSwitch(self.id, reason), actor=actor)
+
+    async def wait(self, timeout_s: float | None = None, *, stop_at_hold: bool = False) -> SwitchView:
         """Wait for its end, whatever it is: look at ``phase``.
+
+        Args:
+            timeout_s: how long at most.
+            stop_at_hold: come back also where it stands still until a person decides (phase ``paused``).
 
         Raises:
             TimeoutError: it runs on.
         """
         async with asyncio.timeout(timeout_s):
             async for view in self.progress():
-                if view.phase in ENDED:
+                if view.phase in ENDED or (stop_at_hold and held(view)):
                     return view
         raise AssertionError("a switch's progress goes on to its end")
 
@@ -374,6 +477,7 @@ class ModelSwitcher:
         bake_s: float | None = None,
         drain_s: float | None = None,
         max_transition_time_s: float | None = None,
+        policy: str = "",
         actor: str = "",
         id: str = "",
     ) -> SwitchOperation:
@@ -387,26 +491,99 @@ class ModelSwitcher:
             reason: why, for the log.
             bake_s: seconds that the old version stays warm; None for the configured default.
             drain_s: seconds that its last requests may run; None for the configured default.
-            max_transition_time_s: seconds until the target must carry all traffic; None for the configured default.
+            max_transition_time_s: seconds until the target must carry all traffic; None for the configured default and
+                what the strategy plans to wait.
+            policy: name of one of the model's policies, instead of strategy and parameters.
             actor: who asks, where it is not the client's actor.
             id: of the command: the same id asks for the same switch again.
 
         Raises:
             CommandRejected: it can't be done; the reason says why.
         """
-        body = StartSwitch(model, version, strategy, parameters or {}, reason, bake_s, drain_s, max_transition_time_s)
+        body = StartSwitch(
+            model, version, strategy, parameters or {}, reason, bake_s, drain_s, max_transition_time_s, policy
+        )
         return self._operation(await self._client.send("switch.start", body, actor=actor, id=id))
 
-    async def plan_switch(self, model: str, version: str, *, strategy: str = "", bake_s: float | None = None) -> Plan:
-        """What a switch would do, without doing it.
+    async def plan_switch(
+        self,
+        model: str,
+        version: str,
+        *,
+        strategy: str = "",
+        parameters: dict[str, object] | None = None,
+        bake_s: float | None = None,
+        drain_s: float | None = None,
+        max_transition_time_s: float | None = None,
+        policy: str = "",
+    ) -> Plan:
+        """What a switch would do, without doing it. Arguments as for :meth:`switch_model`.
 
         Raises:
             CommandRejected: it could not be done.
         """
-        answer = await self._client.send("switch.plan", StartSwitch(model, version, strategy, bake_s=bake_s))
+        body = StartSwitch(
+            model, version, strategy, parameters or {}, "", bake_s, drain_s, max_transition_time_s, policy
+        )
+        answer = await self._client.send("switch.plan", body)
         if not isinstance(answer, Plan):
             raise TypeError(f"switch.plan was answered with {type(answer).__name__}")
         return answer
+
+    async def promote(
+        self, switch: str, step: int, *, full: bool = False, reason: str = "", actor: str = "", id: str = ""
+    ) -> SwitchOperation:
+        """Let a switch past a step. As :meth:`SwitchOperation.promote`."""
+        operation = SwitchOperation(self._client, switch)
+        await operation.promote(step, full=full, reason=reason, actor=actor, id=id)
+        return operation
+
+    async def pause(
+        self, switch: str, seconds: float | None = None, *, reason: str = "", actor: str = ""
+    ) -> SwitchOperation:
+        """Let a switch stand still. As :meth:`SwitchOperation.pause`."""
+        operation = SwitchOperation(self._client, switch)
+        await operation.pause(seconds, reason=reason, actor=actor)
+        return operation
+
+    async def resume(self, switch: str, *, reason: str = "", actor: str = "") -> SwitchOperation:
+        """Let a paused switch go on. As :meth:`SwitchOperation.resume`."""
+        operation = SwitchOperation(self._client, switch)
+        await operation.resume(reason=reason, actor=actor)
+        return operation
+
+    async def retry(self, switch: str, *, reason: str = "", actor: str = "", id: str = "") -> SwitchOperation:
+        """Ask again for what an ended switch was asked for: a new switch, with evidence of its own.
+
+        Raises:
+            CommandRejected: it still runs, or can't be done now.
+        """
+        return self._operation(await self._client.send("switch.retry", RetrySwitch(switch, reason), actor=actor, id=id))
+
+    async def set_policy(self, model: str, name: str, policy: dict[str, object], *, actor: str = "") -> bool:
+        """Name a way to switch, for later switches of the model. False where it is set like this already.
+
+        Raises:
+            CommandRejected: the policy can't be meant; the reason names each field.
+        """
+        answer = await self._client.send("model.policy", SetPolicy(model, name, policy), actor=actor)
+        return isinstance(answer, Accepted) and bool(answer.events)
+
+    async def remove_policy(self, model: str, name: str, *, actor: str = "") -> bool:
+        """Take a name away; switches that follow it keep what they began with. False where there is none.
+
+        Raises:
+            CommandRejected: the model is unknown.
+        """
+        return await self.set_policy(model, name, {}, actor=actor)
+
+    async def get_policies(self, model: str) -> dict[str, dict[str, object]]:
+        """Name → policy as it was given.
+
+        Raises:
+            CommandRejected: the model is unknown.
+        """
+        return (await self._client.model(model)).policies
 
     async def undo(self, model: str, *, reason: str = "", actor: str = "", id: str = "") -> SwitchOperation:
         """Roll the running switch back, or return to the last known good version.
@@ -434,10 +611,47 @@ class ModelSwitcher:
         await operation.abort(reason=reason, actor=actor)
         return operation
 
-    def _operation(self, answer: Accepted | Plan) -> SwitchOperation:
+    def _operation(self, answer: object) -> SwitchOperation:
         if not isinstance(answer, Accepted) or not answer.ids:
             raise TypeError(f"the command was answered without a switch: {answer}")
         return SwitchOperation(self._client, answer.ids[0])
+
+
+class HealthMonitor:
+    """How versions do, as the controllers measure it. Asking writes nothing."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def check_model_health(self, model: str, *, deadline_s: float = DEADLINE_S) -> HealthReport:
+        """Status of each version of a model that is loaded or routed, with reasons and numbers.
+
+        Raises:
+            CommandRejected: the model is unknown.
+        """
+        answer = await self._client.send("health.get", AskHealth(model), deadline_s=deadline_s)
+        if not isinstance(answer, HealthReport):
+            raise TypeError(f"health.get was answered with {type(answer).__name__}")
+        return answer
+
+    async def check_evidence(self, switch: str, *, deadline_s: float = DEADLINE_S) -> EvidenceReport:
+        """What the judge sees of a running switch now, and what clients noticed of it.
+
+        Raises:
+            CommandRejected: the switch is unknown.
+        """
+        answer = await self._client.send("switch.evidence", AskEvidence(switch), deadline_s=deadline_s)
+        if not isinstance(answer, EvidenceReport):
+            raise TypeError(f"switch.evidence was answered with {type(answer).__name__}")
+        return answer
+
+    async def monitor_switch_impact(self, switch: str) -> SwitchImpact | None:
+        """What clients noticed: before the switch, while it ran, after it. None where the samples are gone.
+
+        Raises:
+            CommandRejected: the switch is unknown.
+        """
+        return (await self.check_evidence(switch)).impact
 
 
 class DynamicModelRegistry:

@@ -1,4 +1,4 @@
-"""Brings what turnout.toml declares into the log: its versions, and which one a model serves at first.
+"""Brings what turnout.toml declares into the log: versions, policies, and which version a model serves at first.
 
 The log decides afterwards: a version that was switched since is not switched back by a restart. Knows the controller's
 commands and its fold, no transport.
@@ -14,7 +14,7 @@ import structlog
 
 from turnout.core.decider import Accepted, Failed, Rejected
 from turnout.core.handling import Plan, StartSwitch
-from turnout.core.model import DeregisterVersion, RegisterVersion
+from turnout.core.model import DeregisterVersion, RegisterVersion, SetPolicy
 from turnout.workers.ports import Request
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class Declared:
         for (model, version), engine in engines.items():
             note = self._settings.models[model].versions[version].note
             await self._ask("version.register", RegisterVersion(model, version, engine, note))
+        for model, declared in self._settings.models.items():
+            for name, policy in declared.policies.items():
+                await self._ask("model.policy", SetPolicy(model, name, policy))
         if not self._settings.switching.enable_dynamic_registry:
             for model, state in sorted(self._controller.log.world.models.items()):
                 for version in state.versions:

@@ -131,8 +131,8 @@ async def run(script: Script, folder: Path, progress: Progress) -> Outcome:
     Raises:
         DemoError: something could not be started, or a switch did not complete.
     """
-    _clear(folder)
-    async with _up(folder, progress) as (nats, gateway), connect(nats, actor="demo") as client:
+    async with turnout_up(folder, progress) as (nats, gateway), connect(nats, actor="demo") as client:
+        await worker_joins(client)
         registry = DynamicModelRegistry(BaseRegistry(), client)
         for version, engine in script.versions.items():
             progress(f"registering {MODEL} {version}")
@@ -140,19 +140,22 @@ async def run(script: Script, folder: Path, progress: Progress) -> Outcome:
         return await _show(script, client, gateway, progress)
 
 
-def _clear(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
 @contextlib.asynccontextmanager
-async def _up(folder: Path, progress: Progress) -> AsyncGenerator[tuple[str, str]]:
-    """``turnout up`` in a process group of its own; yields the addresses of NATS and of the gateway."""
+async def turnout_up(folder: Path, progress: Progress, settings: str = "") -> AsyncGenerator[tuple[str, str]]:
+    """``turnout up`` in a process group of its own and a folder that is made anew.
+
+    Yields the addresses of NATS and of the gateway. ``settings``: text of its turnout.toml; empty for the one that is
+    used here.
+
+    Raises:
+        DemoError: it did not start.
+    """
     progress("starting turnout up")
+    options = _prepare(folder, settings)
     log = folder / "up.log"
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "turnout.workers.cli", "up", "--folder", str(folder), "--port", "0",
+            *(sys.executable, "-m", "turnout.workers.cli", "up", "--folder", str(folder), "--port", "0", *options),
             stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
         )  # fmt: skip
     try:
@@ -169,6 +172,17 @@ async def _up(folder: Path, progress: Progress) -> AsyncGenerator[tuple[str, str
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def _prepare(folder: Path, settings: str) -> tuple[str, ...]:
+    """Make the folder anew; how ``turnout up`` is told of the settings."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if not settings:
+        return ()
+    file = folder / "turnout.toml"
+    file.write_text(settings)
+    return ("--config", str(file))
+
+
 async def _started(process: asyncio.subprocess.Process, folder: Path, log: Path) -> running.Running:
     """Wait until ``turnout up`` says where it listens."""
     try:
@@ -182,6 +196,20 @@ async def _started(process: asyncio.subprocess.Process, folder: Path, log: Path)
     except TimeoutError:
         pass
     raise DemoError(f"turnout up did not start; it said:\n{_last_lines(log)}")
+
+
+async def worker_joins(client: Client) -> None:
+    """Wait until a worker may be asked to load something: it says so after ``turnout up`` is there.
+
+    Raises:
+        DemoError: none came.
+    """
+    try:
+        async with asyncio.timeout(_UP_S), client.follow("worker.*") as following:
+            while not any(view.state == "live" for view in following.views.values()):
+                await following.moved()
+    except TimeoutError:
+        raise DemoError("no worker has joined; its log is worker.log in the folder of the demo") from None
 
 
 def _last_lines(log: Path) -> str:

@@ -2,8 +2,8 @@
 
 For the demo and the tests of whole systems. A request is *failed* when no answer came or the answer was an error, *cut*
 when a stream began and did not end as the protocol says (no finish reason, an error event, an abort), *stale* when the
-old version answered it although it was sent after every gateway had acknowledged the new one. Knows nothing of events;
-who reads the log passes the times in.
+old version answered it although it was sent after every gateway had acknowledged the new one. What an engine
+did wrong is told from what turnout did. Knows nothing of events; who reads the log passes the times in.
 """
 
 from __future__ import annotations
@@ -21,6 +21,22 @@ if TYPE_CHECKING:
     from turnout.workers.clock import Clock
 
 
+#: Codes of the gateway's own error answers that say what the engine did: nothing at all, or half an answer.
+_OF_THE_ENGINE = frozenset(("upstream_timeout", "upstream_broken"))
+#: Codes of error events that are the gateway's own and no engine's fault.
+_OF_TURNOUT = frozenset(("version_drained", "gateway_stopping"))
+
+
+_VERSION = "x-turnout-version"
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """What one client asks. ``user``: keeps it on one version; empty for nobody in particular."""
+
+    prompt: str
+    user: str = ""
+
+
 class Answer(msgspec.Struct, frozen=True):
     """One request.
 
@@ -32,6 +48,8 @@ class Answer(msgspec.Struct, frozen=True):
         outcome: ``ok``, ``failed`` or ``cut``.
         reason: why it is not ok.
         text: the first words of the answer.
+        by_engine: where it is not ok: the engine answered so, was silent, or broke off; else it was turnout.
+        ask: what was asked.
     """
 
     sent: datetime
@@ -41,6 +59,8 @@ class Answer(msgspec.Struct, frozen=True):
     outcome: str
     reason: str = ""
     text: str = ""
+    by_engine: bool = False
+    ask: Ask = Ask("")
 
     @property
     def ended(self) -> datetime:
@@ -57,18 +77,40 @@ class Window(msgspec.Struct, frozen=True):
 
 
 class Clients:
-    """Streaming chat clients in an open loop: a new request every ``1 / rate`` seconds, whatever the others do."""
+    """Streaming chat clients in an open loop: a new request every ``1 / rate`` seconds, whatever the others do.
 
-    def __init__(self, url: str, model: str, rate: float, clock: Clock, *, prompt: str, max_tokens: int) -> None:
+    Args:
+        url: of the gateway.
+        model: the served name.
+        rate: requests a second.
+        clock: for the times.
+        prompt: what nobody in particular asks.
+        max_tokens: of each answer.
+        asks: asked in turn, again and again, instead of ``prompt``.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        rate: float,
+        clock: Clock,
+        *,
+        prompt: str = "",
+        max_tokens: int,
+        asks: Sequence[Ask] = (),
+    ) -> None:
         import openai
 
         self.answers: list[Answer] = []
         self._openai = openai
         self._client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600.0)
+        # By one key for all, a gateway would take them for one and the same user.
+        self._headers = {"Authorization": openai.omit}
         self._model = model
         self._rate = rate
         self._clock = clock
-        self._prompt = prompt
+        self._asks = tuple(asks) or (Ask(prompt),)
         self._max_tokens = max_tokens
         self._running: set[asyncio.Task[None]] = set()
         self._loop: asyncio.Task[None] | None = None
@@ -91,27 +133,29 @@ class Clients:
         start = self._clock.monotonic()
         sent = 0
         while True:
-            task = asyncio.create_task(self._ask())
+            task = asyncio.create_task(self._ask(self._asks[sent % len(self._asks)]))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
             sent += 1
             await asyncio.sleep(max(0.0, start + sent / self._rate - self._clock.monotonic()))
 
-    async def _ask(self) -> None:
+    async def _ask(self, ask: Ask) -> None:
         sent, began = self._clock.now(), self._clock.monotonic()
         first_ms: float | None = None
         version = reason = ""
         words: list[str] = []
-        finished = False
+        streams = finished = by_engine = False
         try:
             raw = await self._client.chat.completions.with_raw_response.create(
                 model=self._model,
-                messages=[{"role": "user", "content": self._prompt}],
+                messages=[{"role": "user", "content": ask.prompt}],
                 max_tokens=self._max_tokens,
                 temperature=0,
                 stream=True,
+                user=ask.user or self._openai.omit,
+                extra_headers=self._headers,
             )
-            version = raw.headers.get("x-turnout-version", "")
+            version, streams = raw.headers.get(_VERSION, ""), True
             async for chunk in raw.parse():
                 for choice in chunk.choices:
                     if choice.delta.content:
@@ -119,16 +163,23 @@ class Clients:
                         if first_ms is None:
                             first_ms = (self._clock.monotonic() - began) * 1000
                     if str(choice.finish_reason) == "abort":  # vLLM's own word, unknown to OpenAI's types
-                        reason = "the engine ended the stream with finish_reason abort"
+                        reason, by_engine = "the engine ended the stream with finish_reason abort", True
                     finished = finished or choice.finish_reason is not None
             if not finished:
                 reason = "the stream ended without a finish reason"
+        except self._openai.APIStatusError as e:
+            reason, version = f"{type(e).__name__}: {e}", e.response.headers.get(_VERSION, "")
+            by_engine = bool(version) or e.code in _OF_THE_ENGINE  # the gateway's own answers name no version
+        except self._openai.APIConnectionError as e:
+            reason = f"{type(e).__name__}: {e}"
+        except self._openai.APIError as e:  # an error event in a stream
+            reason, by_engine = f"{type(e).__name__}: {e}", e.code not in _OF_TURNOUT
         except self._openai.OpenAIError as e:
             reason = f"{type(e).__name__}: {e}"
         total_ms = (self._clock.monotonic() - began) * 1000
-        outcome = "ok" if not reason else "failed" if not version else "cut"
+        outcome = "ok" if not reason else "cut" if streams else "failed"
         text = "".join(words)[:80]
-        self.answers.append(Answer(sent, first_ms, total_ms, version, outcome, reason, text))
+        self.answers.append(Answer(sent, first_ms, total_ms, version, outcome, reason, text, by_engine, ask))
 
 
 def stale(answers: Iterable[Answer], windows: Sequence[Window]) -> list[Answer]:

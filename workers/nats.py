@@ -16,17 +16,19 @@ import nats.errors
 import structlog
 
 from turnout.core.decider import Answer, Failed, Rejected
-from turnout.events import jsapi, subjects
+from turnout.events import health, jsapi, subjects
 from turnout.events.store import Conflict, StoreFull, Unavailable
 from turnout.workers.embedded import FLOOR, dotted, parse_version
 from turnout.workers.ports import Checkpoint, Grant, Request, ViewEntry
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
+    from datetime import datetime
 
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
+    from turnout.events.health import HealthEvent
     from turnout.workers.clock import Clock
 
 log = structlog.get_logger()
@@ -221,6 +223,7 @@ def _unreachable(server: str, why: str, hint: str) -> str:
 # --- streams -----------------------------------------------------------------------------------------------------
 
 _MINUTE_NS = 60_000_000_000
+_DAY_NS = 24 * 60 * _MINUTE_NS
 
 STREAMS: tuple[dict[str, Any], ...] = (
     {
@@ -262,6 +265,17 @@ STREAMS: tuple[dict[str, Any], ...] = (
         "allow_rollup_hdrs": True,
         "allow_msg_ttl": True,
         "allow_direct": True,
+    },
+    {
+        "name": "HEALTH",
+        "subjects": [f"{subjects.HEALTH}.>"],
+        "retention": "limits",
+        "storage": "file",
+        "max_age": 7 * _DAY_NS,
+        "max_msgs": 200_000,  # some 300 MB; a limit in bytes would be reserved, and a small disk refuses that
+        "discard": "old",  # evidence grows old; what a verdict was made from stands in the verdict
+        "allow_direct": True,
+        "duplicate_window": 2 * _MINUTE_NS,
     },
 )
 
@@ -483,6 +497,206 @@ class NatsBeats:
 
         served.subscription = await _subscribe(self._nc, f"{subjects.BEATS}.*.*", take)
         return served
+
+
+# --- health samples ----------------------------------------------------------------------------------------------
+
+_HEALTH_STREAM = "HEALTH"
+_PULL = 500
+_PULL_S = 30.0
+_HEARTBEAT_S = 1.0
+_SILENT_HEARTBEATS = 2.5
+_MESSAGE_ID = "Nats-Msg-Id"
+
+
+class NatsHealthWriter:
+    """:class:`~turnout.workers.ports.HealthWriter`: stored by the stream, without asking whether it was."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._nc = connection.nc
+        self.dropped = 0
+
+    async def publish(self, event: HealthEvent) -> None:
+        """Send one. See the port."""
+        subject = subjects.health(event.model, event.version)
+        try:
+            if not self._nc.is_connected:
+                raise nats.errors.ConnectionClosedError
+            await self._nc.publish(subject, health.encode(event), headers={_MESSAGE_ID: _message_id(event)})
+        except (nats.errors.Error, OSError) as e:
+            self.dropped += 1
+            if self.dropped == 1 or self.dropped % 1000 == 0:
+                log.warning("sample_dropped", subject=subject, dropped=self.dropped, reason=str(e))
+
+
+def _message_id(event: HealthEvent) -> str:
+    """The same sample sent twice is stored once."""
+    if isinstance(event, health.HealthSampled | health.ShadowSampled):
+        return f"{event.gateway}.{event.model}.{event.version}.{event.window}"
+    return f"{event.instance}.{type(event).__name__}.{event.number}.{event.at.timestamp()}"
+
+
+class NatsHealthReader:
+    """:class:`~turnout.workers.ports.HealthReader`: pull consumers of its own, one after the other."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def follow(self, since: datetime, heard: Callable[[HealthEvent], None]) -> _HealthTail:
+        """Deliver what was stored since then, then what comes. See the port."""
+        return _HealthTail(self._connection, since, heard)
+
+
+class _HealthTail:
+    """One reader of the samples.
+
+    The recipe of the event log's tail (events/jetstream.py), for a stream with an age limit: numbers may be missing
+    between two messages of the stream, never between two of a consumer. Anything odd ends the consumer, and the next
+    one begins behind the last message that was heard.
+    """
+
+    def __init__(self, connection: Connection, since: datetime, heard: Callable[[HealthEvent], None]) -> None:
+        self._connection = connection
+        self._nc = connection.nc
+        self._since = since
+        self._heard = heard
+        self._next = 0  # stream sequence to go on with; 0 before the first message
+        self._created = ""
+        self._consumer = ""
+        self._delivered = 0  # of this consumer
+        self._asked = 0
+        self._signs = 0
+        self._over = True
+        self._more = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop; nothing is called back after it returns."""
+        self._over = True
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        complained = False
+        while True:
+            try:
+                await self._check()
+                await self._consume()
+                complained = False
+            except (Unavailable, jsapi.Refused, nats.errors.Error, OSError) as e:
+                if not complained:  # once for each outage
+                    log.warning("samples_wait", reason=str(e))
+                complained = True
+            await asyncio.sleep(WATCH_S)
+
+    async def _check(self) -> None:
+        """A stream that was made anew counts from 1 again: what it has is all new."""
+        info = await jsapi.api(self._nc, f"STREAM.INFO.{_HEALTH_STREAM}", None, ANSWER_S)
+        created, last = str(info["created"]), int(info["state"]["last_seq"])
+        if (self._created and created != self._created) or last < self._next - 1:
+            log.warning("samples_begin_anew", created=created, last=last, heard=self._next - 1)
+            self._next = 1
+        self._created = created
+
+    async def _consume(self) -> None:
+        """Hear by one consumer until it must be replaced."""
+        self._consumer = jsapi.unique(self._nc)
+        self._delivered = self._asked = self._signs = 0
+        self._over = False
+        disturbances = self._connection.disturbances
+        inbox = self._nc.new_inbox()
+        answers = await self._nc.subscribe_raw(inbox, self._receive)
+        try:
+            await self._create()
+            quiet_s, signs = 0.0, 0
+            while not self._over and self._connection.disturbances == disturbances:
+                if self._asked <= _PULL // 2:
+                    await self._ask(inbox)
+                self._more.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(WATCH_S):
+                        await self._more.wait()
+                quiet_s, signs = (0.0 if self._signs != signs else quiet_s + WATCH_S), self._signs
+                if quiet_s > _SILENT_HEARTBEATS * _HEARTBEAT_S:
+                    log.warning("samples_silent", consumer=self._consumer)
+                    return
+        finally:
+            self._over = True
+            if not self._nc.is_closed:
+                with contextlib.suppress(nats.errors.Error, OSError):
+                    await self._nc.unsubscribe_raw(answers)
+                    # the server takes no request without a reply subject; nobody waits for this one's answer
+                    gone = f"$JS.API.CONSUMER.DELETE.{_HEALTH_STREAM}.{self._consumer}"
+                    await self._nc.publish(gone, reply=self._nc.new_inbox())
+
+    async def _create(self) -> None:
+        start: dict[str, object] = {"deliver_policy": "by_start_sequence", "opt_start_seq": self._next}
+        if not self._next:
+            start = {"deliver_policy": "by_start_time", "opt_start_time": self._since.isoformat()}
+        config = {
+            "name": self._consumer,
+            **start,
+            "ack_policy": "none",
+            "replay_policy": "instant",
+            "mem_storage": True,
+            "num_replicas": 1,
+            "max_deliver": -1,
+            "inactive_threshold": int(_PULL_S * 1e9),
+        }
+        body = {"stream_name": _HEALTH_STREAM, "action": "create", "config": config}
+        await jsapi.api(self._nc, f"CONSUMER.CREATE.{_HEALTH_STREAM}.{self._consumer}", body, ANSWER_S)
+
+    async def _ask(self, inbox: str) -> None:
+        more = _PULL - self._asked
+        query = {"batch": more, "expires": int(_PULL_S * 1e9), "idle_heartbeat": int(_HEARTBEAT_S * 1e9)}
+        self._asked += more
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{_HEALTH_STREAM}.{self._consumer}"
+        await self._nc.publish(subject, msgspec.json.encode(query), reply=inbox)
+
+    def _receive(self, subject: bytes, reply: bytes, block: bytes, body: bytes) -> None:
+        self._signs += 1
+        if self._over:
+            return
+        if reply.startswith(b"$JS.ACK."):
+            # $JS.ACK.….<delivered>.<stream seq>.<consumer seq>.<time>.<pending>: counted from the end
+            _, sequence, delivered, _, _ = reply.rsplit(b".", 4)
+            if int(delivered) != self._delivered + 1:
+                self._end()
+                return
+            self._delivered += 1
+            self._asked -= 1
+            self._deliver(int(sequence), subject, body)
+            if self._asked <= _PULL // 2:
+                self._more.set()
+        elif not self._go_on(block):
+            self._end()
+
+    def _deliver(self, sequence: int, subject: bytes, body: bytes) -> None:
+        self._next = sequence + 1
+        try:
+            event = health.decode(body)
+        except msgspec.MsgspecError as e:
+            log.warning("sample_unreadable", subject=subject.decode(), sequence=sequence, reason=str(e))
+            return
+        try:
+            self._heard(event)
+        except Exception:  # a bug of whoever hears must not end the connection's reading
+            log.exception("sample_unheard", subject=subject.decode(), sequence=sequence)
+
+    def _go_on(self, block: bytes) -> bool:
+        """Take a message of the server itself, ``NATS/1.0 <status> <text>``; False where the consumer is no more."""
+        status, _, text = block[len(b"NATS/1.0") : block.find(b"\r\n")].strip().partition(b" ")
+        if status == b"100":  # heartbeat
+            return True
+        if status in {b"404", b"408"} or (status == b"409" and text.startswith(b"Batch Completed")):
+            self._asked = 0
+            self._more.set()
+            return True
+        return False
+
+    def _end(self) -> None:
+        self._over = True
+        self._more.set()
 
 
 # --- views -------------------------------------------------------------------------------------------------------
@@ -775,7 +989,9 @@ class NatsViewWriter:
             if e.code in jsapi.CONFLICTS:
                 raise Conflict(f"the views were written by another projector: {e.text}") from e
             if e.code in jsapi.FULL:
-                raise StoreFull(f"the views have no room ({e.text}): free disk space") from e
+                raise StoreFull(
+                    f"the views have no room ({e.text}): free disk space; restart a nats-server that met a full disk"
+                ) from e
             raise Unavailable(f"the views cannot be written: {e}") from e
 
 

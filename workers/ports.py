@@ -11,8 +11,10 @@ import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
+    from datetime import datetime
 
     from turnout.core.decider import Answer
+    from turnout.events.health import HealthEvent
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -138,4 +140,29 @@ class Lease(Protocol):
 
     async def release(self, holder: str, grant: Grant) -> None:
         """Let go early, so that another may lead at once."""
+        ...
+
+
+class HealthWriter(Protocol):
+    """Health samples, as gateways and workers publish them: evidence, not facts."""
+
+    @property
+    def dropped(self) -> int:
+        """Samples that were not sent, since the start."""
+        ...
+
+    async def publish(self, event: HealthEvent) -> None:
+        """Send one, without waiting until it is stored. Never raises: what can't be sent is dropped and counted."""
+        ...
+
+
+class HealthReader(Protocol):
+    """Health samples, as controllers read them."""
+
+    async def follow(self, since: datetime, heard: Callable[[HealthEvent], None]) -> Closeable:
+        """Call ``heard`` with every sample that was stored at ``since`` (UTC) or later, in the stream's order.
+
+        Returns as soon as it has begun. A reconnect or a restart of the server loses and repeats nothing; what can't
+        be read is logged and passed over.
+        """
         ...

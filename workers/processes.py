@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from turnout.workers.controller.controller import Controller
+    from turnout.workers.controller.sinks import Sink
     from turnout.workers.inference.policy import WorkerPolicy
     from turnout.workers.inference.worker import InferenceWorker
     from turnout.workers.metrics import Gauge, MetricsServer
@@ -60,6 +61,8 @@ async def run_controller(settings: Settings, ready: Callable[[dict[str, object]]
             reader=plane.reader,
             writer=plane.writer,
             lease=plane.lease("controller"),
+            samples=plane.health_reader,
+            sinks=_sinks(settings),
             clock=clock,
             config=settings.switching,
             defaults=settings.switch,
@@ -124,6 +127,8 @@ async def run_gateway(settings: Settings, ready: Callable[[dict[str, object]], N
             views=plane.reader,
             clock=clock,
             connected=lambda: plane.connection.connected,
+            health=plane.health_writer,
+            metrics_interval_s=config.metrics_interval,
         )
 
         def listening(url: str) -> None:
@@ -134,6 +139,16 @@ async def run_gateway(settings: Settings, ready: Callable[[dict[str, object]], N
         except OSError as e:
             why, hint = e.strerror or str(e), "stop what listens there, or choose another: --port"
             raise Stopped(f"port {own.port} on {own.host} can't be used: {why}; {hint}") from e
+
+
+def _sinks(settings: Settings) -> tuple[Sink, ...]:
+    """Who is told of alerts."""
+    from turnout.workers.controller import sinks
+
+    try:
+        return sinks.make(settings.alerts)
+    except sinks.SinkUnusable as e:
+        raise Stopped(str(e)) from e
 
 
 def _own_policy(settings: Settings) -> WorkerPolicy:
@@ -237,6 +252,7 @@ def _controller_gauges(controller: Controller) -> tuple[Gauge, ...]:
             Gauge("turnout_instances", "Instances by phase, ended ones too.", count, {"phase": phase})
             for phase, count in sorted(phases.items())
         ),
+        *controller.alerts.gauges(),
     )
 
 

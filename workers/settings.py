@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_ty
 
 import msgspec
 
-from turnout.core import model
+from turnout.core import model, policy
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Rejected
 from turnout.core.handling import Defaults
 from turnout.core.strategies import STRATEGIES
 from turnout.events.model import EngineSpec, Probe
+from turnout.workers.controller.settings import AlertSettings
 from turnout.workers.gateway.settings import GatewaySettings
 from turnout.workers.inference.settings import WorkerSettings
 
@@ -102,10 +103,15 @@ class DeclaredVersion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeclaredModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model of turnout.toml. ``active``: version that it serves at first; empty for the first one."""
+    """A model of turnout.toml.
+
+    ``active``: version that it serves at first; empty for the first one. ``policies``: named ways to switch, in the
+    words of docs/strategies.md.
+    """
 
     active: str = ""
     versions: dict[str, DeclaredVersion] = {}
+    policies: dict[str, dict[str, object]] = {}
 
     @property
     def first(self) -> str:
@@ -123,6 +129,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     worker: WorkerSettings = WorkerSettings()
     controller: ControllerSettings = ControllerSettings()
     metrics: MetricsSettings = MetricsSettings()
+    alerts: AlertSettings = AlertSettings()
     models: dict[str, DeclaredModel] = {}
     file: str = ""
 
@@ -319,6 +326,7 @@ def _meaningless(settings: Settings, reader: _Reader) -> Iterator[Problem]:
         ("worker", settings.worker.problems()),
         ("switch", _switch_problems(settings.switch)),
         ("nats", _nats_problems(settings.nats)),
+        ("alerts", settings.alerts.problems()),
     ):
         for problem in problems:
             key = re.split(r"[ .]", problem, maxsplit=1)[0]
@@ -355,6 +363,11 @@ def _model_problems(settings: Settings, name: str, one: DeclaredModel, reader: _
     if one.active and one.versions and one.active not in one.versions:
         what = f"[models.{name}] active is {one.active!r}, which is not declared"
         yield Problem(reader.where(("models", name, "active")), what + _nearest(one.active, list(one.versions)))
+    for named, raw in one.policies.items():
+        if isinstance(problems := policy.parse(raw), tuple):
+            where = reader.where(("models", name, "policies", named))
+            for problem in problems:
+                yield Problem(where, f"[models.{name}.policies.{named}] {problem}")
     for version, declared in one.versions.items():
         where = reader.where(("models", name, "versions", version))
         if isinstance(declared.command, str) and _unbalanced(declared.command):

@@ -16,6 +16,8 @@ from turnout.workers.nats import (
     Incompatible,
     NatsBeats,
     NatsBus,
+    NatsHealthReader,
+    NatsHealthWriter,
     NatsLease,
     NatsViewReader,
     NatsViewWriter,
@@ -52,6 +54,8 @@ class ControlPlane:
         self.beats = NatsBeats(connection)
         self.reader = NatsViewReader(connection, clock)
         self.writer = NatsViewWriter(connection)
+        self.health_writer = NatsHealthWriter(connection)
+        self.health_reader = NatsHealthReader(connection)
 
     async def prepare(self, replicas: int) -> None:
         """Make the streams that are missing, with so many replicas, and check those that exist.

@@ -90,6 +90,7 @@ def _needed(world: World, model: str) -> tuple[str, ...]:
     state = world.models[model]
     switch = world.state("switch", state.switch) if state.switch else None
     needed = [state.active] if state.active else []
+    needed.extend(rule.version for rule in state.rules if rule.version and rule.version not in needed)
     if switch is not None and switch.phase not in ENDED:
         needed.extend(v for v in (switch.target,) if v and v not in needed)
     return tuple(needed)
@@ -120,12 +121,12 @@ def _restore(world: World, model: str, version: str, now: datetime) -> Owed | da
 def _repair(world: World, model: str) -> Owed | None:
     """Bring the route's instances up to date where they came or went."""
     route = world.state("route", model)
-    shares = routes.weights(world, model)
+    wanted = routes.table(world, model)
     switch = world.state("switch", world.models[model].switch)
     salt = switch.switch if switch.phase not in ENDED and switch.step > 0 else route.salt
-    if not route.revision and not any(world.ready(model, v) for v in shares):
+    if not route.revision and not any(world.ready(model, v) for v in wanted.shares):
         return None
-    write, revision = routes.change(world, model, shares, salt=salt, drain_s=route.drain_s, cause="repair")
+    write, revision = routes.change(world, model, wanted, salt=salt, drain_s=route.drain_s, cause="repair")
     if revision == route.revision:
         return None
     return Owed(f"repair.{model}.{revision}", (write,), model)

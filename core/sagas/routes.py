@@ -4,48 +4,86 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from turnout.core.route import ChangeRoute
+import msgspec
+
+from turnout.core.route import ChangeRoute, same
 from turnout.core.sagas.owed import Write
 from turnout.core.switch import SwitchState
-from turnout.events.route import Endpoint, Split
+from turnout.events.route import Endpoint, Mirror, Split
 
 if TYPE_CHECKING:
     from turnout.core.world import World
 
 
-def weights(world: World, model: str) -> dict[str, float]:
-    """Version → percent that the model's state asks for; 0 for a version at hand for retries; empty: nothing serves."""
+class Table(msgspec.Struct, frozen=True):
+    """What a route shall say, before it is known which instances are there.
+
+    Attributes:
+        shares: version → percent; 0 for a version at hand for retries or for a rule; empty: nothing serves.
+        mirror: version that gets copies of ``mirrored`` percent of the requests; empty for none.
+        candidate: the running switch's target, empty where none runs.
+    """
+
+    shares: dict[str, float]
+    mirror: str = ""
+    mirrored: float = 0.0
+    candidate: str = ""
+
+
+def table(world: World, model: str) -> Table:
+    """What the model's state asks for."""
     state = world.state("model", model)
     switch: SwitchState = world.state("switch", state.switch) if state.switch else SwitchState()
     match switch.phase:
         case "draining":
-            return {switch.target: 100.0}
+            return Table({switch.target: 100.0})
         case "stepping" | "stepped" | "baking":
-            return split(switch, switch.weight)
+            return split(switch, switch.weight, switch.mirror)
         case _:
-            return {state.active: 100.0} if state.active else {}
+            return source_only(state.active)
 
 
-def split(switch: SwitchState, weight: float) -> dict[str, float]:
-    """The switch's two versions, the target with ``weight`` percent."""
+def source_only(version: str) -> Table:
+    """Everything on one version; nothing at all where there is none."""
+    return Table({version: 100.0} if version else {})
+
+
+def split(switch: SwitchState, weight: float, mirror: float = 0.0) -> Table:
+    """The switch's two versions, the target with ``weight`` percent, or with copies only."""
     if not switch.source:
-        return {switch.target: 100.0}
-    return {switch.source: 100.0 - weight, switch.target: weight}
+        return Table({switch.target: 100.0})
+    if not weight:
+        shares = {switch.source: 100.0}
+        return Table(shares, switch.target if mirror else "", mirror, switch.target)
+    return Table({switch.source: 100.0 - weight, switch.target: weight}, candidate=switch.target)
 
 
-def change(
-    world: World, model: str, shares: dict[str, float], *, salt: str, drain_s: float, cause: str
-) -> tuple[Write, int]:
-    """The route with these shares over all proven instances, and the revision that it will have."""
+def change(world: World, model: str, wanted: Table, *, salt: str, drain_s: float, cause: str) -> tuple[Write, int]:
+    """The route that says so over all proven instances, and the revision that it will have."""
     route = world.state("route", model)
-    splits = tuple(
-        Split(version, weight, tuple(Endpoint(i.instance, i.address) for i in world.ready(model, version)))
-        for version, weight in shares.items()
+    rules = world.state("model", model).rules
+    shares = dict(wanted.shares)
+    for rule in rules:
+        if rule.version and shares:
+            shares.setdefault(rule.version, 0.0)
+
+    def endpoints(version: str) -> tuple[Endpoint, ...]:
+        return tuple(Endpoint(i.instance, i.address) for i in world.ready(model, version))
+
+    command = ChangeRoute(
+        model,
+        route.revision + 1,
+        tuple(Split(version, weight, endpoints(version)) for version, weight in shares.items()),
+        salt,
+        drain_s,
+        cause,
+        rules,
+        (Mirror(wanted.mirror, wanted.mirrored, endpoints(wanted.mirror)),) if wanted.mirror else (),
+        wanted.candidate,
     )
-    revision = route.revision + 1
-    if splits == route.splits and salt == route.salt:
-        revision = route.revision  # already the table: the decider will write nothing
-    return Write("route", model, ChangeRoute(model, revision, splits, salt, drain_s, cause)), revision
+    if same(route, command):  # already the table: the decider will write nothing
+        command = msgspec.structs.replace(command, revision=route.revision)
+    return Write("route", model, command), command.revision
 
 
 def applied(world: World, model: str, revision: int) -> tuple[str, ...] | None:
@@ -59,7 +97,7 @@ def applied(world: World, model: str, revision: int) -> tuple[str, ...] | None:
 def drained(world: World, model: str, version: str) -> bool:
     """Whether no live gateway can have a request in flight on the version, nor send one."""
     route = world.state("route", model)
-    if any(s.version == version for s in route.splits):
+    if any(part.version == version for part in route.parts):
         return False
     left = route.left.get(version)
     if left is None:

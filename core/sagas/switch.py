@@ -1,8 +1,9 @@
 """The switch saga: from the world alone, what one running switch owes now.
 
 The way: requested → (loading) → ready → step, applied, step, … → bake → drain → completed; or a rollback on the same
-road. Every wait is a condition on the world or a deadline that stands in an event, so any controller can go on at any
-point after a kill -9.
+road. Every wait is a condition on the world, a deadline that stands in an event, or evidence that can be read again, so
+any controller can go on at any point after a kill -9. The judgement comes from outside (a fold over health samples);
+what it leads to is decided here, and written with all its figures.
 """
 
 from __future__ import annotations
@@ -11,42 +12,64 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from turnout.core.instance import ENDED as INSTANCE_ENDED
+from turnout.core.instance import RequestProbe
+from turnout.core.judging.judgement import Decision, Judgement
 from turnout.core.model import CloseSwitch
 from turnout.core.sagas import placement, routes
 from turnout.core.sagas.owed import Agenda, Owed, Write
 from turnout.core.strategies import STRATEGIES
-from turnout.core.strategies.base import Evidence, Finish, Operation, SetWeight
+from turnout.core.strategies.base import Evidence, Finish, GoBack, Hold, Operation, SetWeight, Wait
 from turnout.core.switch import (
     FORWARD,
+    PAUSABLE,
     UNTOUCHED,
     CompleteSwitch,
     FailSwitch,
     FinishRollback,
+    PauseSwitch,
     RecordInstancesRequested,
     RecordStepApplied,
     RecordTargetReady,
+    RecordVerdict,
+    ResumeSwitch,
     StartBake,
     StartDrain,
     StartRollback,
     StartStep,
     SwitchState,
+    evolve,
+    outcome_of,
 )
+from turnout.events.switch import TargetReady
 
 if TYPE_CHECKING:
     from turnout.core.instance import InstanceState
     from turnout.core.world import World
 
 
-def agenda(world: World, id: str, now: datetime) -> Agenda:
-    """What the switch owes now, at most one command, and its next deadline."""
+#: How long a rollback waits for a good answer of the source before it ends without one, seconds: its traffic is back
+#: long before, and the model must not be held for ever.
+PROOF_S = 60.0
+PROBE_AGAIN_S = 5.0
+
+
+def agenda(world: World, id: str, now: datetime, judgement: Judgement | None = None) -> Agenda:
+    """What the switch owes now, at most one command, and its next deadline.
+
+    ``judgement``: of the switch's newest step; None where nothing is known.
+    """
     state: SwitchState = world.state("switch", id)
-    if trouble := _trouble(world, state, now):
+    if judgement is not None and judgement.step != state.step:
+        judgement = None  # of a step that is over
+    if trouble := _trouble(world, state, now) or _harm(world, state, judgement, now):
         return Agenda((trouble,))
+    if state.paused and (resumed := _stand_still(state, now)) is not None:
+        return resumed
     match state.phase:
         case "requested" | "loading":
             return _make_ready(world, state, now)
         case "ready" | "stepped":
-            return _next_step(world, state, now)
+            return _next_step(world, state, judgement, now)
         case "stepping":
             return _await_step(world, state, now)
         case "baking":
@@ -59,12 +82,19 @@ def agenda(world: World, id: str, now: datetime) -> Agenda:
             return Agenda()
 
 
-def rollback(world: World, state: SwitchState, cause: str, reason: str, now: datetime) -> tuple[Write, ...]:
+def rollback(
+    world: World, state: SwitchState, cause: str, reason: str, now: datetime, verdict: Judgement | None = None
+) -> tuple[Write, ...]:
     """Give the source everything back: one revision, in one batch with the fact."""
     route, revision = routes.change(
-        world, state.model, {state.source: 100.0}, salt=state.switch, drain_s=state.drain_s, cause=state.switch
+        world,
+        state.model,
+        routes.source_only(state.source),
+        salt=state.switch,
+        drain_s=state.drain_s,
+        cause=state.switch,
     )
-    return (Write("switch", state.switch, StartRollback(state.switch, revision, cause, reason, now)), route)
+    return (Write("switch", state.switch, StartRollback(state.switch, revision, cause, reason, now, verdict)), route)
 
 
 def close(state: SwitchState, outcome: str) -> Write:
@@ -79,7 +109,7 @@ def close(state: SwitchState, outcome: str) -> Write:
 
 def _trouble(world: World, state: SwitchState, now: datetime) -> Owed | None:
     """A dead target or a passed deadline, wherever the switch stands."""
-    late = state.deadline is not None and now >= state.deadline
+    late = state.deadline is not None and now >= state.deadline and not state.paused
     limit = _seconds(state.requested_at, state.deadline)
     if state.phase in UNTOUCHED:
         return _load_trouble(world, state, late, limit)
@@ -93,6 +123,39 @@ def _trouble(world: World, state: SwitchState, now: datetime) -> Owed | None:
         why = f"{state.target} did not carry all traffic within {limit:g} s (max_transition_time)"
         return _owe(state, "rollback", *rollback(world, state, "deadline", why, now))
     return None
+
+
+def _harm(world: World, state: SwitchState, judgement: Judgement | None, now: datetime) -> Owed | None:
+    """Evidence of harm, in a step or in the bake, paused or not: back to the source, or at least said."""
+    if judgement is None or judgement.decision is not Decision.FAIL or not state.source:
+        return None
+    if state.phase not in ("stepping", "stepped", "baking") or not _judged(state):
+        return None
+    if world.ready(state.model, state.source):
+        back = rollback(world, state, "verdict", judgement.reason, now, judgement)
+        return _owe(state, "rollback", *back)
+    if state.verdict == Decision.FAIL:
+        return None  # said already; placement restores the source, and then it is rolled back
+    record = RecordVerdict(state.switch, judgement, now)
+    return _owe(state, f"verdict.{state.step}", Write("switch", state.switch, record))
+
+
+def _judged(state: SwitchState) -> bool:
+    """Whether the judge may act on this switch."""
+    return STRATEGIES[state.strategy].judging(state.parameters).mode == "on"
+
+
+def _stand_still(state: SwitchState, now: datetime) -> Agenda | None:
+    """What a paused switch owes: nothing, until its time is up. None where its phase goes on all the same."""
+    if state.phase not in PAUSABLE or state.phase in ("requested", "loading", "stepping"):
+        return None  # loading and acknowledging go on; only the next step waits
+    if state.paused_until is None:
+        return Agenda()
+    if now < state.paused_until:
+        return Agenda(wake=state.paused_until)
+    resume = ResumeSwitch(state.switch, "the pause is over", now)
+    pause = "" if state.paused_at is None else f"{state.paused_at.timestamp():.6f}"  # a step may be paused twice
+    return Agenda((_owe(state, f"resume.{pause}", Write("switch", state.switch, resume)),))
 
 
 def _load_trouble(world: World, state: SwitchState, late: bool, limit: float) -> Owed | None:
@@ -135,7 +198,11 @@ def _make_ready(world: World, state: SwitchState, now: datetime) -> Agenda:
     if ready:
         seconds = _seconds(state.requested_at, now)
         proven = RecordTargetReady(state.switch, ready, seconds, warm=state.phase == "requested")
-        return Agenda((_owe(state, "ready", Write("switch", state.switch, proven)),))
+        # The first step goes with it in one write: a switch to a warm target waits for the disk once less.
+        then = evolve(state, TargetReady(proven.switch, ready, seconds, proven.warm))
+        first = Agenda() if then.paused else _next_step(world, then, None, now)
+        writes = tuple(write for owed in first.owed for write in owed.writes)
+        return Agenda((_owe(state, "ready", Write("switch", state.switch, proven), *writes),))
     wait = Agenda(wake=state.deadline)
     if state.phase == "loading":
         return wait
@@ -150,25 +217,50 @@ def _make_ready(world: World, state: SwitchState, now: datetime) -> Agenda:
     return Agenda((_owe(state, "load", Write("switch", state.switch, record), request),))
 
 
-def _next_step(world: World, state: SwitchState, now: datetime) -> Agenda:
-    since = None if state.step == 0 else state.since
-    operation = Operation(state.switch, state.source, state.target, state.step, state.weight, since, state.parameters)
-    action = STRATEGIES[state.strategy].execute_switch(operation, Evidence(now))
+def _next_step(world: World, state: SwitchState, judgement: Judgement | None, now: datetime) -> Agenda:
+    if not state.source and state.weight < 100:  # every strategy's steps are between two versions
+        return Agenda((_step(world, state, SetWeight(100.0, "nothing serves yet: no steps to take"), None, now),))
+    operation = Operation(
+        switch=state.switch,
+        source=state.source,
+        target=state.target,
+        step=state.step,
+        weight=state.weight,
+        since=None if state.step == 0 else state.applied_at,
+        parameters=state.parameters,
+        promoted=state.promoted,
+        full=state.full,
+    )
+    action = STRATEGIES[state.strategy].execute_switch(operation, Evidence(now, judgement))
     match action:
-        case SetWeight(weight, reason):
-            step = state.step + 1
-            route, revision = routes.change(
-                world,
-                state.model,
-                routes.split(state, weight),
-                salt=state.switch,
-                drain_s=state.drain_s,
-                cause=state.switch,
-            )
-            start = StartStep(state.switch, step, weight, revision, reason, now)
-            return Agenda((_owe(state, f"step.{step}", Write("switch", state.switch, start), route),))
+        case SetWeight():
+            passed = judgement if judgement is not None and judgement.decision is Decision.PASS else None
+            return Agenda((_step(world, state, action, passed, now),))
+        case Wait(_, until):
+            return Agenda(wake=_earliest(until, state.deadline))
+        case Hold(reason, cause):
+            verdict = judgement if cause != "pause" else None
+            pause = PauseSwitch(state.switch, cause, reason, now, verdict=verdict)
+            # A step may be held again after an operator's pause has come and gone, which has moved its time.
+            since = "" if state.applied_at is None else f"{state.applied_at.timestamp():.6f}"
+            return Agenda((_owe(state, f"hold.{state.step}.{cause}.{since}", Write("switch", state.switch, pause)),))
+        case GoBack(reason, cause):
+            if not world.ready(state.model, state.source):
+                return Agenda(wake=state.deadline)  # placement restores it
+            verdict = judgement if cause in ("verdict", "inconclusive", "concluded") else None
+            return Agenda((_owe(state, "rollback", *rollback(world, state, cause, reason, now, verdict)),))
         case Finish():
             return _finish(world, state, now)
+
+
+def _step(world: World, state: SwitchState, action: SetWeight, passed: Judgement | None, now: datetime) -> Owed:
+    step = state.step + 1
+    wanted = routes.split(state, action.weight, action.mirror)
+    route, revision = routes.change(
+        world, state.model, wanted, salt=state.switch, drain_s=state.drain_s, cause=state.switch
+    )
+    start = StartStep(state.switch, step, action.weight, revision, action.reason, now, action.mirror, passed)
+    return _owe(state, f"step.{step}", Write("switch", state.switch, start), route)
 
 
 def _finish(world: World, state: SwitchState, now: datetime) -> Agenda:
@@ -198,7 +290,12 @@ def _bake(world: World, state: SwitchState, now: datetime) -> Agenda:
 
 def _start_drain(world: World, state: SwitchState, now: datetime) -> Owed:
     route, revision = routes.change(
-        world, state.model, {state.target: 100.0}, salt=state.switch, drain_s=state.drain_s, cause=state.switch
+        world,
+        state.model,
+        routes.source_only(state.target),
+        salt=state.switch,
+        drain_s=state.drain_s,
+        cause=state.switch,
     )
     start = StartDrain(state.switch, state.source, revision, now)
     return _owe(state, "drain", Write("switch", state.switch, start), route)
@@ -214,16 +311,40 @@ def _drain(world: World, state: SwitchState, now: datetime) -> Agenda:
 
 
 def _roll_back(world: World, state: SwitchState, now: datetime) -> Agenda:
+    """Done when every gateway has acknowledged and the source has answered its golden probe since."""
     gateways = routes.applied(world, state.model, state.revision)
-    if gateways is None or not world.ready(state.model, state.source):
+    source = world.ready(state.model, state.source)
+    if gateways is None or not source:
         return Agenda()
-    finish = FinishRollback(state.switch, gateways, _seconds(state.since, now))
-    outcome = "aborted" if state.cause == "abort" else "rolled_back"
-    return Agenda((_owe(state, "rolled_back", close(state, outcome), Write("switch", state.switch, finish)),))
+    proven = next((one.instance for one in source if one.sound and one.probed.startswith(f"{state.switch}.")), "")
+    given_up = None if state.since is None else state.since + timedelta(seconds=PROOF_S)
+    if not proven and (given_up is None or now < given_up):
+        return _prove(state, source[0], now, given_up)
+    finish = FinishRollback(state.switch, gateways, _seconds(state.since, now), proven)
+    closing = close(state, outcome_of(state))
+    return Agenda((_owe(state, "rolled_back", closing, Write("switch", state.switch, finish)),))
+
+
+def _prove(state: SwitchState, one: InstanceState, now: datetime, given_up: datetime | None) -> Agenda:
+    """Ask the source's first instance, and again a while after a bad answer."""
+    asked = one.probe.startswith(f"{state.switch}.")
+    if asked and one.probed != one.probe:
+        return Agenda(wake=given_up)
+    again = None if one.probe_at is None else one.probe_at + timedelta(seconds=PROBE_AGAIN_S)
+    if asked and again is not None and now < again:
+        return Agenda(wake=again)
+    number = int(one.probe.rpartition(".")[2]) + 1 if asked else 1
+    cause = f"{state.switch}.{number}"
+    probe = RequestProbe(one.instance, cause, now)
+    return Agenda((Owed(f"probe.{one.instance}.{cause}", (Write("instance", one.instance, probe),), state.switch),))
 
 
 def _owe(state: SwitchState, what: str, *writes: Write) -> Owed:
     return Owed(f"{state.switch}.{what}", writes, state.switch)
+
+
+def _earliest(*times: datetime | None) -> datetime | None:
+    return min((time for time in times if time is not None), default=None)
 
 
 def _seconds(start: datetime | None, end: datetime | None) -> float:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from turnout.core.strategies.base import Action, Evidence, Finish, Operation, SetWeight
+from turnout.core.strategies.levels import Levels
+from turnout.core.strategies.parameters import Parameters, read
 
 
-class ImmediateSwitch:
-    """One step to 100 percent as soon as the target is proven. Takes no parameters."""
+class ImmediateSwitch(Levels):
+    """One step to 100 percent as soon as the target is proven, after a shadow where one is asked for.
+
+    There is nothing to compare with at full traffic: in the bake the judge goes by its ceilings.
+    """
 
     name = "immediate"
 
-    def problems(self, parameters: dict[str, object]) -> tuple[str, ...]:
-        """It has no parameters, so every one is a mistake."""
-        return tuple(f"immediate takes no parameter {name!r}" for name in parameters)
-
-    def execute_switch(self, operation: Operation, evidence: Evidence) -> Action:
-        """100 percent, then done."""
-        if operation.weight < 100:
-            return SetWeight(100.0, "all at once")
-        return Finish("all traffic is on the target")
+    def read(self, parameters: dict[str, object]) -> Parameters | tuple[str, ...]:
+        """Shadow and judge."""
+        return read(self.name, parameters)

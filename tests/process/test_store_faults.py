@@ -182,6 +182,7 @@ async def _fill_and_check(store: JetStreamStore) -> None:
 
     assert single.value.code == "store_full"
     assert "free disk space" in str(single.value)
+    assert "restart a nats-server" in str(single.value)
     assert await store.read(subject) == tuple(stored)
     assert verify_chain(stored) == []
 

@@ -6,11 +6,14 @@ A gateway is the real agent, TransitionManager and RequestTracker; only its conn
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
 import msgspec
+from tests.sim.network import SimHealth
 
 from turnout.core.decider import Failed
+from turnout.events.health import ERRORS, OUTCOMES, HealthSampled
 from turnout.events.store import Unavailable
 from turnout.workers.gateway.agent import GatewayAgent
 from turnout.workers.gateway.transition import Choice, NoRoute, RequestTracker, Slot, TransitionManager
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from tests.sim.network import Network, Process
 
     from turnout.core.decider import Answer
+    from turnout.events.health import HealthEvent
     from turnout.events.model import EngineSpec
     from turnout.projections.routing import RouteView
     from turnout.workers.gateway.plane import DataPlane
@@ -67,6 +71,8 @@ class SimEngine:
         self.started_at = host.net.loop.time()
         self.up_at = self.started_at + setting(order.engine, "load-s", 0.2)
         self.load_s = 0.0
+        #: Share of its answers that are errors, though its probe is fine.
+        self.errors = setting(order.engine, "errors", 0.0)
         self.proven = False
         #: Its worker lets nobody connect any more.
         self.shut = False
@@ -117,7 +123,7 @@ class Fleet:
         self.holds = holds
         self.engines: dict[str, SimEngine] = {}
         self.gateways: list[SimPlane] = []
-        self.counts = {"requests": 0, "answered": 0, "excused": 0, "rerouted": 0, "ended": 0}
+        self.counts = {"requests": 0, "answered": 0, "excused": 0, "rerouted": 0, "ended": 0, "errors": 0}
         self.on_stop: Callable[[SimEngine], None] = lambda _: None
         self.on_sent: Callable[[SimPlane, Choice], None] = lambda gateway, choice: None
         self.on_failed: Callable[[SimPlane, Flight, str], None] = lambda gateway, flight, code: None
@@ -209,6 +215,12 @@ class SimRunner:
             self._host.fleet.on_stop(engine)
             engine.die("stopped")
 
+    async def prove(self, instance: str) -> str:
+        """Ask a running engine once more."""
+        await asyncio.sleep(0.02)
+        engine = self._host.engines.get(instance)
+        return "" if engine is not None and engine.state == "up" else "no answer"
+
     def remains(self, instance: str) -> Failure:
         """What is known of one that is not there."""
         return Failure("serving", "its process is gone")
@@ -237,6 +249,65 @@ class SimRunner:
 # --- gateways ----------------------------------------------------------------------------------------------------
 
 
+class Collector:
+    """What a simulated gateway measures, as the real one does: windows by version and revision, users as units."""
+
+    def __init__(self, plane: SimPlane) -> None:
+        self._plane = plane
+        self._windows: dict[tuple[str, str, int], dict[str, int]] = {}
+        self._numbers: dict[tuple[str, str], int] = {}
+        self._seen: set[tuple[str, int, bytes]] = set()
+        self._bad: set[tuple[str, int, bytes]] = set()
+
+    def began(self, flight: Flight) -> None:
+        """The split has assigned it."""
+        choice, key = flight.first, flight.key
+        window = self._window(flight)
+        if not key or (choice.model, choice.revision, key) not in self._seen:
+            self._seen.add((choice.model, choice.revision, key))
+            window["assigned"] = window.get("assigned", 0) + 1
+
+    def ended(self, flight: Flight, outcome: str) -> None:
+        """It is over; what went wrong is charged to the version that it was assigned to first."""
+        choice, key = flight.first, flight.key
+        window = self._window(flight)
+        window[outcome] = window.get(outcome, 0) + 1
+        window["run"] = window.get("run", 0) + 1 if outcome == "refused" else 0
+        if outcome in ERRORS and (not key or (choice.model, choice.revision, key) not in self._bad):
+            self._bad.add((choice.model, choice.revision, key))
+            window["unit_errors"] = window.get("unit_errors", 0) + 1
+
+    async def run(self) -> None:
+        """Report what has been counted, again and again."""
+        while True:
+            await asyncio.sleep(0.25)
+            windows, self._windows = self._windows, {}
+            now = self._plane.process.now()
+            for (model, version, revision), counts in windows.items():
+                number = self._numbers[model, version] = self._numbers.get((model, version), 0) + 1
+                outcomes = {name: count for name, count in counts.items() if name in OUTCOMES}
+                sample = HealthSampled(
+                    gateway=self._plane.id,
+                    model=model,
+                    version=version,
+                    window=number,
+                    revision=revision,
+                    share=self._plane.shares.get((model, version, revision), 1.0),
+                    started=now - timedelta(seconds=0.25),
+                    ended=now,
+                    requests=sum(outcomes.values()),
+                    outcomes=outcomes,
+                    assigned=counts.get("assigned", 0),
+                    unit_errors=counts.get("unit_errors", 0),
+                    run=counts.get("run", 0),
+                )
+                self._plane.report_sample(sample)
+
+    def _window(self, flight: Flight) -> dict[str, int]:
+        choice = flight.first
+        return self._windows.setdefault((choice.model, choice.version, choice.revision), {})
+
+
 class Flight:
     """One client's request, to its last byte."""
 
@@ -246,8 +317,10 @@ class Flight:
         "done",
         "duration_s",
         "engine",
+        "first",
         "gateway",
         "hit",
+        "key",
         "model",
         "number",
         "streaming",
@@ -262,6 +335,9 @@ class Flight:
         self.duration_s = duration_s
         self.began = gateway.loop.time()
         self.choice: Choice = None  # type: ignore[assignment]  # set before anything reads it
+        #: Where the split sent it, whoever answers in the end.
+        self.first: Choice = None  # type: ignore[assignment]  # set before anything reads it
+        self.key = b""
         self.engine: SimEngine | None = None
         self.tried: list[Slot] = []
         #: The engine that it was last connected to.
@@ -277,6 +353,8 @@ class Flight:
         if isinstance(chosen, NoRoute):
             self._fail(chosen.code)
         else:
+            self.first, self.key = chosen, key
+            gateway.collector.began(self)
             self._send(chosen)
 
     def broken(self) -> None:
@@ -285,9 +363,9 @@ class Flight:
             return
         if self.streaming:
             self._end()
-            self._fail("stream_broken")
+            self._fail("stream_broken", "cut")
         else:
-            self._elsewhere()
+            self._elsewhere("refused")
 
     def cut(self) -> None:
         """Its version's time to drain is up."""
@@ -313,7 +391,7 @@ class Flight:
         engine = gateway.fleet.engines.get(self.choice.address)
         if engine is None or engine.shut or engine.state in ("dead", "stopped", "loading"):
             gateway.manager.connection_failed(self.choice, gateway.process.monotonic())
-            self._elsewhere()
+            self._elsewhere("refused")
             return
         self.engine = self.hit = engine
         engine.flights.add(self)
@@ -325,7 +403,7 @@ class Flight:
         gateway = self.gateway
         if self.engine.state == "hung":
             gateway.manager.connection_failed(self.choice, gateway.process.monotonic())
-            self._elsewhere()
+            self._elsewhere("timeout")
             return
         self.streaming = True
         gateway.manager.connection_worked(self.choice)
@@ -336,14 +414,26 @@ class Flight:
             return
         if self.engine.state == "hung":  # silence in the middle of a stream
             self._end()
-            self._fail("stream_broken")
+            self._fail("stream_broken", "timeout")
             return
         self._end()
+        if self.engine_errs():
+            self.gateway.collector.ended(self, "http_error")
+            self.gateway.fleet.counts["errors"] += 1
+            return
+        if self.choice.version == self.first.version:
+            self.gateway.collector.ended(self, "ok")
         self.gateway.fleet.counts["answered"] += 1
 
-    def _elsewhere(self) -> None:
+    def engine_errs(self) -> bool:
+        """Whether the engine that had it answers with an error this time."""
+        return self.hit is not None and self.gateway.fleet.net.chance(self.hit.errors)
+
+    def _elsewhere(self, outcome: str) -> None:
         """Nothing was sent to the client yet: another instance may take it."""
         gateway = self.gateway
+        if not self.tried:
+            gateway.collector.ended(self, outcome)
         self.tried.append(self.choice.slot)
         other = gateway.manager.reroute(self.model, self.choice, self.tried, gateway.process.monotonic())
         self._end()
@@ -368,8 +458,10 @@ class Flight:
         if drained is not None:
             self.gateway.drained(drained)
 
-    def _fail(self, code: str) -> None:
+    def _fail(self, code: str, outcome: str = "") -> None:
         self.done = True
+        if outcome:
+            self.gateway.collector.ended(self, outcome)
         self.gateway.fleet.on_failed(self.gateway, self, code)
 
 
@@ -392,6 +484,10 @@ class SimPlane:
         #: Engines to which a connection stays open: no request is needed for the engine's worker to see it.
         self.connected: frozenset[str] = frozenset()
         self.drained: Callable[[Drained], None] = lambda _: None
+        self.collector = Collector(self)
+        self.report_sample: Callable[[HealthEvent], None] = lambda _: None
+        #: (model, version, revision) → probability of being assigned to it.
+        self.shares: dict[tuple[str, str, int], float] = {}
         process.ended = self._died
         fleet.gateways.append(self)
 
@@ -416,6 +512,10 @@ class SimPlane:
         """Whom to tell that a version's last request has ended."""
         self.drained = report
 
+    def on_sampled(self, report: Callable[[HealthEvent], None]) -> None:
+        """Whom to give the health samples."""
+        self.report_sample = report
+
     def apply(self, route: RouteView) -> Transition | None:
         """Route by a revision from the next request on."""
         before = self.manager.applied().get(route.model, 0)
@@ -423,6 +523,8 @@ class SimPlane:
         if transition is None:
             return None
         self.fleet.net.trace("applied", self.id, route.model, route.revision)
+        for split in route.splits:
+            self.shares[route.model, split.version, route.revision] = split.weight / 100
         if self.fleet.holds and not self.stopped:
             self.connected = self.manager.addresses()
         self.fleet.on_applied(self, route, before)
@@ -457,8 +559,11 @@ class SimGateway:
     def __init__(self, process: Process, fleet: Fleet, bus: Bus, beats: Beats, reader: ViewReader) -> None:
         self.process = process
         self.plane = SimPlane(process, fleet)
+        process.spawn(self.plane.collector.run())
         data_plane = cast("DataPlane", self.plane)
-        self.agent = GatewayAgent(process.name, data_plane, bus, beats, reader, process, lambda: process.connected)
+        self.agent = GatewayAgent(
+            process.name, data_plane, bus, beats, reader, process, lambda: process.connected, SimHealth(process)
+        )
 
     async def run(self) -> None:
         """Serve until told to stop, then end the process."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from turnout.events.codec import Context
     from turnout.events.envelope import Recorded
+    from turnout.events.health import HealthEvent
     from turnout.events.store import Append
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -176,6 +177,8 @@ class Network:
         self.bucket = Bucket(self)
         self.servers: list[_Server] = []
         self.listeners: list[_Listener] = []
+        self.health: list[tuple[datetime, HealthEvent]] = []
+        self.followers: list[_Following] = []
         self.lease_holder = ""
         self.lease_epoch = 0
         self.lease_until = 0.0
@@ -454,6 +457,68 @@ class SimBeats:
     async def listen(self, heard: Callable[[str, str, bytes], None]) -> _Listener:
         await self._process.send(1.0, "subscribe")
         return _Listener(self._process, heard)
+
+
+# --- health ------------------------------------------------------------------------------------------------------
+
+
+class _Following:
+    """Delivers samples to one process, in order, never while it is cut off."""
+
+    def __init__(self, process: Process, after: int, heard: Callable[[HealthEvent], None]) -> None:
+        self._process = process
+        self._next = after
+        self._heard = heard
+        self._scheduled = False
+        process.net.followers.append(self)
+        self.more()
+
+    def more(self) -> None:
+        """There may be more to deliver."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._process.net.loop.call_later(self._process.net.delay(), self._pump)
+
+    def _pump(self) -> None:
+        self._scheduled = False
+        net = self._process.net
+        if not self._process.alive or self not in net.followers:
+            return
+        if not self._process.connected:
+            self._scheduled = True
+            net.loop.call_later(0.1, self._pump)
+            return
+        while self._next < len(net.health):
+            self._next += 1
+            self._heard(net.health[self._next - 1][1])
+
+    async def close(self) -> None:
+        """Stop."""
+        if self in self._process.net.followers:
+            self._process.net.followers.remove(self)
+
+
+class SimHealth:
+    """One process's HealthWriter and HealthReader. A sample of a process that is cut off is lost."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self.dropped = 0
+
+    async def publish(self, event: HealthEvent) -> None:
+        net = self._process.net
+        if not self._process.connected or net.full:
+            self.dropped += 1
+        else:
+            net.health.append((self._process.now(), event))
+            for follower in tuple(net.followers):
+                follower.more()
+
+    async def follow(self, since: datetime, heard: Callable[[HealthEvent], None]) -> _Following:
+        await self._process.send(1.0, "follow")
+        records = self._process.net.health
+        after = next((n for n, (at, _) in enumerate(records) if at >= since), len(records))
+        return _Following(self._process, after, heard)
 
 
 # --- views -------------------------------------------------------------------------------------------------------

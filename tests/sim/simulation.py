@@ -13,11 +13,20 @@ import msgspec
 from tests.sim.fleet import Fleet, Host, SimGateway, SimRunner, tell
 from tests.sim.invariants import Broken, Checker
 from tests.sim.loop import VirtualLoop
-from tests.sim.network import Faults, Network, Process, SimBeats, SimBus, SimLease, SimStore, SimViews
+from tests.sim.network import Faults, Network, Process, SimBeats, SimBus, SimHealth, SimLease, SimStore, SimViews
 
 from turnout.core.config import ModelSwitchingConfig
-from turnout.core.decider import Accepted, Answer
-from turnout.core.handling import Defaults, StartSwitch, StopSwitch, UndoModel
+from turnout.core.decider import Accepted, Answer, Rejected
+from turnout.core.handling import (
+    AdvanceSwitch,
+    ContinueSwitch,
+    Defaults,
+    HoldSwitch,
+    RetrySwitch,
+    StartSwitch,
+    StopSwitch,
+    UndoModel,
+)
 from turnout.core.model import DeregisterVersion, RegisterVersion
 from turnout.events.model import EngineSpec
 from turnout.workers.controller.controller import Controller
@@ -113,6 +122,7 @@ class Simulation:
             reader=views,
             writer=views,
             lease=SimLease(process),
+            samples=SimHealth(process),
             clock=process,
             config=self.config,
             defaults=Defaults(bake_s=1.0, drain_s=8.0),
@@ -263,6 +273,7 @@ class Simulation:
         since = self.loop.time()
         while self.loop.time() < end and self.loop.time() < since + 3.5:  # a duplicate may still be on its way
             await asyncio.sleep(0.2)
+            await self._decide_what_is_held()
             if not self._at_rest():
                 since = self.loop.time()
         for client in self._clients:
@@ -272,6 +283,14 @@ class Simulation:
         await self._wait_a_while(self._projected, 20.0)
         self.checker.invariant_7_every_switch_ends()
         self.checker.invariant_5_views_are_a_fold()
+
+    async def _decide_what_is_held(self) -> None:
+        """A switch that waits for a person gets one; where it can't go back yet, the person comes again."""
+        for id in sorted(self.world.running):
+            if self.world.switches[id].paused:
+                answer = await self.command("switch.abort", StopSwitch(id, "nobody decided"))
+                if isinstance(answer, Rejected) and answer.code == "source_not_ready":
+                    await self.command("switch.promote", AdvanceSwitch(id, full=True, reason="nothing to go back to"))
 
     def _at_rest(self) -> bool:
         for name, process in self.processes.items():
@@ -402,6 +421,7 @@ async def _register_all(sim: Simulation, model: str, rng: random.Random) -> None
     await sim.register(model, "v2", load_s=rng.choice((0.1, 1.0, 3.0)))
     await sim.register(model, "v3", load_s=rng.choice((0.1, 6.0)), fails=rng.choice((0, 0, 1, 2)))
     await sim.register(model, "v4", load_s=rng.choice((0.5, 30.0)))
+    await sim.register(model, "v5", load_s=0.2, errors=rng.choice((0.3, 1.0)))
 
 
 def _draw_faults(rng: random.Random) -> Faults:
@@ -446,19 +466,44 @@ async def _operator(sim: Simulation, model: str, rng: random.Random, length_s: f
 
 
 def _draw_command(sim: Simulation, model: str, rng: random.Random) -> tuple[str, object]:
-    version = rng.choice(("v1", "v1", "v2", "v2", "v2", "v3", "v4", "v9"))
+    version = rng.choice(("v1", "v1", "v2", "v2", "v2", "v3", "v4", "v5", "v9"))
     draw = rng.random()
-    if draw < 0.6:
+    if draw < 0.5:
         bake_s, drain_s = rng.choice((0.0, 0.0, 0.5, 2.0)), rng.choice((0.5, 5.0, 20.0))
-        return "switch.start", StartSwitch(model, version, bake_s=bake_s, drain_s=drain_s)
+        strategy, parameters = rng.choice(WAYS)
+        return "switch.start", StartSwitch(model, version, strategy, parameters, bake_s=bake_s, drain_s=drain_s)
+    running = sim.world.state("model", model).switch or "sw-nothing"
+    if draw < 0.6:
+        return "switch.abort", StopSwitch(running)
+    if draw < 0.7:
+        step = rng.choice((None, None, 0, 1, 2))
+        return "switch.promote", AdvanceSwitch(running, step, full=rng.random() < 0.2, reason=rng.choice(("", "why")))
     if draw < 0.75:
-        running = sim.world.state("model", model).switch
-        return "switch.abort", StopSwitch(running or "sw-nothing")
+        return "switch.pause", HoldSwitch(running, seconds=rng.choice((None, 0.5, 5.0)))
+    if draw < 0.79:
+        return "switch.resume", ContinueSwitch(running)
+    if draw < 0.82:
+        return "switch.retry", RetrySwitch(rng.choice(sorted(sim.world.switches) or ["sw-nothing"]))
     if draw < 0.88:
         return "model.undo", UndoModel(model)
     if draw < 0.94:
         return "version.deregister", DeregisterVersion(model, version)
     return "version.register", RegisterVersion(model, version, EngineSpec("fake", args=("--load-s=0.5",)))
+
+
+#: Strategies with parameters that fit into a run of seconds.
+_QUICK: dict[str, object] = {"minRequests": 5, "minUsers": 1, "minSeconds": 1}
+WAYS: tuple[tuple[str, dict[str, object]], ...] = (
+    ("", {}),
+    ("", {}),
+    ("gradual", {"steps": [{"setWeight": 20}, {"pause": {"duration": 0.5}}, {"setWeight": 60}]}),
+    ("gradual", {"steps": [{"setWeight": 50}, {"pause": {}}]}),
+    ("canary", {"steps": [{"setWeight": 30}], "judge": _QUICK, "stepDeadline": 4, "onInconclusive": "promote"}),
+    ("canary", {"steps": [{"setWeight": 10}, {"setWeight": 50}], "judge": _QUICK, "stepDeadline": 3}),
+    ("canary", {"shadow": {"percent": 50, "duration": 1}, "stepDeadline": 2, "onInconclusive": "abort"}),
+    ("ab", {"split": 50, "until": {"duration": 3}}),
+    ("ab", {"split": 30, "until": {"duration": 3}, "pick": "winner", "judge": _QUICK}),
+)
 
 
 async def _fault(sim: Simulation, rng: random.Random, length_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from turnout.workers.client import Client
 
 _STYLES = {"good": "green", "warning": "yellow", "bad": "bold red", "detail": "dim", "": ""}
-_KINDS = ("model.*", "route.*", "switch.*", "worker.*", "gateway.*")
+_KINDS = ("model.*", "route.*", "switch.*", "worker.*", "gateway.*", "alert.*")
+#: Seconds between two looks at a log that seems to end too early: the replica that answered may lag.
+_LOOK_AGAIN_S = (0.2, 0.5, 1.0)
 
 
 @click.command("log")
@@ -86,10 +89,21 @@ class Lines:
 
 
 class Report(msgspec.Struct):
-    """What ``verify`` found. ``different``: keys of views that are not the fold of the log."""
+    """What ``verify`` found.
+
+    Attributes:
+        status: whole or broken.
+        ends_at: sequence of the log's last event; ``views_at`` is the one that the stored views stand for.
+        missing: events that the stored views know and the log does not have any more: its end is gone.
+        problems: where the chain of digests breaks.
+        views: how many the log makes.
+        different: keys of stored views that are not what the log says.
+    """
 
     status: str
     events: int
+    ends_at: int
+    missing: int
     subjects: int
     problems: list[dict[str, Any]]
     views: int
@@ -104,21 +118,25 @@ def verify(io: Terminal) -> None:
 
     async def work(client: Client) -> int:
         stored, checkpoint = await client.raw_views(*_KINDS)
-        records = [recorded async for recorded in client.log()]
-        views = Views()
         upto = checkpoint.sequence if checkpoint is not None else 0
+        records = await _whole_log(client, upto)
+        ends_at = records[-1].sequence if records else 0
+        missing = max(0, upto - ends_at)
+        views = Views()
         for recorded in records:
             if recorded.sequence <= upto:
                 views.apply(recorded)
         rebuilt = {key: msgspec.json.decode(value) for key, value in views.everything().items()}
         have = {key: msgspec.json.decode(value) for key, value in stored.items()}
         different = sorted(key for key in rebuilt.keys() | have.keys() if rebuilt.get(key) != have.get(key))
-        if checkpoint is not None and checkpoint.log != views.log:
+        if records and checkpoint is not None and checkpoint.log != views.log:
             different.append("the checkpoint names another log")
         problems = [msgspec.to_builtins(problem) for problem in verify_chain(records)]
         report = Report(
-            "broken" if problems or different else "whole",
+            "broken" if problems or different or missing else "whole",
             len(records),
+            ends_at,
+            missing,
             len({r.subject for r in records}),
             problems,
             len(rebuilt),
@@ -129,9 +147,20 @@ def verify(io: Terminal) -> None:
             io.emit(report)
         else:
             _show(io, report)
-        return FAILED if problems or different else DONE
+        return DONE if report.status == "whole" else FAILED
 
     io.run(work)
+
+
+async def _whole_log(client: Client, upto: int) -> list[Recorded]:
+    """All events; looks again where they end before ``upto``."""
+    records = [recorded async for recorded in client.log()]
+    for pause_s in _LOOK_AGAIN_S:
+        if (records[-1].sequence if records else 0) >= upto:
+            break
+        await asyncio.sleep(pause_s)
+        records = [recorded async for recorded in client.log()]
+    return records
 
 
 def _show(io: Terminal, report: Report) -> None:
@@ -139,12 +168,23 @@ def _show(io: Terminal, report: Report) -> None:
         io.err.print(Text(f"the chain is broken in {len(report.problems)} places:", "bold red"))
         for problem in report.problems:
             io.err.print(Text(f"  event {problem['sequence']} on {problem['subject']} {problem['what']}"))
-    else:
+    elif not report.missing:
         io.say(f"the chain of {report.events} events on {report.subjects} subjects is whole")
+    if report.missing:
+        ends = f"ends at event {report.ends_at}" if report.events else "is empty"
+        gone = f"the last {report.missing} events are gone: the log {ends}, the views know event {report.views_at}"
+        io.err.print(Text(gone, "bold red"))
+        io.err.print(
+            "stop the controllers: one that leads makes the views anew from what is left. Then put the event store "
+            "back from a backup or a replica that has these events. Where there is none, start a controller and check "
+            "what serves: turnout models"
+        )
     if report.different:
-        io.err.print(Text(f"{len(report.different)} views are not what the log says:", "bold red"))
+        why = "changed by events that are gone" if report.missing else "not what the log says"
+        io.err.print(Text(f"{len(report.different)} views are {why}:", "bold red"))
         for key in report.different:
             io.err.print(Text(f"  {key}"))
-        io.err.print(Text("the next leading controller rebuilds views of another log; else report this", "dim"))
-    else:
+        if not report.missing:
+            io.err.print(Text("the next leading controller rebuilds views of another log; else report this", "dim"))
+    elif not report.missing:
         io.say(f"the {report.views} views are what the log says, up to event {report.views_at}")

@@ -1,21 +1,28 @@
-"""``turnout demo``: runs workers/demo.py and shows what it measured, what the log says, and what to try next."""
+"""``turnout demo``: runs workers/demo.py, or a scenario of workers/scenarios.py, and shows what it measured."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
+import msgspec
 
 from turnout.events.model import EngineSpec
 from turnout.projections.audit import Audit
 from turnout.workers import running
+from turnout.workers.cli import report as reports
 from turnout.workers.cli.audit import Lines
 from turnout.workers.cli.doctor import nvidia_gpus
 from turnout.workers.cli.terminal import DONE, FAILED, Duration, Terminal, common, rows, table
 
 if TYPE_CHECKING:
-    from turnout.workers.demo import Latency, Outcome, Script
+    from collections.abc import Awaitable, Callable
+
+    from turnout.workers import scenarios
+    from turnout.workers.demo import Latency, Outcome, Progress, Script
+
+T = TypeVar("T")
 
 #: Small enough for any machine; the models are made by `make setup-vllm`.
 _VLLM_ARGS = ("--enforce-eager", "--max-model-len=1024")
@@ -23,42 +30,86 @@ _MODELS = Path(".models")
 _FAKE_ARGS = ("--first-token-ms=20", "--token-ms=10", "--tokens=20", "--load-seconds=1")
 
 
-@click.command()
-@click.option("--engine", type=click.Choice(("vllm", "fake")), default="vllm", show_default=True)
-@click.option(
-    "--switches", type=click.IntRange(1), default=2, show_default=True, help="Back and forth; the last undoes."
+#: Those of workers/scenarios.py, which is imported only where one is played.
+SCENARIO_NAMES = (
+    *("canary-good", "canary-dead", "canary-errors", "canary-slow", "canary-garbage", "canary-hung"),
+    *("ab", "gradual", "shadow", "rules"),
 )
+
+
+@click.command()
+@click.option("--engine", type=click.Choice(("vllm", "fake")), default=None, help="Default: vllm.")
+@click.option(
+    "--scenario",
+    type=click.Choice(SCENARIO_NAMES),
+    default=None,
+    help="Play a rollout with the fake engine instead; ends with one JSON object (docs/scenarios.md).",
+)
+@click.option("--switches", type=click.IntRange(1), default=None, help="Back and forth; the last undoes. Default: 2.")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests each second.")
 @click.option("--seconds", type=Duration(), help="Load before, between and after the switches, together.")
 @common
-def demo(io: Terminal, engine: str, switches: int, rate: float | None, seconds: float | None) -> None:
-    """Watch a switch and an undo under load.
+def demo(
+    io: Terminal,
+    engine: str | None,
+    scenario: str | None,
+    switches: int | None,
+    rate: float | None,
+    seconds: float | None,
+) -> None:
+    """Watch a switch and an undo under load, or a scenario: a rollout of a good or a bad candidate.
 
     Starts everything on this machine with its own NATS server, keeps streaming OpenAI clients busy, switches from one
     version to another and back, and shows what the clients saw. Touches nothing that runs already.
     """
     folder = Path(running.FOLDER).resolve() / "demo"
+    if scenario is not None:
+        if engine == "vllm" or switches is not None or seconds is not None:
+            raise click.UsageError("a scenario runs with the fake engine, and for as long as its rollout takes")
+        io.run_process(lambda: _play(io, scenario, rate, folder))
 
     async def work() -> int:
-        from turnout.workers.demo import DemoError, run
+        from turnout.workers.demo import run
 
-        try:
-            script = _script(engine, switches, rate, seconds)
-            with io.out.status("starting") if io.out.is_terminal and not io.json else _Quiet() as status:
-
-                def progress(text: str) -> None:
-                    if io.out.is_terminal and not io.json:
-                        status.update(text)
-                    else:
-                        io.say(text)
-
-                outcome = await run(script, folder, progress)
-        except DemoError as e:
-            io.fail("demo_failed", str(e), "turnout doctor says what this machine has")
-            return FAILED
-        return _show(io, outcome)
+        return await _told(
+            io,
+            lambda progress: run(_script(engine or "vllm", switches or 2, rate, seconds), folder, progress),
+            lambda outcome: _show(io, outcome),
+        )
 
     io.run_process(work)
+
+
+async def _play(io: Terminal, name: str, rate: float | None, folder: Path) -> int:
+    from turnout.workers.scenarios import SCENARIOS, play
+
+    scenario = SCENARIOS[name]
+    if rate is not None:
+        scenario = msgspec.structs.replace(scenario, rate=rate)
+    io.say(scenario.about, "bold")
+    return await _told(
+        io, lambda progress: play(scenario, folder, progress), lambda outcome: _show_scenario(io, outcome)
+    )
+
+
+async def _told(io: Terminal, work: Callable[[Progress], Awaitable[T]], show: Callable[[T], int]) -> int:
+    """Do it and say what happens meanwhile, then show what came of it."""
+    from turnout.workers.demo import DemoError
+
+    try:
+        with io.out.status("starting") if io.out.is_terminal and not io.json else _Quiet() as status:
+
+            def progress(text: str) -> None:
+                if io.out.is_terminal and not io.json:
+                    status.update(text)
+                else:
+                    io.say(text)
+
+            outcome = await work(progress)
+    except DemoError as e:
+        io.fail("demo_failed", str(e), "turnout doctor says what this machine has")
+        return FAILED
+    return show(outcome)
 
 
 class _Quiet:
@@ -102,6 +153,54 @@ def _script(engine: str, switches: int, rate: float | None, seconds: float | Non
         prompt="What is the capital of France?",
         max_tokens=12,
     )
+
+
+def _show_scenario(io: Terminal, outcome: scenarios.Outcome) -> int:
+    made = outcome.report
+    story = reports.Story(outcome.switch)
+    for recorded in outcome.log:
+        story.take(recorded)
+    if story.report is not None and not io.json:
+        io.say("")
+        reports.show(io, story.report, outcome.log[-1].envelope.time)
+        io.say("")
+        io.say("What the clients saw", "bold")
+        for text, good in _sentences(made):
+            io.say(text, "" if good else "red")
+        io.say("")
+    io.emit(made)
+    return DONE if made.as_planned else FAILED
+
+
+def _sentences(made: scenarios.Report) -> list[tuple[str, bool]]:
+    """What the clients saw, in words, each with whether it is as it should be."""
+    lines = [
+        (
+            f"{made.requests} requests: {made.failed} failed and {made.cut} were cut by turnout, "
+            f"{made.errors} met an error of an engine",
+            not (made.failed or made.cut),
+        )
+    ]
+    lines += [(f"{version} answered {count}", True) for version, count in made.versions.items()]
+    if made.canary_requests_until_rollback is not None:
+        loop = "" if made.control_loop_s is None else f", {made.control_loop_s:.2f} s after the sample that decided"
+        lines.append((f"rolled back after {made.canary_requests_until_rollback} requests to the candidate{loop}", True))
+    lines += [
+        (f"of the {kind} prompts the candidate answered {share:.0%} while the traffic was split", True)
+        for kind, share in made.shares.items()
+        if share is not None
+    ]
+    if made.copies is not None:
+        copies = made.copies
+        lines.append(
+            (
+                f"{copies.answered} copies answered ({copies.failed} failed), {copies.dropped} dropped; clients waited "
+                f"{_ms(copies.primary_p95_before_ms)} at p95 before, {_ms(copies.primary_p95_beside_ms)} beside them",
+                True,
+            )
+        )
+    lines += [(f"not ok: {reason}", False) for reason in made.reasons]
+    return lines
 
 
 def _show(io: Terminal, outcome: Outcome) -> int:

@@ -1,4 +1,7 @@
-"""``switch``, ``status``, ``abort``, ``undo``: ask for a version, watch it, take it back."""
+"""``switch``, ``status``, ``promote``, ``pause``, ``resume``, ``abort``, ``retry``, ``undo``: led by an operator.
+
+Where a command takes SWITCH, the name of a model means the switch that runs on it.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,38 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-from turnout.core.handling import Plan, StartSwitch
 from turnout.core.strategies import STRATEGIES
 from turnout.core.switch import ENDED
 from turnout.events import subjects
-from turnout.projections.audit import seconds, size, who
+from turnout.projections.audit import seconds, who
 from turnout.projections.fleet import WorkerView
 from turnout.projections.switches import SwitchView
+from turnout.workers.cli.plans import show_plan
+from turnout.workers.cli.policies import Setting, TableFile, joined, parsed
 from turnout.workers.cli.terminal import DONE, TIMEOUT, Duration, Terminal, common, rows, table
-from turnout.workers.cli.words import exit_code, left_s, phase_style, phase_text
-from turnout.workers.client import ModelSwitcher, SwitchOperation
+from turnout.workers.cli.words import (
+    decision_style,
+    exit_code,
+    left_s,
+    paused_text,
+    phase_style,
+    phase_text,
+    step_text,
+)
+from turnout.workers.client import ModelSwitcher, SwitchOperation, held
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import datetime
 
-    from rich.console import RenderableType
-
     from turnout.workers.client import Client, Following
 
 #: Between two pictures of a running switch, seconds.
 _FRAME_S = 0.1
+
+_reason = click.option("--reason", default="", help="Why, for the log.")
+_wait = click.option("--wait", is_flag=True, help="Stay until it has ended or needs a decision.")
+_timeout = click.option("--timeout", type=Duration(), help="With --wait: how long to stay; the switch goes on.")
 
 
 @click.command()
@@ -39,19 +53,26 @@ _FRAME_S = 0.1
 @click.argument("version")
 @click.option("--strategy", default="", type=click.Choice(["", *sorted(STRATEGIES)]), show_choices=False,
               metavar="NAME", help=f"{', '.join(sorted(STRATEGIES))}. Default: as configured.")  # fmt: skip
-@click.option("--wait", is_flag=True, help="Stay until it has ended, and show how far it is.")
-@click.option("--dry-run", is_flag=True, help="Say what it would do, and do nothing.")
+@click.option("--param", "params", multiple=True, type=Setting(), metavar="KEY=VALUE",
+              help="A parameter of the strategy, as TOML; may be given several times.")  # fmt: skip
+@click.option("--policy", default="", metavar="NAME", help="Strategy and parameters of a policy of the model.")
+@click.option("--policy-file", type=TableFile(), metavar="FILE", help="The same from a file that is not set.")
+@_wait
+@click.option("--dry-run", is_flag=True, help="Say what it would do and what it could find, and do nothing.")
 @click.option("--bake", type=Duration(), help="How long the old version stays warm at full traffic.")
 @click.option("--drain", type=Duration(), help="How long its last requests may still run.")
 @click.option("--deadline", type=Duration(), help="By when the target must carry all traffic.")
-@click.option("--timeout", type=Duration(), help="With --wait: how long to stay; the switch goes on.")
-@click.option("--reason", default="", help="Why, for the log.")
+@_timeout
+@_reason
 @common
 def switch(
     io: Terminal,
     model: str,
     version: str,
     strategy: str,
+    params: tuple[dict[str, Any], ...],
+    policy: str,
+    policy_file: dict[str, Any] | None,
     wait: bool,
     dry_run: bool,
     bake: float | None,
@@ -60,30 +81,43 @@ def switch(
     timeout: float | None,
     reason: str,
 ) -> None:
-    """Send the traffic of MODEL to VERSION: load it, prove it, cut over, watch it, let the old one drain.
+    """Send the traffic of MODEL to VERSION: load it, prove it, give it traffic, watch it, let the old one drain.
 
-    With --wait the exit code tells the end: 0 completed, 1 failed, 3 rolled back or aborted, 4 held, 5 still running.
-    """
+    With --wait the exit code tells the end: 0 completed, 1 failed, 3 rolled back or aborted, 4 held until somebody
+    decides, 5 still running.
+
+    \b
+    turnout switch chat v2 --wait
+    turnout switch chat v2 --strategy canary --dry-run
+    turnout switch chat v2 --strategy gradual --param "steps=[{setWeight = 10}, {pause = {duration = '5m'}}]"
+    turnout switch chat v2 --strategy ab --param split=20 --param until.duration=2h --param pick=winner
+    """  # noqa: D301  click reads the backspace
     if timeout is not None and not wait:
         raise click.UsageError("--timeout needs --wait; for the switch itself there is --deadline")
+    if policy and (policy_file is not None or strategy or params):
+        raise click.UsageError("--policy names strategy and parameters: it goes with none of --strategy, --param, "
+                               "--policy-file")  # fmt: skip
 
     async def work(client: Client) -> int:
         switcher = ModelSwitcher(client)
+        settings: dict[str, Any] = {
+            "strategy": strategy,
+            "parameters": joined(params),
+            "bake_s": bake,
+            "drain_s": drain,
+            "max_transition_time_s": deadline,
+            "policy": policy,
+        }
+        if policy_file is not None:
+            brought = parsed(joined((policy_file, {"strategy": strategy} if strategy else {}, *params)))
+            settings["strategy"], settings["parameters"] = brought.strategy, brought.parameters
+            settings["bake_s"] = brought.bake_s if bake is None else bake
+            settings["drain_s"] = brought.drain_s if drain is None else drain
+            settings["max_transition_time_s"] = brought.max_transition_time_s if deadline is None else deadline
         if dry_run:
-            body = StartSwitch(model, version, strategy, {}, reason, bake, drain, deadline)
-            plan = await client.send("switch.plan", body)
-            if isinstance(plan, Plan):
-                _show_plan(io, plan)
+            await show_plan(io, client, await switcher.plan_switch(model, version, **settings))
             return DONE
-        operation = await switcher.switch_model(
-            model,
-            version,
-            strategy=strategy,
-            reason=reason,
-            bake_s=bake,
-            drain_s=drain,
-            max_transition_time_s=deadline,
-        )
+        operation = await switcher.switch_model(model, version, **settings, reason=reason)
         return await _asked(io, client, operation, wait, timeout)
 
     io.run(work)
@@ -91,9 +125,9 @@ def switch(
 
 @click.command()
 @click.argument("model")
-@click.option("--wait", is_flag=True, help="Stay until it has ended, and show how far it is.")
-@click.option("--timeout", type=Duration(), help="With --wait: how long to stay.")
-@click.option("--reason", default="", help="Why, for the log.")
+@_wait
+@_timeout
+@_reason
 @common
 def undo(io: Terminal, model: str, wait: bool, timeout: float | None, reason: str) -> None:
     """Take MODEL back: roll its running switch back, else return to the last known good version. Without a bake.
@@ -113,12 +147,31 @@ def undo(io: Terminal, model: str, wait: bool, timeout: float | None, reason: st
 
 @click.command()
 @click.argument("switch")
+@_wait
+@_timeout
+@_reason
+@common
+def retry(io: Terminal, switch: str, wait: bool, timeout: float | None, reason: str) -> None:
+    """Try the version of SWITCH again, as it was asked for, with fresh evidence. SWITCH must have ended."""
+    if timeout is not None and not wait:
+        raise click.UsageError("--timeout needs --wait")
+
+    async def work(client: Client) -> int:
+        view = await client.find_switch(switch, ended=True)
+        operation = await ModelSwitcher(client).retry(view.switch, reason=reason)
+        return await _asked(io, client, operation, wait, timeout)
+
+    io.run(work)
+
+
+@click.command()
+@click.argument("switch")
 @common
 def status(io: Terminal, switch: str) -> None:
     """Show how far SWITCH is, or how it ended."""
 
     async def work(client: Client) -> int:
-        view = await client.switch(switch)
+        view = await client.find_switch(switch, ended=True)
         if io.json:
             io.emit(view)
         else:
@@ -130,23 +183,84 @@ def status(io: Terminal, switch: str) -> None:
 
 @click.command()
 @click.argument("switch")
-@click.option("--reason", default="", help="Why, for the log.")
+@click.option("--step", type=click.IntRange(1), help="The step that you have seen; does nothing once it has gone on.")
+@click.option("--full", is_flag=True, help="Past every further step, pause and analysis. Needs --reason.")
+@_reason
+@common
+def promote(io: Terminal, switch: str, step: int | None, full: bool, reason: str) -> None:
+    """Let SWITCH past its step, whatever it waits for."""
+
+    async def work(client: Client) -> int:
+        view = await client.find_switch(switch, ended=True)
+        seen = view.step if step is None else step
+        operation = await ModelSwitcher(client).promote(view.switch, seen, full=full, reason=reason)
+        past = "past every further step, pause and analysis" if full else f"past step {seen}"
+        return await _led(io, operation, f"promoted {past}")
+
+    io.run(work)
+
+
+@click.command()
+@click.argument("switch")
+@click.option("--for", "for_", type=Duration(), metavar="DURATION", help="Go on by itself after this time.")
+@_reason
+@common
+def pause(io: Terminal, switch: str, for_: float | None, reason: str) -> None:
+    """Let SWITCH stand still at its step. Evidence of harm rolls it back all the same."""
+
+    async def work(client: Client) -> int:
+        view = await client.find_switch(switch, ended=True)
+        operation = await ModelSwitcher(client).pause(view.switch, for_, reason=reason)
+        return await _led(io, operation, "paused" if for_ is None else f"paused for {seconds(for_)}")
+
+    io.run(work)
+
+
+@click.command()
+@click.argument("switch")
+@_reason
+@common
+def resume(io: Terminal, switch: str, reason: str) -> None:
+    """Let SWITCH go on after turnout pause."""
+
+    async def work(client: Client) -> int:
+        view = await client.find_switch(switch, ended=True)
+        return await _led(io, await ModelSwitcher(client).resume(view.switch, reason=reason), "goes on")
+
+    io.run(work)
+
+
+@click.command()
+@click.argument("switch")
+@_reason
 @common
 def abort(io: Terminal, switch: str, reason: str) -> None:
     """End SWITCH. What has moved goes back to the version that served before."""
 
     async def work(client: Client) -> int:
-        await ModelSwitcher(client).abort_switch(switch, reason=reason)
-        view = await client.switch(switch)
+        id = (await client.find_switch(switch, ended=True)).switch
+        await ModelSwitcher(client).abort_switch(id, reason=reason)
+        view = await client.switch(id)
         if io.json:
-            io.emit({"status": "accepted", "switch": switch, "phase": view.phase})
+            io.emit({"status": "accepted", "switch": id, "phase": view.phase})
             return DONE
-        io.say(f"{switch} is aborted" if view.phase == "aborted" else f"{switch} goes back to {view.source}")
+        io.say(f"{id} is aborted" if view.phase == "aborted" else f"{id} goes back to {view.source}")
         if view.phase not in ENDED:
-            io.next(f"turnout status {switch}")
+            io.next(f"turnout status {id}")
         return DONE
 
     io.run(work)
+
+
+async def _led(io: Terminal, operation: SwitchOperation, what: str) -> int:
+    """An operator has led a switch on, or stopped it: say where it is now."""
+    view = await operation.status()
+    if io.json:
+        io.emit({"status": "accepted", **_builtins(view)})
+        return DONE
+    io.say(f"{operation.id} {what}")
+    io.next(f"turnout get {view.model} --watch")
+    return DONE
 
 
 async def _asked(
@@ -169,7 +283,7 @@ async def _asked(
         return DONE
     try:
         async with asyncio.timeout(timeout_s):
-            view = await _stay(io, client, operation.id, ended=ENDED | {"paused"})
+            view = await _stay(io, client, operation.id)
     except TimeoutError:
         view = await operation.status()
         if io.json:
@@ -179,17 +293,17 @@ async def _asked(
             io.next(f"turnout status {operation.id}")
         return TIMEOUT
     if io.json:
-        io.emit({"status": view.phase, **_builtins(view)})
+        io.emit({"status": "held" if view.phase == "paused" else view.phase, **_builtins(view)})
     else:
         _last_line(io, view)
     return exit_code(view, back_was_asked=back_was_asked)
 
 
-async def _stay(io: Terminal, client: Client, id: str, ended: frozenset[str]) -> SwitchView:
-    """Follow a switch to its end; finished stages stay on the screen, the running one moves."""
+async def _stay(io: Terminal, client: Client, id: str) -> SwitchView:
+    """Follow a switch to its end or to a hold; what is behind it stays on the screen, the running stage moves."""
     key = subjects.view_key("switch", id)
     moving = io.out.is_terminal and not io.json
-    said = 0
+    said: set[str] = set()
     async with client.follow(key, "worker.*") as following:
         with Live(console=io.out, auto_refresh=False, transient=True) as live:
             spinner = Spinner("dots")
@@ -198,11 +312,13 @@ async def _stay(io: Terminal, client: Client, id: str, ended: frozenset[str]) ->
                 if isinstance(view, SwitchView):
                     if not said:
                         io.say(_headline(view))
-                    stages = list(_stages(view))
-                    for name, took, detail in stages[max(0, said - 1) :]:
-                        io.say(Text.assemble(f"  {name:<9}", f"{took:>8}", (f"   {detail}" if detail else "", "dim")))
-                    said = len(stages) + 1
-                    if view.phase in ended:
+                        said.add("")
+                    for name, took, detail in _behind(view):
+                        line = f"{name} {detail}"
+                        if line not in said:
+                            said.add(line)
+                            io.say(_line(name, took, detail))
+                    if view.phase in ENDED or held(view):
                         return view
                     if moving:
                         spinner.update(text=_now(view, following, client.clock.now()))
@@ -210,13 +326,24 @@ async def _stay(io: Terminal, client: Client, id: str, ended: frozenset[str]) ->
                 await following.moved(_FRAME_S if moving else None)
 
 
-def _stages(view: SwitchView) -> Iterator[tuple[str, str, str]]:
-    """The stages that are behind a switch: name, time, detail."""
+def _line(name: str, took: str, detail: str) -> Text:
+    return Text.assemble(f"  {name:<9}", f"{took:>8}", (f"   {detail}" if detail else "", "dim"))
+
+
+def _behind(view: SwitchView) -> Iterator[tuple[str, str, str]]:
+    """What is behind a switch, as far as its newest view tells: name, time, detail."""
     where = ", ".join(view.instances)
     if view.ready_s is not None:
         yield "ready", seconds(view.ready_s), f"{where} was warm" if view.warm else f"{where} loaded and proven"
-    if view.cutover_s is not None:
-        yield "cut over", seconds(view.cutover_s), f"every gateway sends to {view.target}"
+    if view.verdict is not None:
+        yield "verdict", "", f"{view.verdict.decision} on step {view.verdict.step}: {view.verdict.reason}"
+    if view.cutover_s is not None and view.phase not in ("stepping", "rolling_back", "rolled_back", "aborted"):
+        if view.weight >= 100 or view.phase == "completed":
+            yield "cut over", seconds(view.cutover_s), f"every gateway sends to {view.target}"
+        elif view.weight or view.mirror:
+            copies = f"copies of {view.mirror:g} % go to {view.target}"
+            share = f"{view.target} has {view.weight:g} %"
+            yield f"step {view.step}", seconds(view.cutover_s), copies if view.mirror else share
     if view.bake_until is not None and view.phase in ("draining", "completed"):
         yield "baked", "", f"{view.source} stayed warm"
     if view.phase == "completed" and view.source:
@@ -235,6 +362,10 @@ def _now(view: SwitchView, following: Following, now: datetime) -> Text:
             line.append(f"  {left_s(view.bake_until, now)} s left; {view.source} stays warm", "default")
         case "draining":
             line.append(f"  the last requests of {view.source} run to their end", "default")
+        case "stepped":
+            line = Text.assemble((step_text(view), "cyan"), f"  {age_s:.0f} s")
+        case "paused":
+            line.append(f"  {left_s(view.paused_until, now)} s left; {step_text(view)}", "default")
         case _:
             line.append(f"  {age_s:.0f} s", "default")
     return line
@@ -252,30 +383,44 @@ def _loading(view: SwitchView, following: Following) -> Iterator[str]:
 def _headline(view: SwitchView) -> Text:
     way = f"{view.source} → {view.target}" if view.source else f"→ {view.target}"
     kind = "undo" if view.undo else view.strategy
-    return Text.assemble((view.switch, "bold"), f"  {view.model} {way} ({kind})")
+    policy = f", policy {view.policy}" if view.policy else ""
+    return Text.assemble((view.switch, "bold"), f"  {view.model} {way} ({kind}{policy})")
 
 
 def _last_line(io: Terminal, view: SwitchView) -> None:
-    if view.phase == "completed":
-        io.say(Text(f"{view.model} serves {view.target}", "green"))
-        return
     why = f": {view.reason}" if view.reason else ""
-    at = f" in stage {view.stage}" if view.stage else ""
-    target = io.out if view.phase in ("rolled_back", "aborted", "paused") else io.err
-    target.print(Text(f"{phase_text(view.phase)}{at}{why}", phase_style(view.phase)))
-    for line in view.log_tail[-15:]:
-        target.print(Text(f"  | {line}", "dim"))
-    if view.source:
-        target.print(Text(f"{view.model} serves {view.source}"))
-    target.print(Text(f"next: turnout log {view.switch}", "dim"))
+    match view.phase:
+        case "completed":
+            io.say(Text(f"{view.model} serves {view.target}", "green"))
+        case "concluded":
+            io.say(Text(f"ended as planned{why}", "green"))
+            io.say(f"{view.model} serves {view.source}")
+            io.next(f"turnout report {view.switch}")
+        case "paused":
+            io.say(Text(f"held at {step_text(view) or 'its start'}{why}", phase_style(view.phase)))
+            on = "resume" if view.paused == "operator" else "promote"
+            io.next(f"turnout {on} {view.switch}, or turnout abort {view.switch}")
+        case _:
+            at = f" in stage {view.stage}" if view.stage else ""
+            target = io.out if view.phase in ("rolled_back", "aborted") else io.err
+            target.print(Text(f"{phase_text(view.phase)}{at}{why}", phase_style(view.phase)))
+            for line in view.log_tail[-15:]:
+                target.print(Text(f"  | {line}", "dim"))
+            if view.source:
+                target.print(Text(f"{view.model} serves {view.source}"))
+            judged = "report" if view.verdict is not None else "log"
+            target.print(Text(f"next: turnout {judged} {view.switch}", "dim"))
 
 
 def _show(io: Terminal, view: SwitchView, now: datetime) -> None:
     """All that is known of one switch."""
     io.out.print(_headline(view))
     lines: list[tuple[str, str | Text]] = [("phase", Text(phase_text(view.phase), phase_style(view.phase)))]
-    if view.weight and view.phase not in ENDED:
-        lines.append(("weight", f"{view.target} has {view.weight:g} %"))
+    if view.phase == "paused":
+        until = "until somebody decides" if held(view) else f"for {left_s(view.paused_until, now)} s more"
+        lines.append(("paused", f"{until} ({paused_text(view.paused)})"))
+    if step := step_text(view):
+        lines.append(("step", step))
     if view.phase == "baking":
         lines.append(("bake", f"{left_s(view.bake_until, now)} s left"))
     if view.reason:
@@ -284,28 +429,17 @@ def _show(io: Terminal, view: SwitchView, now: datetime) -> None:
         lines.append(("stage", view.stage))
     asked = f" at {view.requested_at.astimezone():%Y-%m-%d %H:%M:%S}" if view.requested_at else ""
     lines.append(("asked", f"by {who(view.actor)}{asked}"))
-    lines.extend((name, f"{took}{'  ' if took and detail else ''}{detail}") for name, took, detail in _stages(view))
+    for name, took, detail in _behind(view):
+        style = decision_style(view.verdict.decision) if name == "verdict" and view.verdict is not None else ""
+        lines.append((name, Text(f"{took}{'  ' if took and detail else ''}{detail}", style)))
     made = table("", "")
     made.show_header = False
     io.show(rows(made, [(Text(f"  {name}", "dim"), value) for name, value in lines]))
     for line in view.log_tail[-15:]:
         io.out.print(Text(f"  | {line}", "dim"))
-
-
-def _show_plan(io: Terminal, plan: Plan) -> None:
-    if io.json:
-        io.emit(plan)
-        return
-    way = f"{plan.source} → {plan.target}" if plan.source else f"→ {plan.target}"
-    io.say(f"plan  {plan.model} {way} ({plan.strategy}), target {plan.tier}")
-    made: RenderableType = rows(
-        table("STEP", "SECONDS"),
-        [(step.what, "not measured yet" if step.seconds is None else f"{step.seconds:g}") for step in plan.steps],
-    )
-    io.show(made)
-    if plan.bytes:
-        io.say(f"memory of {plan.target}: {size(plan.bytes)}")
-    io.next(f"turnout switch {plan.model} {plan.target} --wait")
+    if held(view):
+        on = "resume" if view.paused == "operator" else "promote"
+        io.next(f"turnout {on} {view.switch}, or turnout abort {view.switch}")
 
 
 def _builtins(view: SwitchView) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import structlog
 
 from turnout.core.decider import Accepted, Answer, Failed, Rejected
 from turnout.core.handling import VERBS, Context, Defaults, Plan, Writes
-from turnout.core.world import DECIDERS, Done, World
+from turnout.core.sagas.owed import decide
+from turnout.core.world import Done, World
 from turnout.events import subjects
 from turnout.events.codec import Context as EventContext
 from turnout.events.store import Append, Conflict, StoreFull, Unavailable
@@ -78,7 +79,8 @@ class Commands:
                 return await self._settle(request.id, actor, plan)
         except TimeoutError:
             silent = Unavailable(
-                f"the event store did not answer within {ANSWER_S:g} s: it is being started, or its disk is full"
+                f"the event store did not answer within {ANSWER_S:g} s: it is being started, or its disk is full; "
+                "make room, and restart a nats-server that met a full disk (turnout up does that itself)"
             )
             return Failed(silent.code, str(silent), "send the same command again with the same id")
         except Unavailable as e:
@@ -166,16 +168,11 @@ class Commands:
         raise trouble or Unavailable(f"{TRIES} others wrote first; the command was not stored")
 
     def _decide(self, world: World, writes: Writes) -> tuple[Append, ...] | Rejected:
-        """All writes' events under the positions that they were decided from; one refusal refuses all."""
-        appends: list[Append] = []
-        for write in writes:
-            events = DECIDERS[write.aggregate].decide(world.state(write.aggregate, write.id), write.command)
-            if isinstance(events, Rejected):
-                return events
-            if events:
-                subject = subjects.event(write.aggregate, write.id)
-                appends.append(Append(subject, world.position(subject), events))
-        return tuple(appends)
+        """All writes' events under the positions that they were decided from."""
+        decided = decide(world, writes)
+        if isinstance(decided, Rejected):
+            return decided
+        return tuple(Append(subject, world.position(subject), events) for subject, events in decided.items())
 
     async def _reload(self, appends: tuple[Append, ...]) -> None:
         """Bring the subjects of a decision up to date from the store."""

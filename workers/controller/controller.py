@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
-from turnout.events.store import Damaged, Unavailable
+from turnout.core.alert import RaiseAlert
+from turnout.core.decider import Failed
+from turnout.events.store import Damaged, StoreFull, Unavailable
+from turnout.workers.controller.alerts import AlertSystem
 from turnout.workers.controller.commands import Commands, Deposed
+from turnout.workers.controller.health import QUESTIONS
 from turnout.workers.controller.liveness import Liveness
 from turnout.workers.controller.log import Log
 from turnout.workers.controller.projector import Projector
@@ -20,7 +25,8 @@ if TYPE_CHECKING:
     from turnout.core.handling import Defaults
     from turnout.events.store import EventStore
     from turnout.workers.clock import Clock
-    from turnout.workers.ports import Beats, Bus, Grant, Lease, Request, ViewReader, ViewWriter
+    from turnout.workers.controller.sinks import Sink
+    from turnout.workers.ports import Beats, Bus, Grant, HealthReader, Lease, Request, ViewReader, ViewWriter
 
 log = structlog.get_logger()
 
@@ -38,6 +44,8 @@ class Controller:
         reader: ViewReader,
         writer: ViewWriter,
         lease: Lease,
+        samples: HealthReader,
+        sinks: tuple[Sink, ...] = (),
         clock: Clock,
         config: ModelSwitchingConfig,
         defaults: Defaults,
@@ -51,12 +59,15 @@ class Controller:
         self._projector = Projector(self.log, writer, reader)
         self._writer = writer
         self._sagas = SagaRunner(self.log, self.commands, self._liveness, clock, config)
+        self._samples = samples
+        self.alerts = AlertSystem(self.log, self.commands, clock, sinks)
         self._bus, self._beats, self._lease, self._clock = bus, beats, lease, clock
         self._renew_s = renew_s
         self._until = 0.0  # until when the lease may be acted on, monotonic seconds
         #: Between two tries for the lease, seconds; with jitter, so that several candidates don't run in step.
         self._poll_s = poll_s
         self._lost_log: asyncio.Future[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
         #: Set while this process leads.
         self.leading = asyncio.Event()
         #: Set once commands are answered.
@@ -73,6 +84,7 @@ class Controller:
         self._lost_log = asyncio.get_running_loop().create_future()
         await self.log.follow()
         await self._refuse_loss()
+        following = await self._sagas.health.follow(self._samples)
         listening = await self._beats.listen(self._liveness.heard)
         serving = await self._bus.serve(self._answer)
         self.serving.set()
@@ -86,6 +98,7 @@ class Controller:
             await asyncio.gather(candidate, return_exceptions=True)
             await serving.close()
             await listening.close()
+            await following.close()
             await self.log.close()
 
     async def _refuse_loss(self) -> None:
@@ -107,7 +120,22 @@ class Controller:
             self._lost_log.set_exception(error)
 
     async def _answer(self, role: str, verb: str, request: Request) -> bytes:
-        return msgspec.json.encode(await self.commands.handle(role, verb, request))
+        if role == "ops" and verb in QUESTIONS:
+            return msgspec.json.encode(self._sagas.health.answer(verb, request.body))
+        answer = await self.commands.handle(role, verb, request)
+        if isinstance(answer, Failed) and answer.code == StoreFull.code:
+            self._tell_full(answer.reason)
+        return msgspec.json.encode(answer)
+
+    def _tell_full(self, reason: str) -> None:
+        """Raise an alert, once at a time; the answer does not wait for it."""
+        if self.leading.is_set() and (self._telling is None or self._telling.done()):
+            self._telling = asyncio.create_task(self._raise_full(reason))
+
+    async def _raise_full(self, reason: str) -> None:
+        hint = "make room on the NATS server's disk, or raise its limit"
+        with contextlib.suppress(Deposed):
+            await self.alerts.trigger_alert(RaiseAlert("store_full", "critical", "store_full", reason, hint))
 
     async def _candidate(self) -> None:
         trouble = ""
@@ -139,6 +167,7 @@ class Controller:
             asyncio.create_task(self._keep(grant)),
             asyncio.create_task(self._sagas.run(grant.epoch, self._may_act)),
             asyncio.create_task(self._projector.run(grant.epoch)),
+            asyncio.create_task(self.alerts.run(grant.epoch)),
         ]
         self.leading.set()
         try:

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_KINDS = ("model.*", "route.*", "switch.*", "worker.*", "gateway.*")
+_KINDS = ("model.*", "route.*", "switch.*", "worker.*", "gateway.*", "alert.*")
 _RETRY_S = 0.25
+#: How long a change that no process acts on may wait for others, seconds.
+GATHER_S = 0.015
 
 
 class Projector:
@@ -59,12 +61,29 @@ class Projector:
         while True:
             self._moved.clear()
             views.settle()
+            await self._gather()
             changes = views.take(after)
             if changes or views.sequence > committed:  # readers wait for a sequence, whether it changed a view or not
                 committed = views.sequence
                 revision = await self._commit(changes, Checkpoint(views.sequence, views.log, epoch), revision)
             after = 0  # whatever is dirty from now on came after the checkpoint
             await self._moved.wait()
+
+    async def _gather(self) -> None:
+        """Let views that only people read wait a moment.
+
+        A switch writes its request, and a few milliseconds later its first step: in one commit the step does not wait
+        for the request's, and the disk is asked once.
+        """
+        views = self._log.views
+        try:
+            async with asyncio.timeout(GATHER_S):
+                while not views.urgent():
+                    await self._moved.wait()
+                    self._moved.clear()
+                    views.settle()
+        except TimeoutError:
+            pass
 
     async def _commit(self, changes: dict[str, bytes | None], checkpoint: Checkpoint, revision: int) -> int:
         """Store what was taken. Where that fails or is cut short, the whole state is written next: always true."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from turnout.core.sagas import placement, switch
+from turnout.core.sagas import alerts, placement, switch
 from turnout.core.sagas.owed import Agenda, merge
 from turnout.events.store import Unavailable
 from turnout.workers.controller.commands import Deposed
+from turnout.workers.controller.health import HealthMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,15 +37,22 @@ class SagaRunner:
     """Carries out what the sagas owe while this process leads."""
 
     def __init__(
-        self, log: Log, commands: Commands, liveness: Liveness, clock: Clock, config: ModelSwitchingConfig
+        self,
+        log: Log,
+        commands: Commands,
+        liveness: Liveness,
+        clock: Clock,
+        config: ModelSwitchingConfig,
     ) -> None:
         self._log = log
         self._commands = commands
         self._liveness = liveness
+        #: Wakes it up: what is owed depends on the evidence, too.
+        self.health = HealthMonitor(log.world, clock, config, self._wake)
         self._clock = clock
         self._config = config
         self._moved = asyncio.Event()
-        log.watch(self._moved.set)
+        log.watch(self._wake)
 
     async def run(self, epoch: int, may_act: Callable[[], bool]) -> None:
         """Run until cancelled.
@@ -70,12 +78,16 @@ class SagaRunner:
             if not progress:
                 await self._wait(agenda)
 
+    def _wake(self) -> None:
+        self._moved.set()
+
     def agenda(self) -> Agenda:
-        """Everything that is owed now: switches first, then placement, then the losses."""
+        """Everything that is owed now: switches first, then placement, then the losses, then who must be told."""
         world, now = self._log.world, self._clock.now()
-        agendas = [switch.agenda(world, id, now) for id in sorted(world.running)]
+        agendas = [switch.agenda(world, id, now, self.health.judgement(id)) for id in sorted(world.running)]
         agendas.append(placement.agenda(world, self._config, now))
         agendas.append(Agenda(self._liveness.owed(world)))
+        agendas.append(alerts.agenda(world, self.health.findings(), now))
         return merge(tuple(agendas))
 
     async def _carry_out(self, agenda: Agenda, epoch: int, may_act: Callable[[], bool]) -> bool:

@@ -26,14 +26,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from datetime import datetime
 
+    from turnout.events.health import HealthEvent
     from turnout.workers.clock import Clock
     from turnout.workers.gateway.transition import Drained, Transition
-    from turnout.workers.ports import Beats, Bus, Closeable, ViewEntry, ViewReader
+    from turnout.workers.ports import Beats, Bus, Closeable, HealthWriter, ViewEntry, ViewReader
 
 log = structlog.get_logger(__name__)
 
 #: Between two signs of life, seconds; the controller waits for several before it counts a gateway as lost.
 BEAT_S = 1.0
+#: Health samples that wait to be published; where they come faster than they go, the oldest are dropped.
+SAMPLES_MOST = 512
 #: How long a stopping gateway tries to say what is left to say; the controller notices anyway when the beats stop.
 FAREWELL_S = 5.0
 _ROLE = "gw"
@@ -67,6 +70,10 @@ class Plane(Protocol):
         """Whom to tell that a version's last request has ended."""
         ...
 
+    def on_sampled(self, report: Callable[[HealthEvent], None]) -> None:
+        """Whom to give the health samples."""
+        ...
+
     async def stop(self) -> int:
         """Let the last requests end; returns how many had to be ended early."""
         ...
@@ -95,6 +102,7 @@ class GatewayAgent:
         views: routes, and the view of this gateway.
         clock: of this process.
         connected: whether there is a connection to the control plane now; for what the plane says of itself.
+        health: where samples go; None keeps them to this process's own metrics.
     """
 
     def __init__(
@@ -106,9 +114,14 @@ class GatewayAgent:
         views: ViewReader,
         clock: Clock,
         connected: Callable[[], bool],
+        health: HealthWriter | None = None,
     ) -> None:
         self.id = id
         self._plane = plane
+        self._health = health
+        self._samples: deque[HealthEvent] = deque()
+        self._samples_dropped = 0
+        self._sampled = asyncio.Event()
         self._bus, self._beats, self._views, self._clock = bus, beats, views, clock
         self._connected = connected
         self._away_since: datetime | None = None
@@ -123,6 +136,11 @@ class GatewayAgent:
         self._joined = 0
         self._joins = 0
         self._stop = asyncio.Event()
+
+    @property
+    def samples_dropped(self) -> int:
+        """Health samples that were not published."""
+        return self._samples_dropped + (self._health.dropped if self._health is not None else 0)
 
     def stop(self) -> None:
         """Make ``run`` end: take no more requests, let the running ones end, leave."""
@@ -140,6 +158,10 @@ class GatewayAgent:
         self._address = plane.bind()
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
+            publishing = None
+            if self._health is not None:
+                plane.on_sampled(self._take_sample)
+                publishing = tasks.create_task(self._publish(self._health))
             beating = tasks.create_task(self._beat())
             serving = tasks.create_task(self._serve(ready))
             await self._stop.wait()
@@ -149,6 +171,8 @@ class GatewayAgent:
             await asyncio.wait((serving,))
             await self._leave()
             beating.cancel()
+            if publishing is not None:
+                publishing.cancel()
             for outbox in self._outboxes.values():
                 if outbox.sending is not None:
                     outbox.sending.cancel()
@@ -305,6 +329,22 @@ class GatewayAgent:
                 await self._ask("gateway.leave", LeaveGateway(self.id), f"{self.id}.leave")
         except TimeoutError:
             log.warning("left_without_a_word", gateway=self.id)
+
+    # Health samples: what can't be sent is dropped and counted, because nothing may ever wait for them
+
+    def _take_sample(self, sample: HealthEvent) -> None:
+        if len(self._samples) == SAMPLES_MOST:
+            self._samples.popleft()
+            self._samples_dropped += 1
+        self._samples.append(sample)
+        self._sampled.set()
+
+    async def _publish(self, health: HealthWriter) -> None:
+        while True:
+            await self._sampled.wait()
+            self._sampled.clear()
+            while self._samples:
+                await health.publish(self._samples.popleft())
 
     async def _beat(self) -> None:
         """Say that this process lives, and notice since when nobody can hear it."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from turnout.workers.gateway.health import HealthCollector
 from turnout.workers.gateway.metrics import MetricsCollector
+from turnout.workers.gateway.mirror import Copies
 from turnout.workers.gateway.transition import RequestTracker, TransitionManager
 from turnout.workers.gateway.upstream import Pool
 
@@ -31,7 +33,7 @@ class Local:
 
 
 class GatewayContext:
-    """Routes, connections, numbers and the coarse time.
+    """Routes, connections, copies, numbers and the coarse time.
 
     Attributes:
         now: seconds, as old as the last sweep: good enough for limits, and free to read.
@@ -40,7 +42,9 @@ class GatewayContext:
         report_drained: called when the last request of a version that has left has ended.
     """
 
-    def __init__(self, settings: GatewaySettings, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, settings: GatewaySettings, clock: Clock, loop: asyncio.AbstractEventLoop, metrics_interval_s: float
+    ) -> None:
         self.settings = settings
         self.monotonic = clock.monotonic
         self.now = clock.monotonic()
@@ -48,6 +52,8 @@ class GatewayContext:
         self.tracker = RequestTracker()
         self.manager = TransitionManager(self.tracker, clock.jitter())
         self.pool = Pool(settings, loop)
+        self.copies = Copies(settings, loop, clock.monotonic, clock.jitter())
+        self.health = HealthCollector(metrics_interval_s)
         self.metrics = MetricsCollector()
         self.local: dict[bytes, Callable[[Request], Local]] = {}
         self.report_drained: Callable[[Drained], None] = _nobody

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from turnout.workers.clock import Clock
-    from turnout.workers.ports import Beats, Bus, ViewReader
+    from turnout.workers.ports import Beats, Bus, HealthWriter, ViewReader
 
 __all__ = ["Gateway", "GatewaySettings", "TimeLimits"]
 
@@ -36,6 +36,8 @@ class Gateway:
         views: routes.
         clock: time and ids.
         connected: whether there is a connection to the control plane now; for /healthz and the metrics alone.
+        health: where health samples go; None keeps them to this process's own metrics.
+        metrics_interval_s: between two health samples of a model while no switch runs on it.
     """
 
     def __init__(
@@ -48,10 +50,13 @@ class Gateway:
         views: ViewReader,
         clock: Clock,
         connected: Callable[[], bool],
+        health: HealthWriter | None = None,
+        metrics_interval_s: float = 60.0,
     ) -> None:
         self.id = id
-        self.plane = DataPlane(settings, clock)
-        self._agent = GatewayAgent(id, self.plane, bus, beats, views, clock, connected)
+        self.plane = DataPlane(settings, clock, metrics_interval_s)
+        self._agent = GatewayAgent(id, self.plane, bus, beats, views, clock, connected, health)
+        self.plane.context.metrics.samples_dropped = lambda: self._agent.samples_dropped
 
     async def run(self, ready: Callable[[str], None]) -> None:
         """Serve until ``stop``; ``ready`` gets the URL once requests are taken.

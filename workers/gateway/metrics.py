@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
+    from turnout.workers.gateway.health import Tally
+
 #: Upper bounds in seconds; the last bucket has none.
 BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -64,15 +66,16 @@ class Histogram:
 class VersionNumbers:
     """What one version has done through this gateway.
 
-    ``statuses``: answers by the first digit of their status.
+    ``statuses``: answers by the first digit of their status. ``tally``: the window that its next request counts in.
     """
 
-    __slots__ = ("failures", "first_byte", "retries", "statuses", "total")
+    __slots__ = ("failures", "first_byte", "retries", "statuses", "tally", "total")
 
     def __init__(self) -> None:
         self.statuses = [0] * 6
         self.failures: dict[str, int] = {}
         self.retries = 0
+        self.tally: Tally | None = None
         self.first_byte = Histogram()
         self.total = Histogram()
 
@@ -90,6 +93,11 @@ class VersionNumbers:
     def failed(self, kind: str) -> None:
         """Count one failure."""
         self.failures[kind] = self.failures.get(kind, 0) + 1
+
+
+if TYPE_CHECKING:
+    #: Where counts per version and word come from.
+    Counted = Callable[[], Iterable[tuple[str, str, str, int]]]
 
 
 class Gauge:
@@ -115,6 +123,12 @@ class MetricsCollector:
         self.in_flight: Callable[[], Iterable[tuple[str, str, int]]] = tuple
         #: Model → applied revision, read when somebody asks.
         self.revisions: Callable[[], dict[str, int]] = dict
+        #: (model, version, word, count) of outcomes, signs and pairs with shadow copies, read when somebody asks.
+        self.outcomes: Counted = tuple
+        self.signs: Counted = tuple
+        self.pairs: Counted = tuple
+        #: Health samples that were not published, read when somebody asks.
+        self.samples_dropped: Callable[[], int] = int
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -161,6 +175,7 @@ class MetricsCollector:
             first.add_metric([model, version], numbers.first_byte.cumulative(), numbers.first_byte.sum_s)
             total.add_metric([model, version], numbers.total.cumulative(), numbers.total.sum_s)
         yield from (answers, failures, retries, first, total)
+        yield from self._counted()
         running = GaugeMetricFamily("turnout_gateway_in_flight", "Requests in flight.", labels=labels)
         for model, version, count in self.in_flight():
             running.add_metric([model, version], count)
@@ -177,3 +192,25 @@ class MetricsCollector:
         yield refused
         for gauge in self.gauges:
             yield GaugeMetricFamily(gauge.name, gauge.help, value=gauge.read())
+
+    def _counted(self) -> Iterator[Metric]:
+        """What becomes of requests, by the versions that they were assigned to."""
+        for name, help, label, read in (
+            ("outcomes", "How requests ended, by the version that they were assigned to.", "outcome", self.outcomes),
+            (
+                "signs",
+                "Answers that look bad; counted while versions are compared.",
+                "sign",
+                self.signs,
+            ),
+            ("shadow_copies", "Copies for nobody, by how they and their primaries ended.", "pair", self.pairs),
+        ):
+            family = CounterMetricFamily(f"turnout_gateway_{name}", help, labels=["model", "version", label])
+            for model, version, word, count in read():
+                family.add_metric([model, version, word], count)
+            yield family
+        yield CounterMetricFamily(
+            "turnout_gateway_samples_dropped",
+            "Health samples that could not be published.",
+            value=self.samples_dropped(),
+        )

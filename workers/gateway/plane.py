@@ -18,8 +18,9 @@ from turnout.workers.gateway.relay import CONNECTING, DONE, HOLDING, SENT, STREA
 from turnout.workers.gateway.server import ClientConnection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from turnout.events.health import HealthEvent
     from turnout.projections.routing import RouteView
     from turnout.workers.clock import Clock
     from turnout.workers.gateway.request import Request
@@ -30,6 +31,8 @@ log = structlog.get_logger(__name__)
 
 #: Seconds between two looks at the running requests; what a time limit may be late.
 SWEEP_S = 0.1
+#: Seconds between two samples that could not wait: many errors at once are told together.
+HURRY_S = 0.02
 #: Of every so many sweeps one also looks at all connections.
 SLOW_SWEEP = 5
 _PHASES = {CONNECTING: "connecting", SENT: "waiting", HOLDING: "waiting", STREAMING: "streaming", DONE: "done"}
@@ -49,12 +52,23 @@ class Health(msgspec.Struct):
 class DataPlane:
     """Everything between the listening socket and the engines."""
 
-    def __init__(self, settings: GatewaySettings, clock: Clock) -> None:
-        """Make it; nothing is opened. Needs a running event loop."""
+    def __init__(self, settings: GatewaySettings, clock: Clock, metrics_interval_s: float = 60.0) -> None:
+        """Make it; nothing is opened. Needs a running event loop.
+
+        Args:
+            settings: what the operator decided.
+            clock: of this process.
+            metrics_interval_s: between two health samples of a model while no switch runs on it.
+        """
         self._loop = asyncio.get_running_loop()
         self._settings = settings
+        self._clock = clock
         self._monotonic = clock.monotonic
-        self.context = GatewayContext(settings, clock, self._loop)
+        self.context = GatewayContext(settings, clock, self._loop, metrics_interval_s)
+        self.context.health.hurry = self._hurry
+        self._report_sample: Callable[[HealthEvent], None] | None = None
+        self._hurrying: asyncio.TimerHandle | None = None
+        self._hurried_at = 0.0
         self.connections: set[ClientConnection] = set()
         #: Filled in by the control side: what /healthz says of the control plane.
         self.control_plane: Callable[[], str] = lambda: "unknown"
@@ -100,15 +114,24 @@ class DataPlane:
 
     def apply(self, route: RouteView) -> Transition | None:
         """Route by a revision from the next request on; close what leads to engines that no route names."""
-        context = self.context
-        transition = context.manager.begin_transition(route, self._monotonic())
+        context, now = self.context, self._monotonic()
+        transition = context.manager.begin_transition(route, now)
         if transition is not None:
+            applied = context.health.apply(route, self.gateway, now, self._clock.now())
+            for tally in applied.tallies:
+                context.metrics.version(tally.model, tally.version).tally = tally
+            context.copies.apply(route, applied.shadows)
             context.pool.keep(context.manager.addresses())
+            self._publish(applied.ended)
         return transition
 
     def on_drained(self, report: Callable[[Drained], None]) -> None:
         """Whom to tell that a version's last request has ended."""
         self.context.report_drained = report
+
+    def on_sampled(self, report: Callable[[HealthEvent], None]) -> None:
+        """Whom to give the health samples."""
+        self._report_sample = report
 
     async def stop(self) -> int:
         """Take no more requests, let the running ones end, and close. Returns how many had to be ended early."""
@@ -131,9 +154,12 @@ class DataPlane:
                     ended += 1
             for connection in tuple(self.connections):
                 connection.close_now()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for timer in (self._sweeper, self._hurrying):
+            if timer is not None:
+                timer.cancel()
+        await context.copies.close()
         await context.pool.close()
+        self._publish(context.health.take_all(self.gateway, self._monotonic(), self._clock.now()))
         return ended
 
     async def _wait_quiet(self) -> None:
@@ -160,8 +186,30 @@ class DataPlane:
             for connection in tuple(self.connections):
                 connection.check(now)
             context.pool.sweep(now)
+            context.copies.sweep(now)
+        self._sample(now)
         self._quiet.set()
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+
+    # Health samples
+
+    def _sample(self, now: float) -> None:
+        self._publish(self.context.health.take(self.gateway, now, self._clock.now()))
+
+    def _hurry(self) -> None:
+        """A sample can't wait for the next sweep: take it in the next turn of the loop, but not too often."""
+        if self._hurrying is None:
+            wait_s = max(0.0, self._hurried_at + HURRY_S - self._monotonic())
+            self._hurrying = self._loop.call_later(wait_s, self._sample_now)
+
+    def _sample_now(self) -> None:
+        self._hurrying, self._hurried_at = None, self._monotonic()
+        self._sample(self._hurried_at)
+
+    def _publish(self, events: Iterable[HealthEvent]) -> None:
+        if self._report_sample is not None:
+            for event in events:
+                self._report_sample(event)
 
     # The gateway's own paths
 
@@ -176,6 +224,11 @@ class DataPlane:
         metrics.in_flight = lambda: [
             (lane.model, lane.version, len(lane.requests)) for lane in context.tracker.lanes.values()
         ]
+        metrics.outcomes, metrics.signs, metrics.pairs = (
+            context.health.outcomes,
+            context.health.signs,
+            context.health.pairs,
+        )
         metrics.gauges += [
             Gauge("turnout_gateway_connections", "Client connections.", lambda: len(self.connections)),
             Gauge("turnout_gateway_idle_upstreams", "Unused connections to engines.", context.pool.idle),

@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Protocol
 import httptools
 
 from turnout.workers.gateway.errors import Refusal, stream_error
+from turnout.workers.gateway.health import NO_UNIT
+from turnout.workers.gateway.reading import Reading, readable, stream_outcome, whole_outcome
 from turnout.workers.gateway.upstream import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from turnout.workers.gateway.context import GatewayContext
+    from turnout.workers.gateway.health import Tally
+    from turnout.workers.gateway.mirror import Copy
+    from turnout.workers.gateway.reading import Seen
     from turnout.workers.gateway.request import Request
     from turnout.workers.gateway.settings import TimeLimits
     from turnout.workers.gateway.transition import Choice, Slot
@@ -34,10 +39,8 @@ HELD_MOST_BYTES = 64 * 1024
 # What vLLM says in a 500 when it will not serve again: its engine process has died, or it was asked to stop.
 _DEAD = (b"EngineCore encountered an issue", b"cannot schedule new futures after shutdown")
 
-_ERROR_EVENT = re.compile(rb'(?:^|\n)(?:event: ?error|data: ?\{"error")')
-_ABORTED = re.compile(rb'"finish_reason": ?"abort"')
-# The streams that end with `data: [DONE]`; other APIs of the engine end theirs with an event of their own.
-_SAY_DONE = frozenset((b"/v1/chat/completions", b"/v1/completions"))
+#: A body that asks for a stream; only looked for where there is no answer yet to tell.
+_ASKS_STREAM = re.compile(rb'"stream"\s*:\s*true')
 #: Reads of a stream that are looked at when it has ended: the last events, [DONE] and the last chunk.
 TAIL_READS = 8
 
@@ -86,6 +89,14 @@ class Relay:
     _tried: tuple[Slot, ...] = ()
     _held = b""
     _tail: deque[bytes] | None = None
+    _note: Callable[[bytes], None] | None = None
+    _reading: Reading | None = None
+    _copies: tuple[Copy, ...] = ()
+    _status = 200
+    _odd = _slow = _aborted = False
+    _first_s = 0.0
+    _unit = NO_UNIT
+    _tally: Tally | None
     _plain: _Plain | None = None
     _chunked = False
     _delimited = False
@@ -101,6 +112,11 @@ class Relay:
         self.started = ctx.monotonic()
         self.sent_at = self.active = ctx.now
         ctx.tracker.begin(self)
+        # What becomes of the request is counted for the version that it was assigned to, whoever answers it.
+        numbers = choice.lane.numbers or ctx.numbers(choice)
+        tally = self._tally = numbers.tally
+        if tally is not None:
+            self._unit = tally.assigned_otherwise() if request.pin else tally.assigned(request.key)
 
     def send(self, fresh: bool = False) -> None:
         """Send to the choice, over a kept connection if there is one and not a ``fresh`` one is asked for."""
@@ -135,8 +151,8 @@ class Relay:
     def upstream_data(self, data: bytes) -> None:
         """Pass on."""
         if self.phase == STREAMING:
-            if self._tail is not None:
-                self._tail.append(data)
+            if self._note is not None:
+                self._note(data)
             plain = self._plain
             if plain is None:
                 self._write(data)
@@ -175,6 +191,7 @@ class Relay:
         if self.phase == DONE:
             return
         self._count("client_gone")
+        self._ended("client_gone")
         self._drop_connection()
         self._end()
 
@@ -202,6 +219,7 @@ class Relay:
             if self._client.paused:
                 if idle > self._ctx.settings.stalled_s:
                     self._count("client_stalled")
+                    self._ended("client_gone")
                     self._drop_connection()
                     self._end()
                     self._client.answer_broken()
@@ -211,6 +229,15 @@ class Relay:
         elif self.phase != CONNECTING and now - self.sent_at > limits.first_byte_s:
             self._ctx.manager.connection_failed(self.choice, now)
             self._time_up("first_byte_timeout", f"the engine sent nothing within {limits.first_byte_s:g} s")
+        elif self._tally is not None and self._tally.compared and not self._slow:
+            self._check_pace(self._tally, now - self.started)
+
+    def _check_pace(self, tally: Tally, seconds: float) -> None:
+        """Say that the first byte is late when it is, not when it comes: of a hung engine it never does."""
+        if 0 < tally.slow_s < seconds:
+            self._slow = True
+            body = self.request.body
+            tally.slow(seconds, self._unit, self.request.key, _ASKS_STREAM.search(body) is not None, len(body))
 
     def end_early(self, code: str, message: str, cut: bool) -> None:
         """End it with an error that the client can see; ``cut``: because its version's time to drain is up."""
@@ -220,6 +247,7 @@ class Relay:
             self._break("drain_ended", code, message, cut)
             return
         self._count("drain_ended")
+        self._ended("drained")
         self._drop_connection()
         self._end(cut)
         self._client.refuse(Refusal(503, code, message, retry_after=1))
@@ -264,6 +292,7 @@ class Relay:
                 other = self._other()
                 if other is not None:
                     self._count("engine_dead")
+                    self._ended("refused")
                     self._connection = None
                     connection.keep = False
                     self._ctx.pool.give_back(connection, self._ctx.now)
@@ -284,9 +313,20 @@ class Relay:
             request.keep_alive, end = False, b"\r\nconnection: close"
         self.phase = STREAMING
         self.active = ctx.now
-        self._held = request.body = b""  # there is no second try any more
+        seconds = ctx.monotonic() - self.started
         numbers = choice.lane.numbers or ctx.numbers(choice)
-        numbers.began(shape.status, ctx.monotonic() - self.started, complete)
+        numbers.began(shape.status, seconds, complete)
+        tally = self._tally
+        if tally is None:
+            if (
+                numbers.tally is not None
+            ):  # the version it was assigned to has failed, but the one that answers is there
+                numbers.tally.came_back()
+        elif tally.compared or shape.status >= 400:
+            self._note_answer(tally, shape, data, seconds, complete)
+        else:
+            tally.answered(seconds, self._unit, shape.stream, len(request.body), complete)
+        self._held = request.body = b""  # there is no second try any more
         if choice.slot.failures:
             ctx.manager.connection_worked(choice)
         if chunked and request.head.http10:
@@ -296,20 +336,35 @@ class Relay:
         else:
             self._write(b"".join((shape.clean, choice.stamp, request.id, end, data[len(shape.raw) :])))
         self._chunked = chunked
-        if shape.stream:
-            self._tail = deque((data,), maxlen=TAIL_READS)
+        if self._reading is not None:
+            self._reading.add(data)
+            self._note = self._reading.add
+            if shape.stream:
+                self._tail = self._reading.kept
+        elif shape.stream:
+            tail = self._tail = deque((data,), maxlen=TAIL_READS)
+            self._note = tail.append
+            self._odd = True
         if complete:
             self._complete(connection)
 
-    def _judge_stream(self, tail: deque[bytes]) -> None:
-        """Notice what only the end of a stream tells: its status was 200 long ago."""
-        end = b"".join(tail)
-        if _ERROR_EVENT.search(end) is not None:
-            self._count("error_event")
-        elif _ABORTED.search(end) is not None:
-            self._count("aborted")
-        elif self.request.head.path in _SAY_DONE and b"[DONE]" not in end:
-            self._count("no_done")
+    def _note_answer(self, tally: Tally, shape: Shape, data: bytes, seconds: float, complete: bool) -> None:
+        """Measure the answer's first byte, and see to it that the rest is looked at and copied where it shall be."""
+        request = self.request
+        if shape.status >= 400:
+            self._status, self._odd = shape.status, True
+            tally.came_back()
+            if complete:
+                tally.took(seconds)
+        else:
+            tally.answered(seconds, NO_UNIT if self._slow else self._unit, shape.stream, len(request.body), complete)
+            if tally.looks() and (shape.stream or readable(request.head.path)):
+                self._reading, self._odd = Reading(shape.stream), True
+            elif b'"abort"' in data and not shape.stream:
+                self._aborted = self._odd = whole_outcome(data) != "ok"
+        self._first_s = seconds
+        if tally.shadows:
+            self._copies, self._odd = self._ctx.copies.copy(self.choice.model, request), True
 
     def _complete(self, connection: UpstreamConnection) -> None:
         """The engine has sent the last byte."""
@@ -321,15 +376,38 @@ class Relay:
 
     def _finish(self) -> None:
         """The client has got, or will get from its buffer, the last byte."""
-        if self._tail is not None:
-            self._judge_stream(self._tail)
+        if self._odd:
+            self._judge()
+        elif self._tally is not None:
+            self._tally.went_well()
+            self._tally = None
         self.phase = DONE
         self._ctx.ended(self)
         self._client.answer_ended(self.request.keep_alive)
 
+    def _judge(self) -> None:
+        """Say how an answer ended that needs a look: its status may have been 200 long before it went wrong."""
+        outcome, seen = "ok", None
+        if self._reading is not None:
+            seen = self._reading.seen(self.request.head.path)
+            outcome = seen.outcome
+        elif self._tail is not None:
+            outcome = stream_outcome(self.request.head.path, b"".join(self._tail))
+        elif self._aborted:
+            outcome = "aborted"
+        if outcome != "ok":
+            self._count("no_done" if outcome == "cut" else outcome)
+        if self._status >= 400:
+            outcome = "http_error" if self._status == 429 or self._status >= 500 else "bad_request"
+        self._ended(outcome, seen)
+
     def _break(self, kind: str, code: str, message: str, cut: bool = False) -> None:
         """End an answer that the client has seen a part of: an error event where it is a stream, else a broken end."""
         self._count(kind)
+        if kind == "drain_ended":
+            self._ended("drained")
+        else:
+            self._ended_late("cut" if kind == "cut" else "timeout")
         connection = self._connection
         inside = connection is not None and connection.in_chunk
         self._drop_connection()
@@ -351,6 +429,7 @@ class Relay:
     def _failed(self, kind: str, reason: str) -> None:
         """This try is over and the client has seen nothing."""
         self._count(kind)
+        self._ended("refused")
         self._ctx.manager.connection_failed(self.choice, self._ctx.now)
         other = self._other()
         if other is not None:
@@ -387,6 +466,7 @@ class Relay:
             self._break(kind, "upstream_timeout", message)
             return
         self._count(kind)
+        self._ended_late("timeout")
         self._drop_connection()
         self._end()
         self._client.refuse(Refusal(504, "upstream_timeout", message))
@@ -397,10 +477,35 @@ class Relay:
             connection.discard()
 
     def _count_total(self) -> None:
-        self._ctx.numbers(self.choice).total.observe(self._ctx.monotonic() - self.started)
+        seconds = self._ctx.monotonic() - self.started
+        self._ctx.numbers(self.choice).total.observe(seconds)
+        if self._tally is not None:
+            self._tally.took(seconds)
 
     def _count(self, kind: str) -> None:
         self._ctx.numbers(self.choice).failed(kind)
+
+    def _ended(self, outcome: str, seen: Seen | None = None) -> None:
+        """Say how it ended, once: what happens after a failed first try is nobody's."""
+        tally, self._tally = self._tally, None
+        if tally is None:
+            return
+        request, unit = self.request, self._unit
+        seconds = self._ctx.monotonic() - self.started
+        if outcome != "ok":
+            tally.ended(outcome, unit, request.key)
+        else:
+            tally.went_well()
+            if seen is not None:
+                tally.saw(seen, unit, request.key, seconds - self._first_s if self._tail is not None else 0.0)
+        for copy in self._copies:
+            copy.primary_ended(outcome, seconds)
+
+    def _ended_late(self, outcome: str) -> None:
+        """As ``_ended``, without a last byte; its time so far counts, as it would only have been longer."""
+        if self._tally is not None:
+            self._tally.took(self._ctx.monotonic() - self.started)
+        self._ended(outcome)
 
     def _end(self, cut: bool = False) -> None:
         self.phase = DONE

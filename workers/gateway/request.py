@@ -1,6 +1,7 @@
 """What a gateway must know of a request to route it: is the path served, which model, which sticky key.
 
-Pure functions over bytes. The body is looked at, never changed: engines are started with the served name.
+Pure functions over bytes. The body is looked at and not changed, as engines are started with the served name. Only
+where a rule sends a request to another model does its ``model`` field get that model's name.
 
 httptools 0.9 (llhttp 9, strict) refuses bare LF, obs-fold, white space before a colon, Content-Length with
 Transfer-Encoding, any second or odd Content-Length and every coding but one final ``chunked``. What it lets through is
@@ -39,6 +40,9 @@ _PATHS = re.compile(
 
 METHODS = frozenset((b"GET", b"POST", b"DELETE"))
 
+#: A rule sees so many characters of a header, a user or a metadata value.
+VALUE_MOST = 512
+
 NO_MODEL = Refusal(
     400, "model_missing", 'the request names no model: add "model": "NAME" (see GET /v1/models)', param="model"
 )
@@ -57,6 +61,7 @@ class _Fields(msgspec.Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder(_Fields).decode
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 _NO_KEY = (b"", b"null", b'""')
 
@@ -100,12 +105,44 @@ def from_json(body: bytes) -> Routing | Refusal:
 
 def from_form(content_type: bytes, body: bytes) -> Routing | Refusal:
     """The ``model`` field of a multipart/form-data body."""
+    found = _form_fields(content_type, body)
+    if isinstance(found, Refusal):
+        return found
+    models, users = found[b"model"], found[b"user"]
+    if len(models) > 1:
+        return Refusal(400, "model_invalid", "the form names more than one model", param="model")
+    if not models or not body[models[0]]:
+        return NO_MODEL
+    try:
+        return Routing(body[models[0]].decode(), body[users[0]] if users else b"")
+    except UnicodeDecodeError:
+        return Refusal(400, "model_invalid", '"model" must be UTF-8', param="model")
+
+
+def with_model(content_type: bytes, body: bytes, model: str) -> bytes:
+    """The body with another model in its ``model`` field, for an engine that knows only that one.
+
+    ``body``: one that ``from_json`` or ``from_form`` has found a model in. Every other value stays as it came.
+    """
+    if is_form(content_type):
+        fields = _form_fields(content_type, body)
+        if isinstance(fields, Refusal):
+            return body
+        place = fields[b"model"][0]
+        return body[: place.start] + model.encode() + body[place.stop :]
+    members = _members(body)
+    members["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(members)
+
+
+def _form_fields(content_type: bytes, body: bytes) -> dict[bytes, list[slice]] | Refusal:
+    """Where the values of the fields that matter stand in a multipart/form-data body."""
     header = Message()
     header["content-type"] = content_type.decode("latin-1")
     boundary = header.get_boundary()
     if not boundary:
         return Refusal(400, "form_invalid", "multipart/form-data needs a boundary in its content-type")
-    found: dict[bytes, list[bytes]] = {b"model": [], b"user": []}
+    found: dict[bytes, list[slice]] = {b"model": [], b"user": []}
     # A leading CRLF makes the first delimiter look like all others (RFC 2046, 5.1.1).
     delimiter = b"\r\n--" + boundary.encode("latin-1")
     start = -2 if body.startswith(delimiter[2:]) else body.find(delimiter)
@@ -123,16 +160,9 @@ def from_form(content_type: bytes, body: bytes) -> Routing | Refusal:
         name = _NAME.search(head)
         if blank and name is not None and (name[1] or name[2]) in found:
             value_at = body.index(b"\r\n\r\n", part) + 4
-            found[name[1] or name[2]].append(body[value_at:end])
+            found[name[1] or name[2]].append(slice(value_at, end))
         start = end
-    if len(found[b"model"]) > 1:
-        return Refusal(400, "model_invalid", "the form names more than one model", param="model")
-    if not found[b"model"] or not found[b"model"][0]:
-        return NO_MODEL
-    try:
-        return Routing(found[b"model"][0].decode(), b"".join(found[b"user"][:1]))
-    except UnicodeDecodeError:
-        return Refusal(400, "model_invalid", '"model" must be UTF-8', param="model")
+    return found
 
 
 _NAME = re.compile(
@@ -195,6 +225,7 @@ class Head:
     """
 
     __slots__ = (
+        "_asked",
         "_for",
         "_lines",
         "_problem",
@@ -227,6 +258,20 @@ class Head:
         self._lines: list[bytes] = []
         self._problem: BadRequest | None = None
         self._for: tuple[Target | None, bytes, bytes] = (None, b"", b"")
+        self._asked: tuple[frozenset[str], dict[str, str]] = (frozenset(), {})
+
+    def values(self, names: frozenset[str]) -> dict[str, str]:
+        """The headers of these names (in lower case) that are there; a name that stands twice has both values."""
+        known, found = self._asked
+        if known is not names:
+            found = {}
+            for n in range(0, len(self._lines), 4):
+                name = self._lines[n].decode("latin-1").lower()
+                if name in names:
+                    value = self._lines[n + 2].decode("latin-1")
+                    found[name] = (f"{found[name]}, {value}" if name in found else value)[:VALUE_MOST]
+            self._asked = (names, found)
+        return found
 
     @property
     def query(self) -> bytes:
@@ -358,15 +403,21 @@ def read_head(head: bytes, sticky_header: bytes = b"") -> Head:
 
 
 class Request:
-    """One request of a client, read whole. ``keep_alive``: the connection may stand after the answer."""
+    """One request of a client, read whole.
 
-    __slots__ = ("body", "head", "id", "keep_alive", "pin")
+    ``keep_alive``: the connection may stand after the answer. ``key``: its sticky key, empty where it has none.
+    ``apart``: the split did not choose its version, a pin or a rule did; so its fate is compared with nothing.
+    """
+
+    __slots__ = ("apart", "body", "head", "id", "keep_alive", "key", "pin")
 
     def __init__(self, head: Head, id: bytes, body: bytes) -> None:
         self.head = head
         self.id = id
         self.body = body
         self.keep_alive = head.keep_alive
+        self.key = b""
+        self.apart = False
         #: The version that a tester asks for, where that is allowed.
         self.pin = ""
 

@@ -15,7 +15,8 @@ from turnout.workers.gateway import request as requests
 from turnout.workers.gateway.errors import Refusal, json_response, response
 from turnout.workers.gateway.relay import Relay
 from turnout.workers.gateway.request import BadRequest, ChunkedBody, Head, Repeat, Request, Routing
-from turnout.workers.gateway.transition import NoRoute
+from turnout.workers.gateway.rules import facts_of
+from turnout.workers.gateway.transition import Choice, NoRoute
 
 if TYPE_CHECKING:
     from turnout.workers.gateway.context import GatewayContext
@@ -291,18 +292,32 @@ class ClientConnection(asyncio.Protocol):
         else:
             routing = self._routing(request)
             if head.pin and ctx.settings.allow_pin:
-                request.pin = head.pin.decode("latin-1")
+                request.pin, request.apart = head.pin.decode("latin-1"), True
         if isinstance(routing, Refusal):
             self._refuse(routing, request)
             return
-        key = head.sticky or routing.key or head.authorization
-        choice = ctx.manager.handle_request_routing(routing.model, key, ctx.now, request.pin)
+        key = request.key = head.sticky or routing.key or head.authorization
+        if ctx.manager.ruled and routing.model in ctx.manager.ruled and body and not request.pin:
+            choice = self._by_rules(request, routing.model)
+        else:
+            choice = ctx.manager.handle_request_routing(routing.model, key, ctx.now, request.pin)
         if isinstance(choice, NoRoute):
             self._refuse(self._no_route(choice, routing.model, request.pin), request)
             return
         self.deadline = _NEVER
         relay = self.relay = Relay(ctx, self, request, choice)
         relay.send()
+
+    def _by_rules(self, request: Request, model: str) -> Choice | NoRoute:
+        """Choose by what the request is; one that goes to another model names that one from here on."""
+        manager, head = self._ctx.manager, request.head
+        rules = manager.ruled[model]
+        facts = facts_of(rules, head.path, head.values(rules.headers), head.content_type, request.body)
+        choice, by_split = manager.handle_ruled_request(model, facts, request.key, self._ctx.now)
+        request.apart = not by_split
+        if isinstance(choice, Choice) and choice.model != model:
+            request.body = requests.with_model(head.content_type, request.body, choice.model)
+        return choice
 
     def _routing(self, request: Request) -> Routing | Refusal:
         """The model and the key."""

@@ -11,6 +11,7 @@ The rules:
 - A version that is absent from the applied revision *drains*: it gets no new request, its running ones go on to their
   last byte, and when none is left that is reported once. A version that comes back stops draining.
 - Going back is applying a revision; there is no second road.
+- A rule chooses before the split; what it can't choose now is left to the next one, and to the split in the end.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from turnout.core.rules import Rules
 from turnout.core.split import SplitTable, Spread
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
+    from turnout.core.rules import Facts
+    from turnout.events.route import Rule
     from turnout.projections.routing import RouteView
     from turnout.workers.gateway.metrics import VersionNumbers
 
@@ -74,19 +78,20 @@ class Lane:
 class Choice:
     """Where one request goes. Made once for each instance and revision, not for each request.
 
-    ``stamp`` is the answer's header lines that tell the client which version and revision answered; the request's id
-    follows it.
+    ``stamp`` is the answer's header lines that tell the client which version and revision answered, and the ``rule``
+    that chose it; the request's id follows it.
     """
 
     __slots__ = ("instance", "lane", "revision", "slot", "stamp")
 
-    def __init__(self, lane: Lane, slot: Slot, revision: int) -> None:
+    def __init__(self, lane: Lane, slot: Slot, revision: int, rule: str = "") -> None:
         self.lane = lane
         self.slot = slot
         self.instance = slot.instance
         self.revision = revision
+        by = f"\r\nx-turnout-rule: {rule}" if rule else ""
         self.stamp = (
-            f"\r\nx-turnout-version: {lane.version}\r\nx-turnout-revision: {revision}\r\nx-request-id: "
+            f"\r\nx-turnout-version: {lane.version}\r\nx-turnout-revision: {revision}{by}\r\nx-request-id: "
         ).encode("latin-1", "replace")
 
     @property
@@ -196,7 +201,7 @@ class RequestTracker:
 class _Table:
     """One applied revision, compiled for lookups."""
 
-    __slots__ = ("choices", "revision", "single", "split", "view", "weighted")
+    __slots__ = ("choices", "revision", "ruled", "single", "source", "split", "view", "weighted")
 
     def __init__(self, view: RouteView, lanes: dict[str, Lane]) -> None:
         self.view = view
@@ -223,6 +228,18 @@ class _Table:
         self.split = SplitTable(weighted, view.salt) if len(weighted) > 1 else None
         #: The only version with a weight; its choices are taken without a hash.
         self.single = self.choices[weighted[0].version] if len(weighted) == 1 else None
+        others = [split for split in weighted if split.version != view.candidate]
+        #: The version that keeps its requests while rules restrict who takes part in a switch; empty where none runs.
+        self.source = max(others, key=lambda s: (s.weight, s.version)).version if view.candidate and others else ""
+        #: Choices as a rule made them, by the rule's name.
+        self.ruled: dict[tuple[Choice, str], Choice] = {}
+
+    def by_rule(self, choice: Choice, rule: str) -> Choice:
+        """The choice with the rule's name in its stamp."""
+        made = self.ruled.get((choice, rule))
+        if made is None:
+            made = self.ruled[choice, rule] = Choice(choice.lane, choice.slot, choice.revision, rule)
+        return made
 
 
 class TransitionManager:
@@ -231,11 +248,16 @@ class TransitionManager:
     Args:
         tracker: what is in flight; shared with whoever ends requests.
         seed: in [0, 1), so that several gateways spread requests without a key differently.
+
+    Attributes:
+        ruled: model → its rules, of the models that have some.
     """
 
     def __init__(self, tracker: RequestTracker, seed: float = 0.0) -> None:
         self.tracker = tracker
+        self.ruled: dict[str, Rules] = {}
         self._tables: dict[str, _Table] = {}
+        self._seed = seed
         self._spread = Spread(seed)
         self._turn = 0
 
@@ -253,6 +275,7 @@ class TransitionManager:
         for lane in lanes.values():
             lane.left, lane.deadline, lane.ended = 0, 0.0, 0
         self._tables[model] = _Table(route, lanes)
+        self._take_rules(route)
         drained = self._let_go(route, old, here, now)
         draining = tuple(
             lane.version for lane in self.tracker.lanes.values() if lane.model == model and lane.left and lane.requests
@@ -292,6 +315,44 @@ class TransitionManager:
         if not choices:
             return NOTHING_READY if pin else self._any(table, (), now)
         return self._least(choices, now)
+
+    def handle_ruled_request(
+        self, model: str, facts: Facts, key: bytes = b"", now: float = 0.0
+    ) -> tuple[Choice | NoRoute, bool]:
+        """Choose for a model that has rules; else as ``handle_request_routing``.
+
+        A rule's model is looked up in its own table and its own rules are not asked. A rule whose target has no
+        instance now does not apply.
+
+        Args:
+            model: the served name; one that ``ruled`` has.
+            facts: what the rules may ask of the request.
+            key: the sticky key; empty for a choice by turns.
+            now: seconds, for ejected instances.
+
+        Returns:
+            The choice, and whether the model's split has made it.
+        """
+        rules, table = self.ruled[model], self._tables[model]
+        rule = rules.choose(facts, key, lambda rule: self._takes(table, rule))
+        if rule is not None and rule.model:
+            choice, table = self.handle_request_routing(rule.model, key, now), self._tables[rule.model]
+        elif rule is not None and rule.version:
+            choice = self._least(table.choices[rule.version], now)
+        elif rule is None and rules.restricted and table.source:
+            choice = self.handle_request_routing(model, key, now, table.source)
+            return self._any(table, (), now) if isinstance(choice, NoRoute) else choice, False
+        else:
+            choice = self.handle_request_routing(model, key, now)
+        if rule is None or isinstance(choice, NoRoute):
+            return choice, rule is None
+        return table.by_rule(choice, rule.name), rule.candidate
+
+    def rule_counts(self) -> Iterator[tuple[str, str, str, int]]:
+        """(model, rule, outcome, requests) so far; the outcomes stand at ``core.rules.Rules``."""
+        for model, rules in self.ruled.items():
+            for (rule, outcome), count in rules.counts.items():
+                yield model, rule, outcome, count
 
     def reroute(
         self, model: str, failed: Choice, tried: Collection[Slot], now: float, pinned: bool = False
@@ -371,9 +432,32 @@ class TransitionManager:
 
     def addresses(self) -> frozenset[str]:
         """Where requests may be sent now. A connection to anywhere else must not be kept."""
-        return frozenset(
-            choice.address for table in self._tables.values() for made in table.choices.values() for choice in made
-        )
+        tables = self._tables.values()
+        routed = (choice.address for table in tables for made in table.choices.values() for choice in made)
+        copied = (e.address for table in tables for mirror in table.view.mirrors for e in mirror.endpoints)
+        return frozenset((*routed, *copied))
+
+    def _take_rules(self, route: RouteView) -> None:
+        """Compile the revision's rules where they are new; what was counted under the same names goes on."""
+        old = self.ruled.pop(route.model, None)
+        if not route.rules:
+            return
+        if old is None or old.rules != route.rules:
+            made = Rules(route.model, route.rules, self._seed)
+            names = {rule.name for rule in route.rules}
+            if old is not None:
+                made.counts.update((one, count) for one, count in old.counts.items() if one[0] in names)
+            old = made
+        self.ruled[route.model] = old
+
+    def _takes(self, table: _Table, rule: Rule) -> bool:
+        """Whether a rule's target has an instance."""
+        if rule.version:
+            return bool(table.choices.get(rule.version))
+        if rule.model:
+            other = self._tables.get(rule.model)
+            return other is not None and any(other.choices[split.version] for split in other.view.splits)
+        return True
 
     def _let_go(self, route: RouteView, old: _Table | None, here: set[str], now: float) -> tuple[Drained, ...]:
         """Start to drain what the revision does not name; report what has nothing in flight."""

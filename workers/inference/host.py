@@ -26,7 +26,7 @@ from turnout.workers.inference.process import LOG_LINES, SHUT, EngineProcess, Re
 from turnout.workers.inference.runner import Failure, Found, Loaded, Order
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from turnout.workers.clock import Clock
     from turnout.workers.inference.engines.base import Engine
@@ -46,6 +46,8 @@ _BUSY_SHARE = 0.01
 _BUSY_PATIENCE = 3.0
 #: How often a probe is sent at least, as a share of the patience with a silent engine.
 _PROBES_PER_PATIENCE = 3
+#: A probe that failed is sent again so much sooner: one failure says little, three in a row say that it is no chance.
+_SOONER = 5
 
 
 def engines(settings: WorkerSettings) -> dict[str, Engine]:
@@ -59,12 +61,22 @@ def engines(settings: WorkerSettings) -> dict[str, Engine]:
     return {engine.kind: engine for engine in found if engine.kind in settings.policy.engines}
 
 
+if TYPE_CHECKING:
+    #: Gets instance, number of the probe, failures in a row (0 where it went well), seconds, and what was wrong.
+    Probed = Callable[[str, int, int, float, str], Awaitable[None]]
+
+
 class _Running(msgspec.Struct):
-    """One engine under this worker. ``process`` is None where it is not ours to start or stop."""
+    """One engine under this worker. ``process`` is None where it is not ours to start or stop.
+
+    ``probes`` and ``row`` count golden questions since the watch began, and those that failed in a row.
+    """
 
     launch: Launch
     process: EngineProcess | None
     trouble: str = ""
+    probes: int = 0
+    row: int = 0
 
     @property
     def exited(self) -> bool:
@@ -84,6 +96,11 @@ class HostRunner:
         self._health_check_s = health_check_s
         self._folder = RunFolder(Path(settings.run_folder))
         self._running: dict[str, _Running] = {}
+        self._probed: Probed | None = None
+
+    def on_probed(self, report: Probed) -> None:
+        """Whom to tell how each golden question went that a health check has asked."""
+        self._probed = report
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -301,12 +318,15 @@ class HostRunner:
         timeout_s = min(self._settings.probe_timeout_s, patience)
         answered, used, done = clock.monotonic(), await self._cpu_s(running), await self._work_done(running)
         while True:
-            await asyncio.sleep(interval)
+            await asyncio.sleep(interval / _SOONER if running.row else interval)
             if running.process is not None:
                 running.process.log.limit()
+            asked = clock.monotonic()
             verdict = await probe.prove(running.launch, timeout_s)
+            seconds = clock.monotonic() - asked
             self._note(instance, running, verdict)
             work = done if verdict.answered else await self._work_done(running)
+            await self._tell(instance, running, verdict, seconds, works=work > done)
             if verdict.answered or work > done:  # a full queue delays the answer of an engine that works
                 answered, used, done = clock.monotonic(), await self._cpu_s(running), work
                 continue
@@ -315,6 +335,16 @@ class HostRunner:
             if silent >= patience * (_BUSY_PATIENCE if busy else 1.0):
                 doing = "though it uses the processor" if busy else "and uses no processor time"
                 return f"hung: it has answered nothing for {silent:.0f} s {doing}"
+
+    async def _tell(
+        self, instance: str, running: _Running, verdict: probe.Verdict, seconds: float, *, works: bool
+    ) -> None:
+        """Report a golden question. One that a busy engine has put off, or not got to, has not failed."""
+        fine = verdict.ok or verdict.later or (works and not verdict.answered)
+        running.probes += 1
+        running.row = 0 if fine else running.row + 1
+        if self._probed is not None:
+            await self._probed(instance, running.probes, running.row, seconds, "" if fine else verdict.reason)
 
     async def _cpu_s(self, running: _Running) -> float:
         if running.process is None:
@@ -336,6 +366,15 @@ class HostRunner:
             else:
                 log.info("engine_sound_again", instance=instance)
         running.trouble = trouble
+
+    async def prove(self, instance: str) -> str:
+        """See the port."""
+        running = self._running.get(instance)
+        if running is None:
+            return "the engine is gone"
+        verdict = await probe.prove(running.launch, self._settings.probe_timeout_s)
+        self._note(instance, running, verdict)
+        return "" if verdict.ok else verdict.reason or "no answer"
 
     async def wait_quiet(self, instance: str, busy: Callable[[str], None]) -> Failure | None:
         """Until nobody has been connected for ``quiet_s`` and the engine counts nothing. See the port."""

@@ -72,6 +72,10 @@ class EngineRunner(Protocol):
         """Returns when a proven engine has died or hung; what is left of it is gone then."""
         ...
 
+    async def prove(self, instance: str) -> str:
+        """Ask a proven engine its golden question once more; empty where the answer is good, else what is wrong."""
+        ...
+
     async def wait_quiet(self, instance: str, busy: Callable[[str], None]) -> Failure | None:
         """Until nobody uses the engine; then nobody can reach it any more. ``busy(what)`` names what is in the way.
 

@@ -15,9 +15,10 @@ import msgspec
 import structlog
 
 from turnout.core.decider import Accepted, Rejected
-from turnout.core.instance import ReportFailed, ReportLoading, ReportReady, ReportStopped
+from turnout.core.instance import ReportFailed, ReportLoading, ReportProbed, ReportReady, ReportStopped
 from turnout.core.worker import JoinWorker, LeaveWorker
 from turnout.events import subjects
+from turnout.events.health import ProbeFailed, ProbePassed
 from turnout.events.model import EngineSpec
 from turnout.events.store import Unavailable
 from turnout.projections.fleet import InstanceView, WorkerView
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from turnout.workers.clock import Clock
     from turnout.workers.inference.runner import EngineRunner
     from turnout.workers.inference.settings import WorkerSettings
-    from turnout.workers.ports import Beats, Bus, Closeable, ViewEntry, ViewReader
+    from turnout.workers.ports import Beats, Bus, Closeable, HealthWriter, ViewEntry, ViewReader
 
 log = structlog.get_logger()
 
@@ -42,6 +43,8 @@ _RETRY_LAST_S = 5.0
 #: How long an unquiet engine is waited for before it is said in the log, and said again.
 _UNQUIET_FIRST_S = 10.0
 _UNQUIET_AGAIN_S = 60.0
+#: Of golden answers that are good like the one before, every so many is published: a sign that somebody asks.
+_PROBES_TOLD = 10
 #: Longest wait for quiet, and for answers to the last reports, when the worker itself stops with its engines.
 _LAST_QUIET_S = 10.0
 _LAST_REPORT_S = 3.0
@@ -72,9 +75,13 @@ class _Life:
         self.found = found
         self.drain = asyncio.Event()
         self.forced = asyncio.Event()
+        self.asked = asyncio.Event()  # a golden probe may be wanted: see the view
         self.silent = False  # its end is known; nothing is to be reported
         self.unquiet = ""
+        self.unsound = False  # the newest golden question that was published has failed
         self.task: asyncio.Task[None] | None = None
+        if view.probe:
+            self.asked.set()
 
 
 class InferenceWorker:
@@ -89,7 +96,9 @@ class InferenceWorker:
         views: ViewReader,
         clock: Clock,
         runner: EngineRunner,
+        health: HealthWriter | None = None,
     ) -> None:
+        """``health``: where the answers to golden questions are published; None for nowhere."""
         self.id = settings.id or socket.gethostname()
         self._settings = settings
         self._bus = bus
@@ -97,6 +106,7 @@ class InferenceWorker:
         self._views = views
         self._clock = clock
         self._runner = runner
+        self._health = health
         self._lives: dict[str, _Life] = {}
         self._ended: set[str] = set()  # ended here, and perhaps still in a view that lags behind
         self._key = subjects.view_key("worker", self.id)
@@ -119,6 +129,18 @@ class InferenceWorker:
         self._stop_engines = self._stop_engines or stop_engines
         self._stop.set()
         self._changed.set()
+
+    async def probed(self, instance: str, number: int, row: int, seconds: float, reason: str) -> None:
+        """Publish how a golden question went; see ``HostRunner.on_probed``."""
+        life = self._lives.get(instance)
+        if life is None or not life.view.model or self._health is None:
+            return
+        view, at = life.view, self._clock.now()
+        if row:
+            await self._health.publish(ProbeFailed(instance, view.model, view.version, number, row, reason, at))
+        elif life.unsound or number % _PROBES_TOLD == 0:
+            await self._health.publish(ProbePassed(instance, view.model, view.version, number, seconds, at))
+        life.unsound = row > 0
 
     async def run(self) -> None:
         """Work until :meth:`stop`. Survives every outage of the control plane; engines serve on meanwhile."""
@@ -208,6 +230,8 @@ class InferenceWorker:
                 life.view = wanted
                 life.sequence = max(life.sequence, sequence)
                 self._drain_if_asked(life)
+                if wanted.probe:
+                    life.asked.set()
             elif instance not in self._ended and fresh:
                 self._begin(wanted, sequence, None)
         if not fresh:
@@ -306,6 +330,8 @@ class InferenceWorker:
         """Report it ready and watch it. Returns its failure, or None when it shall end."""
         instance = life.view.instance
         watching = asyncio.create_task(self._runner.watch(instance))
+        proving = asyncio.create_task(self._answer_probes(life))
+        proving.add_done_callback(_loud)
         try:
             report = ReportReady(
                 instance, loaded.address, loaded.load_s, loaded.probe_s, loaded.bytes, loaded.fingerprint
@@ -328,7 +354,23 @@ class InferenceWorker:
                 life.sequence = max(life.sequence, answer.sequence)
             return await _unless(asyncio.shield(watching), life.drain.wait())
         finally:
-            await _cancelled(watching)
+            await _cancelled(watching, proving)
+
+    async def _answer_probes(self, life: _Life) -> None:
+        """Ask the golden question whenever the view wants it once more, and say how it went."""
+        instance, answered = life.view.instance, ""
+        while True:
+            await life.asked.wait()
+            life.asked.clear()
+            cause = life.view.probe
+            if not cause or cause == answered:
+                continue
+            begun = self._clock.monotonic()
+            trouble = await self._runner.prove(instance)
+            seconds = self._clock.monotonic() - begun
+            log.info("instance_probed", instance=instance, cause=cause, trouble=trouble, seconds=round(seconds, 2))
+            await self._report("instance.probed", ReportProbed(instance, cause, not trouble, seconds, trouble))
+            answered = cause
 
     async def _end(self, life: _Life) -> None:
         """Wait until nobody uses the engine, stop it, report it."""
@@ -460,6 +502,12 @@ async def _unless(work: Awaitable[T], event: Awaitable[object]) -> T | None:
         return working.result() if working.done() else None
     finally:
         await _cancelled(working, waiting)
+
+
+def _loud(task: asyncio.Task[None]) -> None:
+    """A bug in a task that nobody waits for is not lost."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("bug_in_worker", exc_info=error)
 
 
 async def _cancelled(*tasks: asyncio.Future[Any]) -> None:

@@ -24,6 +24,9 @@ from turnout.workers.gateway.plane import DataPlane
 from turnout.workers.gateway.settings import GatewaySettings, TimeLimits
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import SupportsIndex
+
     from turnout.workers.gateway.transition import Drained, Transition
 
 BODY = b'{"model":"chat","messages":[{"role":"user","content":"hi"}],"stream":true}'
@@ -117,16 +120,42 @@ async def polite(peer: Peer) -> None:
         await peer.answer()
 
 
+class _Reader(asyncio.StreamReader):
+    """One that tells when the first byte, or the end, has come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = asyncio.Event()
+
+    def feed_data(self, data: Iterable[SupportsIndex]) -> None:
+        super().feed_data(data)
+        self.begun.set()
+
+    def feed_eof(self) -> None:
+        super().feed_eof()
+        self.begun.set()
+
+    def set_exception(self, exc: Exception) -> None:
+        super().set_exception(exc)
+        self.begun.set()
+
+
 class Engine:
-    """A scripted HTTP server on a Unix socket, or on TCP. ``script`` runs once for each connection."""
+    """A scripted HTTP server on a Unix socket, or on TCP. ``script`` runs once for each connection that is used.
+
+    Attributes:
+        open: connections now that have carried a byte.
+        connections: how many there ever were of those.
+        held: connections now on which nothing has come yet, such as the one that a gateway holds.
+        taken: connections that were ever opened.
+    """
 
     def __init__(self, stage: Stage, name: str, script: Script, tcp: bool) -> None:
         self.name = name
         self.script = script
         self.asked: list[Ask] = []
         self.peers: list[Peer] = []
-        self.open = 0
-        self.connections = 0
+        self.open = self.connections = self.held = self.taken = 0
         self.address = f"unix:{stage.folder / name}.sock"
         self._tcp = tcp
         self._server: asyncio.Server | None = None
@@ -134,12 +163,18 @@ class Engine:
 
     async def start(self) -> Engine:
         """Listen."""
+        loop = asyncio.get_running_loop()
         if self._tcp:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+            self._server = await loop.create_server(self._protocol, "127.0.0.1", 0)
             self.address = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         else:
-            self._server = await asyncio.start_unix_server(self._serve, self.address.removeprefix("unix:"))
+            self._server = await loop.create_unix_server(self._protocol, self.address.removeprefix("unix:"))
         return self
+
+    def let_go(self) -> None:
+        """Close every connection, as an engine does that has grown tired of them."""
+        for peer in self.peers:
+            peer.writer.close()
 
     async def stop(self) -> None:
         """Listen no more and break off what is open."""
@@ -153,23 +188,42 @@ class Engine:
         if self._tasks:
             await asyncio.wait(tuple(self._tasks))
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _protocol(self) -> asyncio.StreamReaderProtocol:
+        reader = _Reader()
+        return asyncio.StreamReaderProtocol(reader, lambda _, writer: self._serve(reader, writer))
+
+    async def _serve(self, reader: _Reader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         peer = Peer(self, reader, writer)
         self.peers.append(peer)
+        self.taken += 1
+        try:
+            await self._held(reader)
+            if reader.exception() is None and not reader.at_eof():
+                await self._used(peer)
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # the gateway closed, or the test is over
+        finally:
+            self.peers.remove(peer)
+            self._tasks.discard(task)
+            writer.transport.close()
+
+    async def _held(self, reader: _Reader) -> None:
+        self.held += 1
+        try:
+            await reader.begun.wait()
+        finally:
+            self.held -= 1
+
+    async def _used(self, peer: Peer) -> None:
         self.open += 1
         self.connections += 1
         try:
             await self.script(peer)
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass  # the gateway closed, or the test is over
         finally:
             self.open -= 1
-            self.peers.remove(peer)
-            self._tasks.discard(task)
-            writer.transport.close()
 
 
 class Answer:

@@ -7,7 +7,7 @@ import gc
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.process.gateway.stage import OK, Client, Peer, Stage, on_stage, polite
+from tests.process.gateway.stage import BODY, OK, Client, Peer, Stage, on_stage, polite
 
 from turnout.workers.gateway.transition import Drained
 
@@ -33,11 +33,11 @@ class Held:
             await peer.end_stream()
 
 
-async def begun(s: Stage, count: int) -> list[Client]:
+async def begun(s: Stage, count: int, body: bytes = BODY) -> list[Client]:
     """So many clients, each with a stream under way."""
     clients = [await s.client() for _ in range(count)]
     for client in clients:
-        await client.post()
+        await client.post(body)
         await client.head()
         await client.until(b'{"n":1}\n\n\r\n')
     return clients
@@ -108,14 +108,17 @@ async def test_going_back_while_it_drains_keeps_every_stream(s: Stage) -> None:
     held = Held()
     one, two = await s.engine("one", held), await s.engine("two")
     s.route(s.split("v1", one))
+    s.route(s.split("v1", await s.engine("three", Held())), model="other")
     clients = await begun(s, 10)
+    (late,) = await begun(s, 1, BODY.replace(b"chat", b"other"))
     s.route(s.split("v2", two), drain_s=0.2)
     s.route(s.split("v1", one))
-    await asyncio.sleep(0.5)  # the first deadline passes
+    s.route(s.split("v2", two), model="other", drain_s=0.2)
+    assert b"version_drained" in await late.until(b"0\r\n\r\n"), "its deadline was later"
     held.release.set()
     for client in clients:
         assert b"[DONE]" in await client.until(b"0\r\n\r\n")
-    assert s.drained == [Drained("chat", "v2", 3)]
+    assert s.drained == [Drained("chat", "v2", 4), Drained("other", "v1", 5, ended=1)]
     assert s.failures("v1") == {}
 
 

@@ -507,7 +507,8 @@ class Cluster:
 
         await self.until(complete, "the views stand for the whole log")
         await self.caught_up()
-        stored, checkpoint = await self.client.raw_views("model.*", "route.*", "switch.*", "worker.*", "gateway.*")
+        kinds = ("model.*", "route.*", "switch.*", "worker.*", "gateway.*", "alert.*")
+        stored, checkpoint = await self.client.raw_views(*kinds)
         assert checkpoint is not None
         rebuilt = History(self.seen, [], []).views(checkpoint.sequence)
         assert {k: msgspec.json.decode(v) for k, v in stored.items()} == rebuilt

@@ -136,3 +136,38 @@ async def test_a_gateway_that_is_frozen_for_longer_than_its_lease_joins_again(c:
     history.sound()
     assert {r.version for r in late.replies} == {"v4"}
     assert not history.failed()
+
+
+@on_stage
+async def test_invariant_2_a_cut_off_gateway_without_a_request_keeps_its_engine(c: Cluster) -> None:
+    # given a version that two gateways route to, and one of them has never sent it a request
+    await c.register("unused", *ARGS)
+    assert (await c.switched("unused")).phase == "completed"
+    (source,) = c.world.ready("chat", "unused")
+    engine = c.engine_pids("unused")
+    before = len(c.seen)
+    # when that one is cut off from the control plane, and the model is switched by the rest: twice, so that an engine
+    # that is stopped as it should be is seen to be
+    c.relays["g2"].cut()
+    for version in ("next", "last"):
+        await c.register(version, *ARGS)
+        assert (await c.switched(version)).phase == "completed"
+    await c.event(InstanceDraining, before, instance=source.instance)
+    (passed,) = [i.instance for i in c.world.instances.values() if i.version == "next"]
+    await c.event(InstanceStopped, before, instance=passed)
+    # then its engine still runs, and the first request that it sends there is answered
+    assert c.world.instances[source.instance].phase == "draining"
+    assert c.engine_pids("unused") == engine, "the engine was stopped under a gateway that routes to it"
+    late = c.load(10, gateways=("g2",))
+    await c.answered(late)
+    assert {r.version for r in late.replies} == {"unused"}
+    # and it may go with that gateway
+    await late.stop()
+    c.kill("g2")
+    await c.event(InstanceStopped, before, instance=source.instance)
+    c.relays["g2"].mend()
+    await c.restart("g2")
+    await c.until(c.all_live, "the gateway is awaited again")
+    history = await c.history()
+    assert not history.failed(), history.failed()[:5]
+    assert history.problems(but="of which every instance had been asked to stop") == []

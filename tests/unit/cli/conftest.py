@@ -19,6 +19,7 @@ from turnout.workers.cli import cli
 from turnout.workers.client import Client
 from turnout.workers.clock import SystemClock
 from turnout.workers.controller.commands import Commands
+from turnout.workers.controller.health import QUESTIONS, HealthMonitor
 from turnout.workers.controller.log import Log
 from turnout.workers.ports import Checkpoint, Request, ViewEntry
 
@@ -44,11 +45,14 @@ class LocalPlane:
         self.reader = self
         self._log = Log(store, lambda _: None)
         self._commands = Commands(self._log, self.clock, ModelSwitchingConfig(), Defaults())
+        self.health = HealthMonitor(self._log.world, self.clock, ModelSwitchingConfig(), lambda: None)
 
     async def start(self) -> None:
         await self._log.follow()
 
     async def ask(self, role: str, verb: str, request: Request, timeout_s: float) -> bytes:
+        if verb in QUESTIONS:
+            return msgspec.json.encode(self.health.answer(verb, request.body))
         return msgspec.json.encode(await self._commands.handle(role, verb, request))
 
     async def log_page(self, after: int) -> tuple[tuple[Recorded, ...], int]:

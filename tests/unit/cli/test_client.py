@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.unit.cli.conftest import LocalPlane
+from tests.unit.cli.tale import STEPS, canary_held, serving
 
 import turnout
 from turnout.core.decider import Failed
@@ -18,8 +19,10 @@ from turnout.workers.client import (
     CommandRejected,
     ControllerBug,
     DynamicModelRegistry,
+    HealthMonitor,
     ModelSwitcher,
     ModelVersionManager,
+    SwitchOperation,
 )
 from turnout.workers.registry import BaseRegistry, Engine, architecture, find_engines
 
@@ -114,6 +117,67 @@ def test_a_switch_is_asked_for_watched_and_aborted(store: MemoryStore, runner: a
             await other._plane.ask(  # pyright: ignore[reportPrivateUsage]
                 "worker", "worker.join", Request("j", "w1", msgspec.Raw(WORKER)), 1
             )
+
+    runner.run(story())
+
+
+def test_a_wait_comes_back_where_a_person_must_decide(store: MemoryStore, runner: asyncio.Runner) -> None:
+    canary_held(store)
+
+    async def story() -> None:
+        async with connected(store) as client:
+            operation = SwitchOperation(client, "sw-1")
+            with pytest.raises(TimeoutError):
+                await operation.wait(0.02)
+            assert (await operation.wait(5, stop_at_hold=True)).phase == "paused"
+            # a pause that ends by itself is no hold
+            switcher = ModelSwitcher(client)
+            await switcher.promote("sw-1", 1)
+            await switcher.pause("sw-1", 3600.0, reason="lunch")
+            with pytest.raises(TimeoutError):
+                await operation.wait(0.02, stop_at_hold=True)
+            await switcher.resume("sw-1")
+            assert (await operation.status()).phase == "stepped"
+
+    runner.run(story())
+
+
+def test_policies_are_set_and_followed(store: MemoryStore, runner: asyncio.Runner) -> None:
+    serving(store)
+    policy: dict[str, object] = {"strategy": "canary", **STEPS}
+
+    async def story() -> None:
+        async with connected(store) as client:
+            switcher = ModelSwitcher(client)
+            assert await switcher.set_policy("chat", "careful", policy)
+            assert not await switcher.set_policy("chat", "careful", policy)
+            assert await switcher.get_policies("chat") == {"careful": policy}
+            plan = await switcher.plan_switch("chat", "v2", policy="careful")
+            assert [stage.weight for stage in plan.stages] == [5, 50, 100]
+            view = await (await switcher.switch_model("chat", "v2", policy="careful")).status()
+            assert (view.strategy, view.policy, view.parameters) == ("canary", "careful", STEPS)
+            assert await switcher.remove_policy("chat", "careful")
+            assert await switcher.get_policies("chat") == {}
+
+    runner.run(story())
+
+
+def test_health_evidence_and_impact_are_asked_for(store: MemoryStore, runner: asyncio.Runner) -> None:
+    canary_held(store)
+
+    async def story() -> None:
+        async with connected(store) as client:
+            monitor = HealthMonitor(client)
+            report = await monitor.check_model_health("chat")
+            assert [one.version for one in report.versions] == ["v1", "v2"]
+            judgement = (await monitor.check_evidence("sw-1")).judgement
+            assert judgement is not None
+            assert judgement.step == 1
+            impact = await monitor.monitor_switch_impact("sw-1")
+            assert impact is not None
+            assert impact.during.requests == 0
+            with pytest.raises(CommandRejected, match="model_unknown"):
+                await monitor.check_model_health("chit")
 
     runner.run(story())
 

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from click import Command, Group
 
 from turnout.core.strategies import STRATEGIES
 from turnout.projections.switches import SwitchView
@@ -281,8 +282,12 @@ def test_every_command_takes_json(turnout: Turnout) -> None:
     for name in cli.list_commands(context):
         command = cli.get_command(context, name)
         assert command is not None
-        assert any("--json" in p.opts for p in command.params), name
-        assert turnout(name, "--help").exit_code == 0
+        found: dict[tuple[str, ...], Command] = {(name,): command}
+        if isinstance(command, Group):
+            found = {(name, inner): one for inner, one in command.commands.items()}
+        for path, one in found.items():
+            assert any("--json" in p.opts for p in one.params), path
+            assert turnout(*path, "--help").exit_code == 0
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -299,6 +304,7 @@ def test_completion_prints_a_script(shell: str, turnout: Turnout) -> None:
         ("failed", False, False, 1),
         ("rolled_back", False, False, 3),
         ("aborted", False, False, 3),
+        ("concluded", False, False, 0),
         ("paused", False, False, 4),
         ("completed", True, True, 0),
         ("rolled_back", True, True, 3),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.sagas import placement
 from turnout.core.sagas import switch as saga
 from turnout.core.testing import START, WorldBuilder
 from turnout.events.gateway import GatewayJoined, RouteApplied, VersionDrained
-from turnout.events.instance import InstanceReady, InstanceRequested
+from turnout.events.instance import InstanceProbed, InstanceReady, InstanceRequested
 from turnout.events.model import ActiveVersionChanged, EngineSpec, KnownGoodMarked, ModelRegistered, SwitchAdmitted
 from turnout.events.model import VersionRegistered as Registered
 from turnout.events.route import Endpoint, RouteChanged, Split
@@ -18,6 +18,7 @@ from turnout.events.switch import SwitchRequested
 from turnout.events.worker import WorkerJoined
 
 if TYPE_CHECKING:
+    from turnout.core.judging.judgement import Judgement
     from turnout.core.sagas.owed import Agenda
 
 FAKE = EngineSpec("fake")
@@ -28,9 +29,9 @@ GATEWAYS = ("g1", "g2")
 class Story(WorldBuilder):
     """A world with shorthand for what happens often."""
 
-    def owes(self, switch: str = "sw-1") -> Agenda:
-        """What the switch owes now."""
-        return saga.agenda(self.world, switch, self.now)
+    def owes(self, switch: str = "sw-1", judgement: Judgement | None = None) -> Agenda:
+        """What the switch owes now, by this evidence."""
+        return saga.agenda(self.world, switch, self.now, judgement)
 
     def placement(self, config: ModelSwitchingConfig = CONFIG) -> Agenda:
         """What placement owes now."""
@@ -41,10 +42,16 @@ class Story(WorldBuilder):
         self.now += timedelta(seconds=seconds)
         return self
 
-    def carry(self, switch: str = "sw-1") -> tuple[object, ...]:
-        """Carry out the one thing that the switch owes."""
-        (owed,) = self.owes(switch).owed
+    def carry(self, switch: str = "sw-1", judgement: Judgement | None = None) -> tuple[object, ...]:
+        """Carry out the one thing that the switch owes, by this evidence."""
+        (owed,) = self.owes(switch, judgement).owed
         return self.carry_out(owed)
+
+    def probed(self, instance: str, ok: bool = True) -> Self:
+        """The worker has answered the newest probe that was asked for."""
+        cause = self.world.instances[instance].probe
+        self.happens(InstanceProbed(instance, cause, ok, 0.1, "" if ok else "no answer"))
+        return self
 
     def carry_placement(self, config: ModelSwitchingConfig = CONFIG) -> list[object]:
         """Carry out everything that placement owes."""
@@ -74,15 +81,22 @@ class Story(WorldBuilder):
 
     def asked(self, target: str, *, source: str | None = None, **fields: object) -> Self:
         """Switch ``sw-1`` was asked for."""
-        known: dict[str, object] = {"undo": False, "bake_s": 60.0, "drain_s": 600.0, "deadline_s": 300.0} | fields
+        known: dict[str, object] = {
+            "undo": False,
+            "bake_s": 60.0,
+            "drain_s": 600.0,
+            "deadline_s": 300.0,
+            "strategy": "immediate",
+            "parameters": {},
+        } | fields
         self.later(1.0)
         requested = SwitchRequested(
             switch="sw-1",
             model="chat",
             target=target,
             source=self.world.models["chat"].active if source is None else source,
-            strategy="immediate",
-            parameters={},
+            strategy=str(known["strategy"]),
+            parameters=cast("dict[str, object]", known["parameters"]),
             undo=bool(known["undo"]),
             reason="",
             deadline=self.now + timedelta(seconds=float(str(known["deadline_s"]))),

@@ -5,29 +5,44 @@ from __future__ import annotations
 import ast
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
 
-from turnout.core import gateway, instance, model, worker
+from turnout.core import alert, gateway, instance, model, worker
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Rejected
 from turnout.core.handling import (
     VERBS,
+    AdvanceSwitch,
     Context,
+    ContinueSwitch,
     Defaults,
+    HoldSwitch,
     Plan,
+    RetrySwitch,
     StartSwitch,
     StopSwitch,
     UndoModel,
     switch_id,
 )
-from turnout.core.world import DECIDERS
+from turnout.core.sagas.owed import decide
+from turnout.events.alert import AlertRaised, AlertResolved
 from turnout.events.instance import InstanceFailed
-from turnout.events.model import ActiveVersionChanged, EngineSpec, KnownGoodMarked, SwitchAdmitted
-from turnout.events.route import RouteChanged
-from turnout.events.switch import RollbackStarted, SwitchAborted, SwitchRequested
+from turnout.events.model import (
+    ActiveVersionChanged,
+    EngineSpec,
+    KnownGoodMarked,
+    RulesChanged,
+    SwitchAdmitted,
+    SwitchClosed,
+)
+from turnout.events.route import RouteChanged, Rule
+from turnout.events.switch import RollbackStarted, SwitchAborted, SwitchPaused, SwitchRequested
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CORE = Path(__file__).parents[3] / "core"
 FROZEN = ModelSwitchingConfig(enable_dynamic_registry=False)
@@ -50,22 +65,48 @@ def handled(
     planned = handler(story.world, body, context)
     if isinstance(planned, Rejected | Plan):
         return planned
-    events: list[object] = []
-    for write in planned:
-        decided = DECIDERS[write.aggregate].decide(story.world.state(write.aggregate, write.id), write.command)
-        if isinstance(decided, Rejected):
-            return decided
-        events.extend(decided)
-    return events
+    decided = decide(story.world, planned)
+    return decided if isinstance(decided, Rejected) else [event for made in decided.values() for event in made]
 
 
 def baking() -> Story:
     story = serving().instance("i2", "v2").asked("v2")
-    for _ in range(2):
-        story.carry()
+    story.carry()
     story.applied().carry()
     story.carry()
     return story
+
+
+def at_first_step() -> Story:
+    """A gradual switch whose first step is applied."""
+    story = serving().instance("i2", "v2").asked("v2", strategy="gradual")
+    story.carry()
+    story.applied().carry()
+    return story
+
+
+def paused() -> Story:
+    story = at_first_step()
+    return story.happens(SwitchPaused("sw-1", "operator", "lunch", story.now))
+
+
+def held() -> Story:
+    story = at_first_step()
+    return story.happens(SwitchPaused("sw-1", "inconclusive", "too little traffic", story.now))
+
+
+def ended() -> Story:
+    story = serving().asked("v2")
+    story.happens(SwitchAborted("sw-1", "no"))
+    return story
+
+
+def alert_raised() -> Story:
+    return serving().happens(AlertRaised("switch_held.chat", "warning", "switch_held", "it waits", "decide", "chat"))
+
+
+def alert_over() -> Story:
+    return alert_raised().happens(AlertResolved("switch_held.chat", "it goes on"))
 
 
 def draining() -> Story:
@@ -83,6 +124,8 @@ def draining() -> Story:
         ("ops", "version.register", model.RegisterVersion("chat", "v3", FAKE), ["VersionRegistered"]),
         ("ops", "version.deregister", model.DeregisterVersion("chat", "v2"), ["VersionDeregistered"]),
         ("ops", "switch.start", StartSwitch("chat", "v2"), ["SwitchAdmitted", "SwitchRequested"]),
+        ("ops", "model.policy", model.SetPolicy("chat", "slow", {"strategy": "gradual"}), ["PolicyChanged"]),
+        ("ops", "model.rules", model.SetRules("chat", (Rule("short", "tokens < 100", "v2"),)), ["RulesChanged"]),
         ("gw", "gateway.join", gateway.JoinGateway("g3", "http://g3"), ["GatewayJoined"]),
         ("gw", "gateway.applied", gateway.ReportApplied("g1", "chat", 2), ["RouteApplied"]),
         ("gw", "gateway.drained", gateway.ReportDrained("g1", "chat", "v1", 2), ["VersionDrained"]),
@@ -91,12 +134,34 @@ def draining() -> Story:
         ("worker", "worker.leave", worker.LeaveWorker("w1"), ["WorkerLeft"]),
         ("worker", "instance.loading", instance.ReportLoading("i1", "proving", 1.0), []),
         ("worker", "instance.ready", instance.ReportReady("i1", "unix:/n", 1.0, 0.1), ["InstanceReady"]),
+        ("worker", "instance.probed", instance.ReportProbed("i1", "sw-1.1", True, 0.1), []),
         ("worker", "instance.stopped", instance.ReportStopped("i1", 1.0), ["InstanceStopped"]),
         ("worker", "instance.failed", instance.ReportFailed("i1", "serving", "x"), ["InstanceFailed"]),
     ],
 )
 def test_each_verb_writes_its_events(role: str, verb: str, body: object, kinds: list[str]) -> None:
     assert [type(e).__name__ for e in handled(serving(), role, verb, body)] == kinds
+
+
+@pytest.mark.parametrize(
+    ("at", "verb", "body", "kinds"),
+    [
+        (at_first_step, "switch.pause", HoldSwitch("sw-1"), ["SwitchPaused"]),
+        (paused, "switch.resume", ContinueSwitch("sw-1"), ["SwitchResumed"]),
+        (at_first_step, "switch.promote", AdvanceSwitch("sw-1", 1), ["SwitchPromoted"]),
+        (held, "switch.promote", AdvanceSwitch("sw-1"), ["SwitchPromoted"]),
+        (alert_raised, "alert.acknowledge", alert.AcknowledgeAlert("switch_held.chat"), ["AlertAcknowledged"]),
+        (ended, "switch.retry", RetrySwitch("sw-1"), ["SwitchRequested"]),
+    ],
+)
+def test_each_word_of_an_operator_on_a_switch_writes_its_events(
+    at: Callable[[], Story], verb: str, body: object, kinds: list[str]
+) -> None:
+    story = at()
+    if verb == "switch.retry":
+        story.happens(SwitchClosed("chat", "sw-1", "aborted"))
+        kinds = ["SwitchAdmitted", *kinds]
+    assert [type(e).__name__ for e in handled(story, "ops", verb, body, command="c9")] == kinds
 
 
 def test_every_verb_is_tried_here_or_below() -> None:
@@ -176,7 +241,7 @@ def test_a_plan_says_what_is_known_and_none_for_what_is_not() -> None:
     assert isinstance(plan, Plan)
     assert (plan.source, plan.target, plan.tier, plan.seconds, plan.bytes) == ("v1", "v2", "cold", None, None)
     assert [s.what.split()[0] for s in plan.steps] == ["load", "give", "bake:", "drain"]
-    assert "2 gateways" in plan.steps[1].what
+    assert plan.steps[1].what == "give v2 100 % at once"
 
 
 def test_a_plan_knows_what_the_newest_load_took_and_a_warm_version() -> None:
@@ -202,8 +267,7 @@ def test_a_plan_is_refused_as_the_switch_would_be() -> None:
 
 def first_switch_moved() -> Story:
     story = registered("v1").asked("v1", source="").instance("i1", "v1")
-    for _ in range(2):
-        story.carry()
+    story.carry()
     return story
 
 
@@ -213,10 +277,9 @@ def source_dead() -> Story:
     return story
 
 
-def ended() -> Story:
-    story = serving().asked("v2")
-    story.happens(SwitchAborted("sw-1", "no"))
-    return story
+def ruled() -> Story:
+    """Rule r of the model names v2."""
+    return serving().happens(RulesChanged("chat", (Rule("r", "tokens < 100", "v2"),)))
 
 
 def known_good_without_worker() -> Story:
@@ -260,6 +323,30 @@ REFUSALS: list[tuple[str, Any, str, str, object]] = [
     ("nothing_to_undo", serving, "ops", "model.undo", UndoModel("chat")),
     ("nothing_to_undo", first_switch_moved, "ops", "model.undo", UndoModel("chat")),
     ("source_not_ready", source_dead, "ops", "model.undo", UndoModel("chat")),
+    ("policy_unknown", serving, "ops", "switch.start", StartSwitch("chat", "v2", policy="careful")),
+    ("policy_invalid", serving, "ops", "model.policy", model.SetPolicy("chat", "careful", {"strategy": "rolling"})),
+    ("name_invalid", serving, "ops", "model.policy", model.SetPolicy("chat", "a b", {})),
+    ("rules_invalid", serving, "ops", "model.rules", model.SetRules("chat", (Rule("r", "tokens <", "v1"),))),
+    ("rules_invalid", serving, "ops", "model.rules", model.SetRules("chat", (Rule("r", "tokens < 9", "v9"),))),
+    ("version_in_use", ruled, "ops", "version.deregister", model.DeregisterVersion("chat", "v2")),
+    (
+        "parameters_invalid",
+        serving,
+        "ops",
+        "switch.start",
+        StartSwitch("chat", "v2", strategy="gradual", max_transition_time_s=1.0),
+    ),
+    ("parameters_invalid", at_first_step, "ops", "switch.pause", HoldSwitch("sw-1", seconds=-1.0)),
+    ("switch_ended", ended, "ops", "switch.pause", HoldSwitch("sw-1")),
+    ("switch_unknown", serving, "ops", "switch.resume", ContinueSwitch("sw-9")),
+    ("waits_for_a_decision", held, "ops", "switch.resume", ContinueSwitch("sw-1")),
+    ("step_ahead", at_first_step, "ops", "switch.promote", AdvanceSwitch("sw-1", 7)),
+    ("reason_missing", at_first_step, "ops", "switch.promote", AdvanceSwitch("sw-1", full=True)),
+    ("switch_paused", paused, "ops", "switch.promote", AdvanceSwitch("sw-1")),
+    ("switch_running", at_first_step, "ops", "switch.retry", RetrySwitch("sw-1")),
+    ("switch_unknown", serving, "ops", "switch.retry", RetrySwitch("sw-9")),
+    ("alert_unknown", serving, "ops", "alert.acknowledge", alert.AcknowledgeAlert("switch_held.chat")),
+    ("alert_resolved", alert_over, "ops", "alert.acknowledge", alert.AcknowledgeAlert("switch_held.chat")),
     ("gateway_unknown", serving, "gw", "gateway.applied", gateway.ReportApplied("g9", "chat", 1)),
     ("worker_unknown", serving, "worker", "worker.leave", worker.LeaveWorker("w9")),
     ("instance_unknown", serving, "worker", "instance.ready", instance.ReportReady("i9", "unix:/x", 1.0, 0.1)),

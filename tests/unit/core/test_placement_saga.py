@@ -244,8 +244,7 @@ def test_an_instance_that_is_ready_at_another_address_is_repaired_in_the_route()
 
 def test_a_repair_in_the_middle_of_a_switch_keeps_its_weights_and_its_salt() -> None:
     story = idle().asked("v2")
-    for _ in range(2):
-        story.carry()
+    story.carry()
     story.instance("i9", "v2")
     (route,) = of(story.carry_placement(), RouteChanged)
     assert isinstance(route, RouteChanged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import Any, get_args
 
 import msgspec
@@ -12,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnout.core import gateway, instance, model, route, switch, worker
+from turnout.core import alert, gateway, instance, model, route, switch, worker
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Rejected
-from turnout.core.sagas import placement
+from turnout.core.sagas import alerts, placement
 from turnout.core.sagas import switch as saga
 from turnout.core.testing import WorldBuilder
 from turnout.core.world import DECIDERS, World
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Any] = {
     "instance": instance.InstanceCommand,
     "worker": worker.WorkerCommand,
     "gateway": gateway.GatewayCommand,
+    "alert": alert.AlertCommand,
 }
 
 
@@ -43,6 +45,8 @@ def values(type_: Any) -> st.SearchStrategy[Any]:
     origin = typing.get_origin(type_)
     if isinstance(type_, type) and issubclass(type_, msgspec.Struct):
         return structs(type_)
+    if isinstance(type_, type) and issubclass(type_, StrEnum):
+        return st.sampled_from(tuple(type_))
     if origin is tuple:
         return st.lists(values(get_args(type_)[0]), max_size=2).map(tuple)
     if origin is dict:
@@ -187,3 +191,4 @@ def test_no_saga_raises_whatever_has_happened_to_registered_models(events: list[
     for id in world.running:
         saga.agenda(world, id, builder.now)
     placement.agenda(world, ModelSwitchingConfig(), builder.now)
+    alerts.agenda(world, (), builder.now)

@@ -35,11 +35,11 @@ engines = st.builds(
     args=st.lists(text).map(tuple),
     probe=probes,
 )
-BY_FIELD = {"engine": engines, "parameters": json_objects, "probe": probes}
+BY_FIELD = {"engine": engines, "parameters": json_objects, "policy": json_objects, "probe": probes}
 
 
 def events(type: type[msgspec.Struct]) -> st.SearchStrategy[msgspec.Struct]:
-    fields = {f.name for f in msgspec.structs.fields(type)}
+    fields = {f.name for f in msgspec.structs.fields(type) if f.type is not str}
     return st.builds(type, **{name: strategy for name, strategy in BY_FIELD.items() if name in fields})
 
 

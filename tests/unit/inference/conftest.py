@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[ModuleType, type[msgspec.Struct]]] = {
     "worker.leave": (worker, worker.LeaveWorker),
     "instance.loading": (instance, instance.ReportLoading),
     "instance.ready": (instance, instance.ReportReady),
+    "instance.probed": (instance, instance.ReportProbed),
     "instance.failed": (instance, instance.ReportFailed),
     "instance.stopped": (instance, instance.ReportStopped),
 }
@@ -183,6 +184,9 @@ class Host:
 
     def dies(self, id: str, failure: Failure) -> None:
         self._end.setdefault(id, asyncio.Future()).set_result(failure)
+
+    async def prove(self, instance: str) -> str:
+        return self.troubles.get(instance, "")
 
     async def wait_quiet(self, instance: str, busy: Callable[[str], None]) -> Failure | None:
         while instance in self.used:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
-from turnout.events.instance import InstanceFailed, InstanceLoading, InstanceReady
+from turnout.events.instance import InstanceFailed, InstanceLoading, InstanceProbeRequested, InstanceReady
 from turnout.events.model import EngineSpec
 from turnout.events.worker import WorkerLost
 from turnout.projections.fleet import WorkerView
@@ -16,6 +17,7 @@ from turnout.workers.inference.runner import Failure, Found, Loaded
 if TYPE_CHECKING:
     import asyncio
 
+TIME = datetime(2026, 1, 1, tzinfo=UTC)
 LOADED = Loaded("unix:/run/i-1.sock", 1.5, 0.1, 7, "v1")
 
 
@@ -49,6 +51,23 @@ def test_a_requested_instance_is_loaded_proven_and_reported(runner: asyncio.Runn
             await until(lambda: rig.plane.phase() == "ready")
             assert rig.plane.log[-1] == InstanceReady("i-1", "unix:/run/i-1.sock", 1.5, 0.1, 7, "v1")
             await until(lambda: rig.host.watched == {"i-1"})
+
+    runner.run(test())
+
+
+@pytest.mark.parametrize("trouble", ["", "no answer within 5 s"])
+def test_a_probe_that_the_log_asks_for_is_answered_once_with_what_the_engine_said(
+    runner: asyncio.Runner, rig: Any, until: Any, trouble: str
+) -> None:
+    async def test() -> None:
+        async with rig:
+            await ready(rig, until)
+            rig.host.troubles["i-1"] = trouble
+            rig.plane.record(InstanceProbeRequested("i-1", "sw-1.1", TIME))
+            await until(lambda: rig.plane.state().probed == "sw-1.1")
+            rig.plane.show()
+            assert rig.plane.state().sound is not bool(trouble)
+            assert rig.plane.verbs().count("instance.probed") == 1
 
     runner.run(test())
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from turnout.events import codec, gateway, instance, model, route, subjects, switch, worker
+from turnout.events import alert, codec, gateway, instance, model, route, subjects, switch, worker
 from turnout.events.codec import Context
 from turnout.events.envelope import START, Recorded, Unknown
 from turnout.projections.audit import Audit, seconds, sentence, size, tone, who
@@ -47,6 +47,14 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
     ("model", model.KnownGoodMarked("chat", "v2", "sw-1"), "chat v2 is known to be good"),
     ("model", model.KnownGoodRevoked("chat", "v2", "sw-1"), "chat v2 was undone: no undo returns to it any more"),
     (
+        "model",
+        model.PolicyChanged("chat", "careful", {"strategy": "canary"}),
+        "alice set policy careful of chat",
+    ),
+    ("model", model.PolicyChanged("chat", "careful", {}), "alice removed policy careful of chat"),
+    ("model", model.RulesChanged("chat", (route.Rule("short", "tokens < 9"),)), "alice set the rules of chat: short"),
+    ("model", model.RulesChanged("chat", ()), "alice removed the rules of chat"),
+    (
         "switch",
         switch.SwitchRequested("sw-1", "chat", "v2", "v1", "immediate", {}, False, "new weights", NOW, 60, 600, NOW),
         "alice asked for chat v2 (immediate): new weights",
@@ -72,6 +80,40 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
         "switch",
         switch.DrainStarted("sw-1", "v1", 5, NOW),
         "sw-1: v1 gets nothing new from revision 5 on and finishes what it has",
+    ),
+    (
+        "switch",
+        switch.StepStarted("sw-1", 1, 0, 4, "the first step", NOW, 20),
+        "sw-1: step 1 gives it copies of 20 % of the requests with revision 4: the first step",
+    ),
+    (
+        "switch",
+        switch.VerdictReached(
+            "sw-1", 1, "fail", "dead", "v2 failed 5 of 5 requests", "dead", 40, 5, 0, 5, 3, 1.5, (), 9, 2, NOW
+        ),
+        "sw-1: verdict on step 1 is fail: v2 failed 5 of 5 requests",
+    ),
+    (
+        "switch",
+        switch.SwitchPaused("sw-1", "operator", "lunch", NOW, NOW + timedelta(minutes=10)),
+        "sw-1: paused for 10 min: lunch",
+    ),
+    (
+        "switch",
+        switch.SwitchPaused("sw-1", "inconclusive", "0 of 50 requests", NOW),
+        "sw-1: held: the evidence says neither yes nor no: 0 of 50 requests",
+    ),
+    ("switch", switch.SwitchResumed("sw-1", "back", NOW), "sw-1: goes on: back"),
+    ("switch", switch.SwitchPromoted("sw-1", 2, False, "", NOW), "sw-1: alice promoted it past step 2"),
+    (
+        "switch",
+        switch.SwitchPromoted("sw-1", 2, True, "we are sure", NOW),
+        "sw-1: alice promoted it past every further step, pause and analysis: we are sure",
+    ),
+    (
+        "switch",
+        switch.SwitchConcluded("sw-1", "v1", "24 h are over"),
+        "sw-1: ended as planned, v1 stays: 24 h are over",
     ),
     ("switch", switch.SwitchCompleted("sw-1", 1.25), "sw-1: completed, drained in 1.25 s"),
     (
@@ -102,6 +144,17 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
         instance.InstanceDraining("i2", "idle", "alice"),
         "i2: asked to stop, forced by alice: idle",
     ),
+    (
+        "instance",
+        instance.InstanceProbeRequested("i2", "sw-1.1", NOW),
+        "i2: shall answer its golden probe once more",
+    ),
+    ("instance", instance.InstanceProbed("i2", "sw-1.1", True, 0.05), "i2: answered its golden probe in 50 ms"),
+    (
+        "instance",
+        instance.InstanceProbed("i2", "sw-1.1", False, 5, "no answer"),
+        "i2: failed its golden probe in 5 s: no answer",
+    ),
     ("instance", instance.InstanceStopped("i2", 0.25), "i2: stopped in 250 ms"),
     (
         "instance",
@@ -123,6 +176,19 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
         ),
         "chat is routed by revision 5 (repair): v2 100 % (i2), v1 0 % (i1)",
     ),
+    (
+        "alert",
+        alert.AlertRaised(
+            "switch_held.chat", "warning", "switch_held", "chat waits for a decision", "promote or abort"
+        ),
+        "warning alert switch_held.chat: chat waits for a decision",
+    ),
+    (
+        "alert",
+        alert.AlertAcknowledged("switch_held.chat", "bob", "on it"),
+        "bob has seen alert switch_held.chat: on it",
+    ),
+    ("alert", alert.AlertResolved("switch_held.chat", "it goes on"), "alert switch_held.chat is over: it goes on"),
     ("gateway", gateway.GatewayJoined("g1", "http://h:1"), "gateway g1 takes requests at http://h:1"),
     ("gateway", gateway.RouteApplied("g1", "chat", 5), "gateway g1 routes chat by revision 5"),
     (
@@ -158,9 +224,12 @@ def test_an_event_of_a_newer_turnout_is_told_as_such() -> None:
     assert Audit().entry(newer).tone == "detail"
 
 
+REQUESTED = next(event for _, event, _ in SENTENCES if isinstance(event, switch.SwitchRequested))
+
+
 def test_an_instance_and_a_switch_are_called_by_what_they_are() -> None:
     audit = Audit()
-    audit.entry(recorded("switch", "sw-1", SENTENCES[8][1]))
+    audit.entry(recorded("switch", "sw-1", REQUESTED))
     audit.entry(recorded("instance", "i2", instance.InstanceRequested("i2", "chat", "v2", "w1", FAKE, "sw-1")))
     ready = audit.entry(recorded("instance", "i2", instance.InstanceReady("i2", "unix:/s", 1, 1, 0, "")))
     assert ready.sentence.startswith("i2 (chat v2): proven ready")
@@ -171,7 +240,7 @@ def test_an_instance_and_a_switch_are_called_by_what_they_are() -> None:
 
 def test_what_gateways_do_belongs_to_the_switch_that_made_the_revision() -> None:
     audit = Audit()
-    audit.entry(recorded("switch", "sw-1", SENTENCES[8][1]))
+    audit.entry(recorded("switch", "sw-1", REQUESTED))
     audit.entry(recorded("route", "chat", route.RouteChanged("chat", 4, (), "sw-1", 600, "sw-1")))
     audit.entry(recorded("route", "chat", route.RouteChanged("chat", 5, (), "sw-1", 600, "repair")))
     by_switch = audit.entry(recorded("gateway", "g1", gateway.RouteApplied("g1", "chat", 4)))

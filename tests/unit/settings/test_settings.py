@@ -150,7 +150,8 @@ def test_all_problems_are_told_at_once(write: WriteFile) -> None:
         f"{file}, line 10: [gateway] has no key 'ports'; did you mean 'port'?",
         "TURNOUT_GATEWAY_PORT: gateway.port is 'high': give a whole number",
         f"{file}, line 3: [switching] health_check_interval is 0.0: give a number of seconds above 0",
-        f"{file}, line 4: [switching] default_switch_strategy is 'canari': choose one of immediate",
+        f"{file}, line 4: [switching] default_switch_strategy is 'canari': choose one of "
+        "ab, canary, gradual, immediate",
         f"{file}, line 6: [switch] bake_s is -1.0: give a number of seconds, 0 or more",
         f"{file}, line 8: [nats] replicas is 2: give 1, 3 or 5",
     ]

@@ -31,6 +31,8 @@ WORDS = (
     *("can", "count", "and", "compare", "with", "what", "came", "before"),
 )
 GARBAGE = ("Ground", "setattr", "amiliar", "}]);", "ÃƒÂ", "orum", "imir", "isim", "\\\\x", "Ltd", "zzq", "0xff", "ège")
+#: What vLLM says in a 500 once its engine process has died; a gateway tells it from an error of one request.
+DEAD = "EngineCore encountered an issue"
 CUT_AT = 0.5  # a stream that breaks does so after this share of its tokens
 
 _encode = msgspec.json.encode
@@ -59,6 +61,8 @@ class Settings(msgspec.Struct, frozen=True):
     crash_after: int = -1
     crash_at_load: bool = False
     hang_after: int = -1
+    deaf_after: int = -1
+    error_says: str = DEAD
     hang_at_load: bool = False
     memory_mb: int = 0
     seed: int = 0
@@ -156,14 +160,19 @@ class Model:
         if s.empty or s.nan:
             return Plan(())
         if s.loop:
-            return Plan(("!",) * count)
+            return Plan(("!",) * count, finish="length")  # broken weights never come to an end by themselves
         if s.garbage:
-            return Plan(tuple(GARBAGE[int(self._draw() * len(GARBAGE))] for _ in range(count)))
+            salad = tuple(GARBAGE[int(self._draw() * len(GARBAGE))] for _ in range(count))
+            return Plan(salad, finish="length")
         if s.stream_error_rate and self._draw() < s.stream_error_rate:
             return Plan(self.sound(count).tokens, broken=True)
         if s.abort_rate and self._draw() < s.abort_rate:
             return Plan(self.sound(max(1, count // 2)).tokens, finish="abort")
         return self.sound(count)
+
+    def is_deaf(self) -> bool:
+        """Whether no connection is taken any more."""
+        return 0 <= self.settings.deaf_after <= self.asked
 
     def hangs(self) -> bool:
         """Whether the request that was counted last gets no byte for ever."""
@@ -198,10 +207,14 @@ class Model:
 
 
 class Shape(ABC):
-    """One OpenAI endpoint that generates text: how an answer, and each piece of a stream, is written."""
+    """One OpenAI endpoint that generates text: how an answer, and each piece of a stream, is written.
+
+    ``opening``: events before the first token's; ``early``: so many of them don't wait for it. As in vLLM, whose head
+    of a stream goes out at once, and the role of a chat with the first token.
+    """
 
     prefix = ""
-    opening = 0
+    opening = early = 0
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -298,7 +311,7 @@ class Responses(Shape):
     """``/v1/responses``, text only."""
 
     prefix = "resp_"
-    opening = 1
+    opening = early = 1
 
     def _response(self, id: str, plan: Plan, status: str) -> dict[str, object]:
         text = {"type": "output_text", "text": "".join(plan.tokens), "annotations": ()}
@@ -383,6 +396,7 @@ class Stream:
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._pieces = self._script(id, ask)
+        self._opening = shape.opening - shape.early
 
     def _script(self, id: str, ask: Ask) -> Iterator[bytes]:
         """The events in order, up to where the stream is to break."""
@@ -393,7 +407,7 @@ class Stream:
                 break
             yield piece
         if plan.broken:
-            failure = {"message": "EngineCore encountered an issue", "type": "InternalServerError", "code": 500}
+            failure = {"message": DEAD, "type": "InternalServerError", "code": 500}
             yield b"data: " + _encode({"error": failure}) + b"\n\n"
         if type(self._shape) is not Responses:
             yield _DONE
@@ -405,10 +419,12 @@ class Stream:
     def start(self) -> None:
         """Send the head now and the first token when it is due."""
         s, http = self._settings, self._http
-        opening = b"".join(_framed(next(self._pieces)) for _ in range(self._shape.opening))
-        http.transport.write(_STREAM_HEAD + opening)
+        http.transport.write(_STREAM_HEAD + self._next(self._shape.early))
         self._due = http.server.loop.time() + s.first_token_s
         self._timer = http.server.loop.call_at(self._due, self.send)
+
+    def _next(self, count: int) -> bytes:
+        return b"".join(_framed(next(self._pieces)) for _ in range(count))
 
     def send(self) -> None:
         """Write the next piece; called by the timer, and again when a slow reader has caught up."""
@@ -416,6 +432,9 @@ class Stream:
         if http.paused:
             self._timer = None
             return
+        if self._opening:
+            http.transport.write(self._next(self._opening))
+            self._opening = 0
         piece = next(self._pieces, _DONE)
         if self._plan.crash and piece is _DONE:
             crash()
@@ -455,13 +474,20 @@ class Server:
         self.shapes = {path: shape(model) for path, shape in self.SHAPES.items()}
         self.decode = msgspec.json.Decoder(Ask).decode
         self.answers: dict[tuple[object, ...], bytes] = {}
+        self.listening: asyncio.Server | None = None
         self.emptied: Callable[[], None] = lambda: None
 
-    def stop(self) -> None:
-        """Close idle connections; the rest close when their answer is out."""
+    def close(self) -> None:
+        """Take no connection any more. Idle ones close now, the rest when their answer is out."""
         self.stopping = True
+        if self.listening is not None:
+            self.listening.close()
         for http in tuple(self.connections):
             http.close_if_idle()
+
+    def stop(self) -> None:
+        """The process is to end."""
+        self.close()
         self.gone()
 
     def gone(self) -> None:
@@ -562,6 +588,8 @@ class Http(asyncio.Protocol):
         self._answer = None
         if finish:
             model.ended(finish, tokens)
+        if model.is_deaf():
+            self.server.close()
         if not self._keep or self.server.stopping:
             self.transport.close()
         elif self._waiting:
@@ -603,7 +631,7 @@ class Http(asyncio.Protocol):
         if model.hangs():
             return
         if plan is None:
-            self._reply(_error(500, "EngineCore encountered an issue", "InternalServerError"))
+            self._reply(_error(500, settings.error_says, "InternalServerError"))
             return
         if ask.logprobs and model.is_nan():
             self._reply(_error(400, "Out of range float values are not JSON compliant: nan", "BadRequestError"))
@@ -631,7 +659,7 @@ class Http(asyncio.Protocol):
             if ask.stream:
                 answer = Stream(self, id, ask, plan, shape).whole()
             elif plan.broken:
-                answer = _error(500, "EngineCore encountered an issue", "InternalServerError")
+                answer = _error(500, DEAD, "InternalServerError")
             else:
                 answer = _plain(200, shape.whole(id, ask, plan))
             if sound and not ask.stream_options:
@@ -648,7 +676,7 @@ class Http(asyncio.Protocol):
         if model.hangs():
             return
         if plan is None:
-            answer = _error(500, "EngineCore encountered an issue", "InternalServerError")
+            answer = _error(500, model.settings.error_says, "InternalServerError")
         elif path == "/v1/embeddings":
             answer = _plain(200, self._embedding())
         elif path == "/v1/audio/transcriptions":
@@ -750,12 +778,11 @@ async def serve(settings: Settings) -> None:
     server = Server(Model(settings, int(SystemClock().now().timestamp())), loop)
     make: Any = lambda: Http(server)  # noqa: E731
     if settings.socket:
-        listening = await loop.create_unix_server(make, sock=sock, backlog=2048)
+        server.listening = await loop.create_unix_server(make, sock=sock, backlog=2048)
     else:
-        listening = await loop.create_server(make, sock=sock, backlog=2048)
+        server.listening = await loop.create_server(make, sock=sock, backlog=2048)
     say(f"INFO [fake] Application startup complete on {sock.getsockname()}")
     await stop.wait()
-    listening.close()
     empty = asyncio.Event()
     server.emptied = empty.set
     server.stop()
@@ -778,18 +805,20 @@ def parse(argv: list[str] | None = None) -> Settings:
     when.add_argument("--first-token-ms", type=float, default=0.0)
     when.add_argument("--token-ms", type=float, default=0.0, help="between two tokens")
     when.add_argument("--memory", type=int, default=0, help="MiB to hold")
-    bad = p.add_argument_group("what goes wrong (crash and hang count requests from the start, the proof included)")
+    bad = p.add_argument_group("what goes wrong (crash, hang and deaf count all requests, the proof included)")
     bad.add_argument("--sound-first", type=int, default=0, help="requests that go well before the faults below begin")
     bad.add_argument("--error-rate", type=float, default=0.0, help="share of requests answered 500")
+    bad.add_argument("--error-says", default=DEAD, help="message of the 500; the default says that the engine is dead")
     bad.add_argument("--stream-error-rate", type=float, default=0.0, help="share that breaks half way, status 200")
     bad.add_argument("--abort-rate", type=float, default=0.0, help="share that ends with finish_reason abort")
-    bad.add_argument("--garbage", action="store_true", help="word salad")
+    bad.add_argument("--garbage", action="store_true", help="word salad without an end")
     bad.add_argument("--loop", action="store_true", help="one token over and over")
     bad.add_argument("--empty", action="store_true", help="no text at all")
     bad.add_argument("--nan", action="store_true", help="as NaN weights: empty text, or 400 where logprobs are asked")
     bad.add_argument("--crash-after", type=int, default=-1, help="answer so many requests and die in the next")
     bad.add_argument("--crash-at-load", action="store_true")
     bad.add_argument("--hang-after", type=int, default=-1, help="answer so many requests, then none; /health stays 200")
+    bad.add_argument("--deaf-after", type=int, default=-1, help="answer so many requests, then take no connection")
     bad.add_argument("--hang-at-load", action="store_true", help="never get ready")
     bad.add_argument("--seed", type=int, default=0, help="the same seed fails the same requests")
     a = p.parse_args(argv)
@@ -814,6 +843,8 @@ def parse(argv: list[str] | None = None) -> Settings:
         crash_after=a.crash_after,
         crash_at_load=a.crash_at_load,
         hang_after=a.hang_after,
+        deaf_after=a.deaf_after,
+        error_says=a.error_says,
         hang_at_load=a.hang_at_load,
         memory_mb=a.memory,
         seed=a.seed,

@@ -1,0 +1,359 @@
+"""How often the judge is wrong, and how soon it is right: beside a fixed threshold and a repeated Mann-Whitney test.
+
+Whole runs are simulated as a gateway reports them: windows of 25 requests (100 requests/s, four samples a second), ended
+early by an error, in one stream of samples that the real Judge folds, with every detector on and asked after every
+sample. Nothing is vectorised or left out, so there is nothing to cross-check. The two rivals look at the same requests.
+Each run has a seed of its own: run number, scenario. Time does not pass: no figure depends on the machine.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from bisect import bisect
+from datetime import UTC, datetime, timedelta
+from itertools import accumulate
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+import msgspec
+import report
+
+from turnout.core.judging.judge import Judge, Question
+from turnout.core.judging.judgement import Decision, JudgeSettings
+from turnout.events.health import HealthSampled, Histogram, bin_of, quantile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+WINDOW = 25  # requests: a quarter of a second at 100/s
+LOOK = 100  # canary requests between two looks of the rivals
+SIGMA = 0.7  # of the logarithm of the time to the first byte
+RIVALS = ("judge", "fixed threshold", "Mann-Whitney")
+_POOL = 50_021
+
+
+class Scenario(msgspec.Struct, frozen=True):
+    """One world: how good source and target are, who asks, and what happens on the way.
+
+    ``good_first``: canary requests without any difference before the fault begins. ``users``: sticky ones, 0 for none;
+    each has an error rate of its own (``correlation``) and asks as often as Zipf's law says.
+    """
+
+    name: str
+    requests: int
+    weight: float = 0.1
+    source_errors: float = 0.01
+    target_errors: float = 0.01
+    slower: float = 1.0
+    empty: float = 0.005
+    refused: bool = False
+    good_first: int = 0
+    users: int = 0
+    correlation: float = 0.2
+    restless: bool = False
+    steps: int = 1
+
+
+class Run(msgspec.Struct, frozen=True):
+    """What one run came to: canary requests at the alarm of each rule (0: none), and at the first pass (0: none)."""
+
+    alarms: tuple[int, int, int]
+    metric: str
+    passed: int
+    invalid: bool
+
+
+SAME = (
+    Scenario("1 % errors, a request at a time", 10_000),
+    Scenario("3 % errors, half of the traffic", 10_000, weight=0.5, source_errors=0.03, target_errors=0.03),
+    Scenario(
+        "sticky users with unequal habits, 3 % errors", 10_000, source_errors=0.03, target_errors=0.03, users=1000
+    ),
+    Scenario("load that comes and goes, a shared outage", 10_000, restless=True),
+)
+FAULTS = (
+    Scenario("dead, refuses connections", 2_000, target_errors=1.0, refused=True),
+    Scenario("dead, answers 500", 2_000, target_errors=1.0),
+    Scenario("half of the requests fail", 2_000, target_errors=0.5),
+    Scenario("errors 10 times as often (1 → 10 %)", 10_000, target_errors=0.1),
+    Scenario("errors 5 times as often (1 → 5 %)", 20_000, target_errors=0.05),
+    Scenario("errors 3 times as often (1 → 3 %)", 40_000, target_errors=0.03),
+    Scenario("first byte takes 1.5 times as long", 10_000, slower=1.5),
+    Scenario("first byte takes twice as long", 10_000, slower=2.0),
+    Scenario("empty answers 10 times as often (0.5 → 5 %)", 20_000, empty=0.05),
+    Scenario("dead (500) after 2,000 good canary requests", 24_000, target_errors=1.0, good_first=2_000),
+    Scenario("errors 10 times as often after 2,000 good ones", 40_000, target_errors=0.1, good_first=2_000),
+    Scenario("first byte 1.5 times as long after 2,000 good ones", 40_000, slower=1.5, good_first=2_000),
+)
+FOUR_STEPS = tuple(
+    msgspec.structs.replace(FAULTS[n], name=f"{FAULTS[n].name}, one of 4 steps", steps=4) for n in (1, 3, 6)
+)
+
+#: What must be reached at 10 percent, as medians of canary requests.
+GOALS = {
+    "dead, refuses connections": ("dead canary", 5),
+    "dead, answers 500": ("dead canary that answers 500", 5),
+    "errors 10 times as often (1 → 10 %)": ("10 times a 1 % error rate", 70),
+    "errors 5 times as often (1 → 5 %)": ("5 times", 210),
+    "first byte takes 1.5 times as long": ("time to the first byte × 1.5", 85),
+}
+ALLOWED = 1.2  # "about"
+
+
+class _Arm:
+    """One version's window in the making, and what the rivals remember of it."""
+
+    __slots__ = (
+        "all_first",
+        "assigned",
+        "bad_users",
+        "empty",
+        "errors",
+        "first",
+        "refused",
+        "requests",
+        "run",
+        "sum_errors",
+        "sum_requests",
+        "token",
+        "tokens",
+        "total",
+        "unit_empty",
+        "unit_errors",
+        "users",
+        "window",
+    )
+
+    def __init__(self) -> None:
+        self.window = self.run = self.sum_requests = self.sum_errors = 0
+        self.all_first: Histogram = {}
+        self.clear()
+
+    def clear(self) -> None:
+        self.requests = self.errors = self.refused = self.unit_errors = 0
+        self.assigned = self.users = self.empty = self.unit_empty = 0
+        self.first: Histogram = {}
+        self.total: Histogram = {}
+        self.token: Histogram = {}
+        self.tokens: Histogram = {}
+        self.bad_users: dict[str, int] = {}
+
+
+class _World:
+    """Draws the requests of one run and shows them to the judge and to its rivals."""
+
+    def __init__(self, scenario: Scenario, seed: int) -> None:
+        self.scenario = scenario
+        self.random = random.Random(f"{scenario.name}:{seed}")
+        self.judge = Judge(
+            Question(settings=SETTINGS, source="v1", target="v2", step=1, steps=scenario.steps, first_revision=1)
+        )
+        self.source, self.target = _Arm(), _Arm()
+        self.canary = self.passed = 0
+        self.alarms = [0, 0, 0]
+        self.metric = ""
+        self.invalid = False
+        self.fixed = _Fixed()
+        self.at = START
+        self.seen: set[int] = set()
+        self.failed: set[int] = set()
+        self.found_empty: set[int] = set()
+        if scenario.users:
+            self._draw_users(scenario)
+
+    def _draw_users(self, scenario: Scenario) -> None:
+        """Who gets the target, how often they fail, how slow they are, and how much they ask (Zipf, 1.6)."""
+        draw, count = self.random, scenario.users
+        self.user_target = [draw.random() < scenario.weight for _ in range(count)]
+        spread, mean = (1.0 - scenario.correlation) / scenario.correlation, scenario.source_errors
+        self.user_errors = [draw.betavariate(mean * spread, (1.0 - mean) * spread) for _ in range(count)]
+        self.user_pace = [draw.gauss(0.0, 0.3) / LOG_BIN for _ in range(count)]
+        self.user_asks = list(accumulate(1.0 / rank**1.6 for rank in range(1, count + 1)))
+
+    def run(self) -> Run:
+        """The whole run, or until every rule has given its alarm."""
+        scenario, draw = self.scenario, self.random.random
+        slower = math.log(scenario.slower) / LOG_BIN
+        first_ms, token_ms, tokens = POOLS
+        in_window = 0
+        for n in range(scenario.requests):
+            user, pace, late = -1, 0.0, 0.0
+            if scenario.users:
+                user = bisect(self.user_asks, draw() * self.user_asks[-1])
+                is_target, errors, pace = self.user_target[user], self.user_errors[user], self.user_pace[user]
+            else:
+                is_target, errors = draw() < scenario.weight, scenario.source_errors
+            faulty = is_target and self.canary >= scenario.good_first
+            if faulty and not user >= 0:
+                errors, late = scenario.target_errors, slower
+            if scenario.restless:
+                pace += 6.0 * math.sin(n / 1500.0)
+                errors = 0.3 if 4000 <= n < 4500 else errors
+            arm = self.target if is_target else self.source
+            self.canary += is_target
+            failed = draw() < errors
+            fresh = user < 0 or user not in self.seen
+            if fresh:
+                arm.assigned += 1
+                if user >= 0:
+                    arm.users += 1
+                    self.seen.add(user)
+            arm.requests += 1
+            if failed:
+                self._fail(arm, user, scenario.refused and is_target)
+            else:
+                arm.run = 0
+                first = max(0, round(first_ms[int(draw() * _POOL)] + pace + late))
+                if fresh:
+                    arm.first[first] = arm.first.get(first, 0) + 1
+                    many = tokens[int(draw() * _POOL)]
+                    arm.tokens[many] = arm.tokens.get(many, 0) + 1
+                each = max(0, round(token_ms[int(draw() * _POOL)] + pace))
+                arm.token[each] = arm.token.get(each, 0) + 1
+                last = first + 8
+                arm.total[last] = arm.total.get(last, 0) + 1
+                if draw() < (scenario.empty if faulty else EMPTY):
+                    arm.empty += 1
+                    arm.unit_empty += user < 0 or user not in self.found_empty
+                    self.found_empty.add(user)
+            in_window += 1
+            if failed or in_window >= WINDOW:
+                in_window = 0
+                self._flush()
+                if all(self.alarms) or (self.alarms[0] and scenario.good_first):
+                    break
+        return Run((self.alarms[0], self.alarms[1], self.alarms[2]), self.metric, self.passed, self.invalid)
+
+    def _fail(self, arm: _Arm, user: int, refused: bool) -> None:
+        arm.errors += 1
+        arm.refused += refused
+        arm.run = arm.run + 1 if refused else 0
+        if user < 0:
+            arm.unit_errors += 1
+            return
+        arm.bad_users[f"{user:x}"] = arm.bad_users.get(f"{user:x}", 0) + 1
+        arm.unit_errors += user not in self.failed
+        self.failed.add(user)
+
+    def _flush(self) -> None:
+        """The gateway's samples of both arms, and what each rule says of them."""
+        started, self.at = self.at, self.at + timedelta(milliseconds=250)
+        target_moved = self.target.requests > 0
+        for version, arm, share in (
+            ("v1", self.source, 1.0 - self.scenario.weight),
+            ("v2", self.target, self.scenario.weight),
+        ):
+            if arm.requests:
+                self._sample(version, arm, share, started)
+        if not self.alarms[0]:
+            self._ask()
+        if target_moved:
+            if not self.alarms[1] and self.fixed.alarms(self.source, self.target):
+                self.alarms[1] = self.canary
+            if not self.alarms[2] and self.target.sum_requests % LOOK < self.target.requests:
+                self.alarms[2] = self.canary if mann_whitney(self.source, self.target) else 0
+        self.source.clear()
+        self.target.clear()
+
+    def _sample(self, version: str, arm: _Arm, share: float, started: datetime) -> None:
+        arm.window += 1
+        arm.sum_requests += arm.requests
+        arm.sum_errors += arm.errors
+        for bin, count in arm.first.items():
+            arm.all_first[bin] = arm.all_first.get(bin, 0) + count
+        outcomes = {"ok": arm.requests - arm.errors, "refused": arm.refused, "http_error": arm.errors - arm.refused}
+        self.judge.take(
+            HealthSampled(
+                gateway="g1",
+                model="chat",
+                version=version,
+                window=arm.window,
+                revision=1,
+                share=share,
+                started=started,
+                ended=self.at,
+                requests=arm.requests,
+                outcomes={outcome: count for outcome, count in outcomes.items() if count},
+                signs={"empty": arm.empty} if arm.empty else {},
+                assigned=arm.assigned,
+                unit_errors=arm.unit_errors,
+                unit_signs={"empty": arm.unit_empty} if arm.unit_empty else {},
+                users=arm.users,
+                bad_users=arm.bad_users,
+                run=arm.run,
+                first_ms={"stream/4k": arm.first} if arm.first else {},
+                token_ms=arm.token,
+                total_ms=arm.total,
+                tokens=arm.tokens,
+            )
+        )
+
+    def _ask(self) -> None:
+        decision = self.judge.decision()
+        if decision is Decision.FAIL:
+            self.alarms[0] = self.canary - self.scenario.good_first
+            self.metric = self.judge.judgement().metric
+        elif decision is Decision.PASS and not self.passed:
+            self.passed = self.canary
+        self.invalid = self.invalid or decision is Decision.INVALID
+
+
+class _Fixed:
+    """Roll back if more than 5 % of 100 canary requests failed, or their p95 is 1.5 times the source's so far."""
+
+    def __init__(self) -> None:
+        self.requests = self.errors = 0
+        self.first: Histogram = {}
+
+    def alarms(self, source: _Arm, target: _Arm) -> bool:
+        self.requests += target.requests
+        self.errors += target.errors
+        for bin, count in target.first.items():
+            self.first[bin] = self.first.get(bin, 0) + count
+        if self.requests < LOOK:
+            return False
+        slow, usual = quantile(self.first, 0.95), quantile(source.all_first, 0.95)
+        bad = self.errors > 0.05 * self.requests or (slow is not None and usual is not None and slow > 1.5 * usual)
+        self.__init__()
+        return bad
+
+
+def mann_whitney(source: _Arm, target: _Arm) -> bool:
+    """One-sided at 1 %: first bytes, or outcomes (0 and 1), of all requests so far. Asked every 100 canary requests."""
+    failed = ({0: a.sum_requests - a.sum_errors, 1: a.sum_errors} for a in (source, target))
+    return _larger(*failed) > 2.326 or _larger(source.all_first, target.all_first) > 2.326
+
+
+def _larger(source: Histogram, target: Histogram) -> float:
+    """The standardised Mann-Whitney statistic, with its correction for ties."""
+    n, m = sum(source.values()), sum(target.values())
+    if not n or not m:
+        return 0.0
+    below, u, ties = 0, 0.0, 0.0
+    for bin in sorted({**source, **target}):
+        a, b = source.get(bin, 0), target.get(bin, 0)
+        u += b * (below + a / 2.0)
+        below += a
+        ties += (a + b) ** 3 - (a + b)
+    whole = n + m
+    variance = n * m / 12.0 * (whole + 1.0 - ties / (whole * (whole - 1.0)))
+    return (u - n * m / 2.0) / math.sqrt(variance) if variance > 0.0 else 0.0
+
+
+def _pool(median: float, sigma: float) -> list[int]:
+    draw = random.Random(f"{median}:{sigma}")
+    return [bin_of(draw.lognormvariate(math.log(median), sigma)) for _ in range(_POOL)]
+
+
+LOG_BIN = math.log(1.1)
+POOLS = _pool(200.0, SIGMA), _pool(20.0, 0.3), _pool(150.0, 0.8)
+EMPTY = 0.005
+SETTINGS = JudgeSettings(error_ceiling=0.05, latency_ceiling_ms=5000.0)
+
+
+def simulate(task: tuple[Scenario, int]) -> Run:
+    """One run."""
+    return _World(*task).run()

@@ -1,0 +1,173 @@
+"""Two kernels of evidence in log space, and confidence sequences. Knows no sample, no version and no decision.
+
+An e-value starts at 1; under the null hypothesis it reaches ``1/alpha`` with a chance of ``alpha`` at most, however
+often one looks. Kernel A asks which arm an event landed on, kernel B whether a share is above (or below) a ceiling.
+Each bets with several tilts at once and keeps the logarithm for each of them; the e-value is their mean. What is added
+for one window does not depend on the order of the events in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence  # noqa: TC003  part of public signatures
+
+import msgspec
+
+#: Tilts of the odds for events that are bad or not there: errors, slow answers, empty answers.
+EVENT_TILTS = tuple(math.log(odds) for odds in (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0))
+#: Tilts for scores between -1 and 1: worse, better, other.
+WORSE_TILTS = (0.25, 0.5, 1.0, 2.0)
+BETTER_TILTS = (-0.25, -0.5, -1.0, -2.0)
+OTHER_TILTS = (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0)
+#: Tilts for "the split is not what it should be".
+SPLIT_TILTS = tuple(math.log(odds) for odds in (0.1, 0.5, 0.8, 0.9, 1.1, 1.25, 2.0, 10.0))
+
+_ABOVE_ODDS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 1000.0)
+_BELOW_SHARES = (0.1, 0.25, 0.5, 0.75)
+_STEPS = 50  # of a bisection, which halves an interval within [0, 1]
+
+
+def event_good_tilts(margin: float) -> tuple[float, ...]:
+    """Tilts for "bad events are less than ``margin`` times as frequent": equally frequent, or half as frequent."""
+    return tuple(math.log(ratio / margin) for ratio in (0.5, 1.0))
+
+
+class Evidence(msgspec.Struct, frozen=True, gc=False):
+    """One hypothesis: log weight of each tilt since the start, and of each tilt restarted where it was below its start.
+
+    The restarted form (CUSUM, an e-detector) is what sees a change after a long good time: within ``n`` windows it
+    reaches ``c`` with a chance of ``n/c`` at most.
+    """
+
+    plain: tuple[float, ...]
+    restarted: tuple[float, ...]
+
+    def after(self, increments: Sequence[float]) -> Evidence:
+        """With one more window."""
+        return Evidence(
+            tuple([before + more for before, more in zip(self.plain, increments, strict=True)]),
+            tuple([max(before, 0.0) + more for before, more in zip(self.restarted, increments, strict=True)]),
+        )
+
+    @property
+    def log_e(self) -> float:
+        """Logarithm of the e-value."""
+        return log_mean_exp(self.plain)
+
+    @property
+    def log_change(self) -> float:
+        """Logarithm of the restarted form's statistic."""
+        return log_mean_exp(self.restarted)
+
+
+def no_evidence(tilts: int) -> Evidence:
+    """Before the first event; ``tilts``: how many there are."""
+    return Evidence((0.0,) * tilts, (0.0,) * tilts)
+
+
+def which_arm(
+    tilts: Sequence[float],
+    share: float,
+    target: Iterable[tuple[float, float]],
+    source: Iterable[tuple[float, float]],
+    margin: float = 1.0,
+) -> list[float]:
+    """Kernel A: what one window's events add to the log weight of each tilt.
+
+    Args:
+        tilts: of the odds that an event with score 1 is the target's; above 0 for "worse".
+        share: probability that the target gets an event, in (0, 1).
+        target: (score, count) of the target's events. Scores are in [-1, 1], larger is worse, and must come from the
+            outcome and from earlier windows only.
+        source: the source's.
+        margin: tolerated odds ratio; 1 for "no worse".
+    """
+    share = margin * share / (1.0 - share + margin * share)
+    added = [0.0] * len(tilts)
+    for score, count in target:
+        for k, tilt in enumerate(tilts):
+            bet = tilt * score
+            added[k] += count * (bet - math.log1p(share * math.expm1(bet)))
+    for score, count in source:
+        for k, tilt in enumerate(tilts):
+            added[k] -= count * math.log1p(share * math.expm1(tilt * score))
+    return added
+
+
+def above(ceiling: float, bad: float, good: float) -> list[float]:
+    """Kernel B: what ``bad`` and ``good`` events add to "the share of bad ones is above ``ceiling``" (eight tilts)."""
+    odds = ceiling / (1.0 - ceiling)
+    return [_bernoulli(odds * times / (1.0 + odds * times), ceiling, bad, good) for times in _ABOVE_ODDS]
+
+
+def below(ceiling: float, bad: float, good: float) -> list[float]:
+    """Kernel B the other way: "the share of bad ones is below ``ceiling``" (four tilts)."""
+    return [_bernoulli(ceiling * times, ceiling, bad, good) for times in _BELOW_SHARES]
+
+
+def log_mean_exp(values: Sequence[float]) -> float:
+    """Logarithm of the mean of the exponentials."""
+    return log_sum_exp(values) - math.log(len(values))
+
+
+def log_sum_exp(values: Sequence[float]) -> float:
+    """Logarithm of the sum of the exponentials, which overflow by themselves after some hundred events."""
+    most = max(values)
+    return most + math.log(sum([math.exp(value - most) for value in values]))
+
+
+def ratio_limits(share: float, target: int, source: int, alpha: float) -> tuple[float, float]:
+    """Limits of target's rate / source's rate that hold at every look with a chance of ``1 - alpha``.
+
+    Args:
+        share: probability that a unit is the target's, the same for all of them.
+        target: bad events of the target.
+        source: of the source.
+        alpha: chance that the ratio is ever outside.
+
+    Returns:
+        From 0 where the target has none, up to infinity where the source has none.
+    """
+    a, b = target + 0.5, source + 0.5
+    mixed = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b) - 2.0 * math.lgamma(0.5)  # lgamma(1) is 0
+    limit = -math.log(alpha)
+
+    def against(q: float) -> float:
+        return mixed - target * math.log(q) - source * math.log1p(-q)
+
+    best = min(max(target / (target + source) if target + source else 0.5, 1e-12), 1.0 - 1e-12)
+    low = _crossing(against, best, 0.0, limit) if target else 0.0
+    high = _crossing(against, best, 1.0, limit) if source else 1.0
+    if not target and not source:
+        return 0.0, math.inf
+    odds = (1.0 - share) / share
+    return odds * low / (1.0 - low), math.inf if high >= 1.0 else odds * high / (1.0 - high)
+
+
+def mean_half_width(count: float, variance: float, alpha: float, tuned_for: float) -> float:
+    """Half the width of an asymptotic confidence sequence of a mean (Waudby-Smith et al.), for show only.
+
+    ``tuned_for``: the count at which it is to be narrowest.
+    """
+    if variance <= 0.0:
+        return 0.0
+    rho2 = (-2.0 * math.log(alpha) + math.log1p(-2.0 * math.log(alpha))) / (tuned_for * variance)
+    spread = count * variance * rho2 + 1.0
+    return math.sqrt(spread / (count * count * rho2) * math.log(spread / (alpha * alpha)))
+
+
+def _bernoulli(p: float, ceiling: float, bad: float, good: float) -> float:
+    return bad * math.log(p / ceiling) + good * (math.log1p(-p) - math.log1p(-ceiling))
+
+
+def _crossing(against: Callable[[float], float], inside: float, outside: float, limit: float) -> float:
+    """Where a function that grows from ``inside`` to ``outside`` crosses the limit; neither end is asked at 0 or 1."""
+    for _ in range(_STEPS):
+        middle = (inside + outside) / 2.0
+        if not 0.0 < middle < 1.0:
+            break
+        if against(middle) < limit:
+            inside = middle
+        else:
+            outside = middle
+    return (inside + outside) / 2.0

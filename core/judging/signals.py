@@ -1,0 +1,323 @@
+"""What is compared: each signal turns counts of one window into evidence. Knows no gateway, no user and no decision.
+
+Everything a window is scored with (means, quantiles, the source's own share) comes from earlier windows: that is what
+makes the evidence hold at every look.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from turnout.core.judging.kernels import (
+    BETTER_TILTS,
+    EVENT_TILTS,
+    SPLIT_TILTS,
+    WORSE_TILTS,
+    Evidence,
+    above,
+    below,
+    event_good_tilts,
+    mean_half_width,
+    no_evidence,
+    ratio_limits,
+    which_arm,
+)
+from turnout.events.health import BIN_RATIO, Histogram, quantile
+
+#: Stratum → histogram.
+Strata = Mapping[str, Histogram]
+
+#: Share of the values that a p95 leaves above itself.
+TAIL = 0.05
+#: Chance that a shown interval is ever wrong.
+SHOWN_ALPHA = 0.05
+
+_LOG_BIN = math.log(BIN_RATIO)
+_LEARN = 20  # values of a stratum before its scores say anything
+_LEARN_TAIL = 100  # values of the source before its p95 does
+_LEAST_SPREAD = 0.05  # of the logarithm: half a bin, where all values are equal
+_SHOWN_FROM = 100  # target's values before an interval of a mean means anything
+_HALF_LIFE = 50.0  # requests of the source after which one counts half: a shared outage is seen at once
+_KNOWN_FROM = 20.0  # requests of the source before its share counts
+_SURE = 2.33  # standard errors: one side, 99 %
+_ROOT2 = math.sqrt(2.0)
+
+
+class Events:
+    """Bad events that happen or not, given the arm's share. ``margin``: asked for promotion, too."""
+
+    def __init__(self, margin: float | None = None) -> None:
+        self.target = 0
+        self.source = 0
+        self.harm = no_evidence(len(EVENT_TILTS))
+        self.good: Evidence | None = None
+        self._margin = margin or 1.0
+        self._good_tilts = event_good_tilts(self._margin)
+        if margin is not None:
+            self.good = no_evidence(len(self._good_tilts))
+
+    def add(self, share: float, target: int, source: int) -> None:
+        """Bad events of one window."""
+        if not (target or source):
+            return
+        self.target += target
+        self.source += source
+        arms = [(1.0, target)], [(1.0, source)]
+        self.harm = self.harm.after(which_arm(EVENT_TILTS, share, *arms))
+        if self.good is not None:
+            self.good = self.good.after(which_arm(self._good_tilts, share, *arms, margin=self._margin))
+
+    def limits(self, share: float) -> tuple[float | None, float | None]:
+        """Confidence limits of target's rate / source's rate; None where there are none yet."""
+        if not (self.target and self.source):
+            return None, None
+        low, high = ratio_limits(share, self.target, self.source, SHOWN_ALPHA)
+        return low, None if math.isinf(high) else high
+
+
+class Split:
+    """Units by arm: is the split what the route says?"""
+
+    def __init__(self) -> None:
+        self.target = 0
+        self.source = 0
+        self.harm = no_evidence(len(SPLIT_TILTS))
+
+    def add(self, share: float, target: int, source: int) -> None:
+        """Units that were assigned in one window."""
+        if not (target or source):
+            return
+        self.target += target
+        self.source += source
+        self.harm = self.harm.after(which_arm(SPLIT_TILTS, share, [(1.0, target)], [(1.0, source)]))
+
+
+class Scores:
+    """A distribution (ms, tokens) against the pooled one of its stratum.
+
+    Args:
+        tilts: for "worse", or for "other" in both directions.
+        tolerance: the target's values are divided by it before they are scored.
+        margin: asked for promotion, too: "below so many times the source's".
+    """
+
+    def __init__(self, tilts: tuple[float, ...] = WORSE_TILTS, tolerance: float = 1.0, margin: float = 0.0) -> None:
+        self.target: Histogram = {}
+        self.source: Histogram = {}
+        self.harm = no_evidence(len(tilts))
+        self.good = no_evidence(len(BETTER_TILTS)) if margin else None
+        self._tilts = tilts
+        self._tolerated = math.log(tolerance)
+        self._margin = math.log(margin) if margin else 0.0
+        self._pooled: dict[str, _Moments] = {}
+        self._arms = _Moments(), _Moments()
+
+    def add(self, share: float, target: Strata, source: Strata, scored: bool) -> None:
+        """Values of one window.
+
+        Args:
+            share: of the target.
+            target: its values.
+            source: the source's.
+            scored: false in the warm-up, when values are only learned from.
+        """
+        if not (target or source):
+            return
+        if scored:
+            self._score(share, target, source)
+        for arm, strata in enumerate((target, source)):
+            for stratum, histogram in strata.items():
+                pooled = self._pooled.setdefault(stratum, _Moments())
+                pooled.learn(histogram)
+                self._arms[arm].learn(histogram)
+                _into(self.source if arm else self.target, histogram)
+
+    def _score(self, share: float, target: Strata, source: Strata) -> None:
+        worse: list[tuple[float, float]] = []
+        better: list[tuple[float, float]] = []
+        usual: list[tuple[float, float]] = []
+        for stratum, pooled in self._pooled.items():
+            if pooled.count < _LEARN:
+                continue
+            mean, spread = pooled.mean, pooled.spread * _ROOT2
+            for bin, count in source.get(stratum, {}).items():
+                usual.append((math.erf(((bin + 0.5) * _LOG_BIN - mean) / spread), count))
+            for bin, count in target.get(stratum, {}).items():
+                above_mean = (bin + 0.5) * _LOG_BIN - mean
+                worse.append((math.erf((above_mean - self._tolerated) / spread), count))
+                better.append((math.erf((above_mean - self._margin) / spread), count))
+        if not (worse or usual):
+            return
+        self.harm = self.harm.after(which_arm(self._tilts, share, worse, usual))
+        if self.good is not None:
+            self.good = self.good.after(which_arm(BETTER_TILTS, share, better, usual))
+
+    def limits(self) -> tuple[float | None, float | None]:
+        """Confidence limits of target / source (geometric means); None where there are none yet."""
+        target, source = self._arms
+        if target.count < _SHOWN_FROM or source.count < _SHOWN_FROM:
+            return None, None
+        variance = target.spread**2 + source.spread**2 * target.count / source.count
+        half = mean_half_width(target.count, variance, SHOWN_ALPHA, _SHOWN_FROM * 5.0)
+        shift = target.mean - source.mean
+        return math.exp(shift - half), math.exp(shift + half)
+
+
+class Tails:
+    """Values above the source's p95 of their stratum."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.target: Histogram = {}
+        self.source: Histogram = {}
+        self.harm = no_evidence(len(EVENT_TILTS))
+        self._tolerated = math.log(tolerance)
+        self._known: dict[str, Histogram] = {}
+
+    def add(self, share: float, target: Strata, source: Strata, scored: bool) -> None:
+        """Values of one window; see ``Scores.add``."""
+        if scored:
+            bad_target = bad_source = 0
+            for stratum in {**target, **source}:
+                if (top := _top(self._known.get(stratum, {}))) is not None:
+                    bad_target += _slower(target.get(stratum, {}), top + self._tolerated)
+                    bad_source += _slower(source.get(stratum, {}), top)
+            if bad_target or bad_source:
+                arms = [(1.0, bad_target)], [(1.0, bad_source)]
+                self.harm = self.harm.after(which_arm(EVENT_TILTS, share, *arms))
+        for histogram in target.values():
+            _into(self.target, histogram)
+        for stratum, histogram in source.items():
+            _into(self.source, histogram)
+            _into(self._known.setdefault(stratum, {}), histogram)
+
+
+class RecordedTails:
+    """The target's values above the p95 that the source had before, where no source runs beside it.
+
+    The recorded p95 is an estimate: its upper limit is taken, times the tolerance.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.target: Histogram = {}
+        self.source: Histogram = {}
+        self.harm = no_evidence(len(EVENT_TILTS))
+        self._tolerated = math.log(tolerance)
+        self._known: dict[str, Histogram] = {}
+
+    def learn(self, source: Strata) -> None:
+        """Values of the source, from before."""
+        for stratum, histogram in source.items():
+            _into(self.source, histogram)
+            _into(self._known.setdefault(stratum, {}), histogram)
+
+    def add(self, target: Strata, scored: bool) -> None:
+        """Values of one window of the target; see ``Scores.add``."""
+        bad = good = 0
+        for stratum, histogram in target.items():
+            _into(self.target, histogram)
+            if scored and (top := _top(self._known.get(stratum, {}), sure=True)) is not None:
+                slow = _slower(histogram, top + self._tolerated)
+                bad += slow
+                good += sum(histogram.values()) - slow
+        if bad or good:
+            self.harm = self.harm.after(above(TAIL, bad, good))
+
+
+class Ceiling:
+    """A share of the target's requests that may be bad, whatever the source does.
+
+    Where the source itself is above the ceiling now (a shared outage, a long-known fault), going back to it would not
+    help: then the source's share is the ceiling.
+    """
+
+    def __init__(self, ceiling: float) -> None:
+        self.ceiling = ceiling
+        self.harm = no_evidence(len(EVENT_TILTS))
+        self.good = no_evidence(4)
+        self._source_bad = 0.0
+        self._source_all = 0.0
+
+    def learn(self, bad: int, good: int) -> None:
+        """Requests of the source; the newest count most."""
+        keep = 0.5 ** ((bad + good) / _HALF_LIFE)
+        self._source_bad = self._source_bad * keep + bad
+        self._source_all = self._source_all * keep + bad + good
+
+    @property
+    def effective(self) -> float:
+        """What the target is held to now."""
+        if self._source_all < _KNOWN_FROM:
+            return self.ceiling
+        share = self._source_bad / self._source_all
+        if share <= self.ceiling:
+            return self.ceiling
+        return min(share + _SURE * math.sqrt(share * (1.0 - share) / self._source_all), 0.999)
+
+    def add(self, bad: float, good: float, forgiven: float = 0.0) -> None:
+        """Requests of the target; those that are ``forgiven`` are no evidence of harm, but none of its absence."""
+        if bad or good:
+            self.harm = self.harm.after(above(self.effective, bad, good))
+        if bad or good or forgiven:
+            self.good = self.good.after(below(self.ceiling, bad + forgiven, good))
+
+
+class _Moments:
+    """Count, mean and spread of the logarithms of values."""
+
+    __slots__ = ("_squares", "_sum", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum = 0.0
+        self._squares = 0.0
+
+    def learn(self, histogram: Histogram) -> None:
+        for bin, count in histogram.items():
+            value = (bin + 0.5) * _LOG_BIN
+            self.count += count
+            self._sum += count * value
+            self._squares += count * value * value
+
+    @property
+    def mean(self) -> float:
+        return self._sum / self.count
+
+    @property
+    def spread(self) -> float:
+        return max(_LEAST_SPREAD, math.sqrt(max(0.0, self._squares / self.count - self.mean**2)))
+
+
+def p95(histogram: Histogram) -> float | None:
+    """For people."""
+    return quantile(histogram, 1.0 - TAIL)
+
+
+def median(histogram: Histogram) -> float | None:
+    """For people."""
+    return quantile(histogram, 0.5)
+
+
+def _top(known: Histogram, sure: bool = False) -> float | None:
+    """Logarithm of the p95's upper edge; ``sure``: of its upper 99 % limit. None where too little is known."""
+    total = sum(known.values())
+    if total < _LEARN_TAIL:
+        return None
+    rank = (1.0 - TAIL) * total
+    if sure:  # 100 values suffice: the largest is above the p95 with 99.4 %
+        rank = min(rank + _SURE * math.sqrt(total * TAIL * (1.0 - TAIL)) + 1.0, total)
+    for bin in sorted(known):
+        rank -= known[bin]
+        if rank <= 1e-9:
+            return (bin + 1) * _LOG_BIN
+    return None
+
+
+def _slower(histogram: Histogram, top: float) -> int:
+    """Values above, by their bins' middles."""
+    return sum([count for bin, count in histogram.items() if (bin + 0.5) * _LOG_BIN > top])
+
+
+def _into(known: Histogram, more: Histogram) -> None:
+    for bin, count in more.items():
+        known[bin] = known.get(bin, 0) + count

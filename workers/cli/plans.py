@@ -1,0 +1,106 @@
+"""``switch --dry-run``: what a switch would do, and what it could find, from the traffic that is measured now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from turnout.core.health import WINDOW_S
+from turnout.core.judging.plan import Detectable, detectable
+from turnout.events.store import Unavailable
+from turnout.projections.audit import seconds, size
+from turnout.workers.answers import CommandRejected, ControllerBug
+from turnout.workers.cli.terminal import Terminal, rows, table
+from turnout.workers.cli.words import share_text
+from turnout.workers.client import HealthMonitor
+
+if TYPE_CHECKING:
+    from turnout.core.handling import Plan
+    from turnout.workers.client import Client
+
+
+class Traffic(msgspec.Struct, frozen=True):
+    """What a model gets now; None where there is none. ``error_rate`` is the source's."""
+
+    requests_per_s: float | None = None
+    error_rate: float | None = None
+
+
+class Reach(msgspec.Struct, frozen=True):
+    """What can be found while the target has ``weight`` percent."""
+
+    weight: float
+    found: tuple[Detectable, ...]
+
+
+async def show_plan(io: Terminal, client: Client, plan: Plan) -> None:
+    """Say what the switch would do, and what it could find."""
+    traffic = await _traffic(client, plan)
+    reach = reaches(plan, traffic)
+    if io.json:
+        made: dict[str, Any] = msgspec.to_builtins(plan)
+        io.emit({**made, "traffic": traffic, "detectable": reach})
+        return
+    way = f"{plan.source} → {plan.target}" if plan.source else f"→ {plan.target}"
+    how = plan.strategy + (f", policy {plan.policy}" if plan.policy else "")
+    io.say(f"plan  {plan.model} {way} ({how}), target {plan.tier}")
+    io.show(rows(table("STEP", "TIME"), [(step.what, _time(step.seconds, n)) for n, step in enumerate(plan.steps)]))
+    if plan.bytes:
+        io.say(f"memory of {plan.target}: {size(plan.bytes)}")
+    for note in plan.notes:
+        io.say(note)
+    io.say(f"{plan.target} must carry all traffic within {seconds(plan.deadline_s)}")
+    if reach:
+        _show_reach(io, reach, traffic)
+    if plan.policy:
+        chosen = f" --policy {plan.policy}"
+    else:
+        chosen = f" --strategy {plan.strategy}" + (" --param …" if plan.parameters else "")
+    io.next(f"turnout switch {plan.model} {plan.target}{chosen} --wait")
+
+
+def reaches(plan: Plan, traffic: Traffic) -> tuple[Reach, ...]:
+    """What can be found at each weight of the plan at which the two versions are compared."""
+    if plan.judging.mode == "none":
+        return ()
+    weights = dict.fromkeys(stage.weight for stage in plan.stages if 0 < stage.weight < 100)
+    return tuple(
+        Reach(weight, detectable(plan.judging, weight, traffic.requests_per_s, traffic.error_rate))
+        for weight in weights
+    )
+
+
+async def _traffic(client: Client, plan: Plan) -> Traffic:
+    """What the model gets now, as the controllers measure it."""
+    try:
+        report = await HealthMonitor(client).check_model_health(plan.model)
+    except (CommandRejected, ControllerBug, Unavailable):
+        return Traffic()  # a plan without it is better than none
+    requests = sum(one.numbers.requests for one in report.versions)
+    if not requests:
+        return Traffic()
+    source = next((one.numbers for one in report.versions if one.version == plan.source), None)
+    return Traffic(requests / WINDOW_S, source.error_rate if source is not None else None)
+
+
+def _time(took_s: float | None, number: int) -> str:
+    if took_s is None:
+        return "not measured yet" if number == 0 else ""
+    return seconds(took_s) if took_s else ""
+
+
+def _show_reach(io: Terminal, reach: tuple[Reach, ...], traffic: Traffic) -> None:
+    if traffic.requests_per_s is None:
+        io.say("what it can find, in requests to the target (no traffic yet: how long that takes is not known):")
+    else:
+        failing = "" if traffic.error_rate is None else f", {share_text(traffic.error_rate)} failing"
+        io.say(f"what it can find at {traffic.requests_per_s:.3g} requests/s{failing} (the last {seconds(WINDOW_S)}):")
+    heads = ("FAULT", *(f"AT {one.weight:g} %" for one in reach))
+    lines = [[found.what, *(_found(one.found[number]) for one in reach)] for number, found in enumerate(reach[0].found)]
+    io.show(rows(table(*heads), lines))
+
+
+def _found(found: Detectable) -> str:
+    after = f"{found.requests} requests"
+    return after if found.seconds is None else f"{after}, {seconds(found.seconds)}"

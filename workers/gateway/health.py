@@ -1,0 +1,614 @@
+"""HealthCollector: how the requests of each version ended, in windows that are published as samples.
+
+What runs for each request is a handful of additions; everything else happens when a window ends. What an answer says
+(empty, looping, cut short) is read only while a switch compares two versions. Knows no socket, no event loop and no
+control plane: whoever drives it says what time it is and takes the samples.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from turnout.events.health import (
+    BIN_RATIO,
+    ERRORS,
+    INFRASTRUCTURE,
+    HealthEvent,
+    HealthSampled,
+    Histogram,
+    ShadowSampled,
+    bin_of,
+    merged,
+    quantile,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from datetime import datetime
+
+    from turnout.projections.routing import RouteView
+    from turnout.workers.gateway.reading import Seen
+
+#: Seconds between two samples of a model whose switch is running.
+FAST_S = 0.25
+#: Answers that are read in a second, for each model: any more would cost more than they tell. Whose turn it is does not
+#: depend on the version.
+LOOKS_PER_S = 100.0
+#: Sticky users remembered for each revision; beyond that a sample of them stands for all.
+USERS_MOST = 100_000
+#: Users with errors that a sample names, and that a window remembers.
+BAD_USERS_MOST = 64
+_BAD_USERS_KEPT = 4096
+#: A first byte counts as slow after so many times the model's usual p95, and after this many seconds at least.
+SLOW_TIMES = 4.0
+SLOW_LEAST_S = 1.0
+#: What is usual is learned from versions with at least this share, so that a slow candidate does not become usual.
+_USUAL_SHARE = 0.5
+_PACE_LEAST = 50
+_PACE_MOST = 20_000
+#: Fewer tokens than this tell nothing of the time that one takes.
+TIMED_TOKENS = 16
+
+#: How a request is related to its unit (see ``HealthSampled``): not part of the split, a later request, the first one.
+NO_UNIT, LATER, FIRST = range(3)
+
+_SIZES = (1024, 4096, 16_384, 65_536)
+_SIZE_NAMES = ("1k", "4k", "16k", "64k", "more")
+_STRATA = tuple(f"{kind}/{size}" for kind in ("whole", "stream") for size in _SIZE_NAMES)
+
+#: Upper bounds of the bins of a histogram of milliseconds, in seconds: a lookup is cheaper than a logarithm.
+_BOUNDS_S = tuple(BIN_RATIO ** (bin + 1) / 1000.0 for bin in range(220))
+_NO_COUNTS = [0] * (len(_BOUNDS_S) + 1)
+
+
+class Users:
+    """The sticky users of one model under one revision, as 64-bit hashes.
+
+    All versions share one table: where it is full, half of the users are let go of in all versions alike, so that the
+    shares of the versions stay what they are.
+    """
+
+    __slots__ = ("_marks", "_mask", "_most", "_seen")
+
+    def __init__(self, most: int = USERS_MOST) -> None:
+        self._most = most
+        self._mask = 0  # of the bits that are 0 in the hashes of sampled users
+        self._seen: set[int] = set()
+        self._marks: dict[str, set[int]] = {}
+
+    def enter(self, key: bytes) -> int:
+        """Note a request of a user: FIRST, LATER, or NO_UNIT for a user who is not in the sample."""
+        hashed = hash(key)
+        if hashed & self._mask:
+            return NO_UNIT
+        seen = self._seen
+        if hashed in seen:
+            return LATER
+        seen.add(hashed)
+        if len(seen) > self._most:
+            self._thin()
+        return FIRST
+
+    def mark(self, what: str, key: bytes) -> bool:
+        """True where the user shows this for the first time."""
+        marked = self._marks.setdefault(what, set())
+        hashed = hash(key)
+        if hashed in marked or hashed & self._mask:
+            return False
+        marked.add(hashed)
+        return True
+
+    def _thin(self) -> None:
+        self._mask = mask = self._mask << 1 | 1
+        self._seen = {hashed for hashed in self._seen if not hashed & mask}
+        for what, marked in self._marks.items():
+            self._marks[what] = {hashed for hashed in marked if not hashed & mask}
+
+
+class _Version:
+    """What outlives a window: the numbering of samples, the run of failures, and the totals for Prometheus."""
+
+    __slots__ = ("model", "outcomes", "pairs", "run", "signs", "version", "window")
+
+    def __init__(self, model: str, version: str) -> None:
+        self.model = model
+        self.version = version
+        self.window = 0
+        self.run = 0
+        self.outcomes: dict[str, int] = {}
+        self.signs: dict[str, int] = {}
+        self.pairs: dict[str, int] = {}
+
+    def next_window(self) -> int:
+        self.window += 1
+        return self.window
+
+
+class Tally:
+    """One version's requests under one revision; ``sample`` takes what has come since the last time.
+
+    Attributes:
+        running: requests that were assigned and have not ended.
+        compared: with another version, so that answers are read for signs and tokens, and waited for with an eye on
+            the clock.
+        shadows: who gets copies of the version's requests, for whoever sends them.
+    """
+
+    __slots__ = (
+        "_assigned",
+        "_bad_users",
+        "_first_ms",
+        "_hurry",
+        "_model",
+        "_new_users",
+        "_of",
+        "_ok",
+        "_outcomes",
+        "_signs",
+        "_slow_ms",
+        "_token_ms",
+        "_tokens",
+        "_total_ms",
+        "_unit_errors",
+        "_unit_signs",
+        "_users",
+        "compared",
+        "revision",
+        "running",
+        "shadows",
+        "share",
+    )
+
+    def __init__(
+        self,
+        model: _Model,
+        of: _Version,
+        revision: int,
+        share: float,
+        users: Users,
+        compared: bool,
+        shadows: tuple[ShadowTally, ...],
+    ) -> None:
+        self._model = model
+        self._of = of
+        self.revision = revision
+        self.share = share
+        self._users = users
+        self.compared = compared
+        self.shadows = shadows
+        self.running = 0
+        self._hurry = model.hurry if share < 1.0 else None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._ok = self._assigned = self._unit_errors = self._new_users = 0
+        self._outcomes: dict[str, int] = {}
+        self._signs: dict[str, int] = {}
+        self._unit_signs: dict[str, int] = {}
+        self._bad_users: dict[bytes, int] = {}
+        self._first_ms: list[list[int] | None] = [None] * len(_STRATA)
+        self._slow_ms: dict[str, Histogram] = {}
+        self._token_ms: Histogram = {}
+        self._total_ms = _NO_COUNTS.copy()
+        self._tokens: Histogram = {}
+
+    @property
+    def model(self) -> str:
+        """The served name."""
+        return self._of.model
+
+    @property
+    def version(self) -> str:
+        """Whose requests these are."""
+        return self._of.version
+
+    @property
+    def slow_s(self) -> float:
+        """Seconds after which a missing first byte is a sign; 0 while nothing usual is known."""
+        return self._model.slow_s
+
+    # On the request path
+
+    def assigned(self, key: bytes) -> int:
+        """A request was assigned by the split; returns how it is related to its unit."""
+        self.running += 1
+        if key:
+            unit = self._users.enter(key)
+            if unit != FIRST:
+                return unit
+            self._new_users += 1
+        self._assigned += 1
+        return FIRST
+
+    def assigned_otherwise(self) -> int:
+        """A request came to the version by a rule or a pin: it is counted, and compared with nothing."""
+        self.running += 1
+        return NO_UNIT
+
+    def answered(self, seconds: float, unit: int, stream: bool, size: int, complete: bool) -> None:
+        """The first byte of a good answer came, and the last one with it where it is ``complete``."""
+        self._of.run = 0
+        bin = bisect_right(_BOUNDS_S, seconds)
+        if unit == FIRST:
+            stratum = bisect_right(_SIZES, size) + (5 if stream else 0)
+            counts = self._first_ms[stratum]
+            if counts is None:
+                counts = self._first_ms[stratum] = _NO_COUNTS.copy()
+            counts[bin] += 1
+        if complete:
+            self._total_ms[bin] += 1
+
+    def came_back(self) -> None:
+        """The version has sent something: a run of failures is over."""
+        self._of.run = 0
+
+    def looks(self) -> bool:
+        """Whether an answer that begins now is to be read."""
+        model = self._model
+        model.looks_left -= 1.0
+        return model.looks_left >= 0.0
+
+    def took(self, seconds: float) -> None:
+        """The last byte came, or would have."""
+        self._total_ms[bisect_right(_BOUNDS_S, seconds)] += 1
+
+    def went_well(self) -> None:
+        """A request has ended with a whole answer."""
+        self.running -= 1
+        self._ok += 1
+
+    def ended(self, outcome: str, unit: int, key: bytes) -> None:
+        """A request has ended with anything but ``ok``."""
+        self.running -= 1
+        self._outcomes[outcome] = self._outcomes.get(outcome, 0) + 1
+        if outcome not in ERRORS:
+            return
+        if outcome in INFRASTRUCTURE:
+            self._of.run += 1
+        if key and (key in self._bad_users or len(self._bad_users) < _BAD_USERS_KEPT):
+            self._bad_users[key] = self._bad_users.get(key, 0) + 1
+        if unit and (not key or self._users.mark("error", key)):
+            self._unit_errors += 1
+        if self._hurry is not None:
+            self._hurry()
+
+    def slow(self, seconds: float, unit: int, key: bytes, stream: bool, size: int) -> None:
+        """No first byte after the slow threshold: its time so far counts, as nobody knows when the rest comes."""
+        if unit == FIRST:
+            stratum = _STRATA[bisect_right(_SIZES, size) + (5 if stream else 0)]
+            _count(self._slow_ms.setdefault(stratum, {}), seconds * 1000.0)
+        self._sign("slow", unit, key)
+
+    def saw(self, seen: Seen, unit: int, key: bytes, seconds: float) -> None:
+        """A whole answer was read; ``seconds`` from its first byte to its last, 0 where it is no stream."""
+        for sign in seen.signs:
+            self._sign(sign, unit, key)
+        if not seen.tokens:
+            return
+        if unit == FIRST:
+            _count(self._tokens, seen.tokens)
+        if seconds and seen.tokens >= TIMED_TOKENS:
+            _count(self._token_ms, seconds * 1000.0 / (seen.tokens - 1))
+
+    def _sign(self, sign: str, unit: int, key: bytes) -> None:
+        self._signs[sign] = self._signs.get(sign, 0) + 1
+        if unit and (not key or self._users.mark(sign, key)):
+            self._unit_signs[sign] = self._unit_signs.get(sign, 0) + 1
+
+    # When a window ends
+
+    @property
+    def idle(self) -> bool:
+        """There is nothing to say."""
+        return not (self._ok or self._assigned or self._outcomes or self._signs)
+
+    def open_outcomes(self) -> dict[str, int]:
+        """Of the window that has not ended."""
+        return {**self._outcomes, "ok": self._ok} if self._ok else self._outcomes
+
+    def open_signs(self) -> dict[str, int]:
+        """Of the window that has not ended."""
+        return self._signs
+
+    def sample(self, gateway: str, started: datetime, ended: datetime) -> HealthSampled:
+        """End the window."""
+        of, outcomes = self._of, self.open_outcomes()
+        _add(of.outcomes, outcomes)
+        _add(of.signs, self._signs)
+        counted = zip(_STRATA, self._first_ms, strict=True)
+        first_ms = {stratum: _histogram(counts) for stratum, counts in counted if counts is not None}
+        if self.share >= _USUAL_SHARE:
+            for histogram in first_ms.values():
+                self._model.learn(histogram)
+        for stratum, histogram in self._slow_ms.items():
+            first_ms[stratum] = merged(first_ms.get(stratum, {}), histogram)
+        worst = sorted(self._bad_users.items(), key=lambda item: (-item[1], item[0]))[:BAD_USERS_MOST]
+        made = HealthSampled(
+            gateway=gateway,
+            model=of.model,
+            version=of.version,
+            window=of.next_window(),
+            revision=self.revision,
+            share=self.share,
+            started=started,
+            ended=ended,
+            requests=sum(outcomes.values()),
+            outcomes=outcomes,
+            signs=self._signs,
+            assigned=self._assigned,
+            unit_errors=self._unit_errors,
+            unit_signs=self._unit_signs,
+            users=self._new_users,
+            bad_users={self._model.pseudonym(key): count for key, count in worst},
+            run=of.run,
+            first_ms=first_ms,
+            token_ms=self._token_ms,
+            total_ms=_histogram(self._total_ms),
+            tokens=self._tokens,
+        )
+        self._clear()
+        return made
+
+
+class ShadowTally:
+    """The copies that one version got under one revision."""
+
+    __slots__ = ("_copy_ms", "_model", "_of", "_pairs", "_primary_ms", "_signs", "revision", "running")
+
+    def __init__(self, model: _Model, of: _Version, revision: int) -> None:
+        self._model = model
+        self._of = of
+        self.revision = revision
+        self.running = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pairs: dict[str, int] = {}
+        self._signs: dict[str, int] = {}
+        self._copy_ms: Histogram = {}
+        self._primary_ms: Histogram = {}
+
+    @property
+    def version(self) -> str:
+        """Who got the copies."""
+        return self._of.version
+
+    def looks(self) -> bool:
+        """Whether an answer that begins now is to be read."""
+        model = self._model
+        model.looks_left -= 1.0
+        return model.looks_left >= 0.0
+
+    def dropped(self) -> None:
+        """A copy was not sent: there was no room."""
+        self._pairs["dropped"] = self._pairs.get("dropped", 0) + 1
+
+    def paired(self, copy: str, primary: str, copy_s: float, primary_s: float, signs: tuple[str, ...]) -> None:
+        """A copy and its primary have both ended, with these outcomes."""
+        copy_failed, primary_failed = copy in ERRORS, primary in ERRORS
+        if copy_failed:
+            pair = "both_failed" if primary_failed else "only_copy_failed"
+        else:
+            pair = "only_primary_failed" if primary_failed else "both_ok"
+        self._pairs[pair] = self._pairs.get(pair, 0) + 1
+        for sign in signs:
+            self._signs[sign] = self._signs.get(sign, 0) + 1
+        _count(self._copy_ms, copy_s * 1000.0)
+        _count(self._primary_ms, primary_s * 1000.0)
+
+    @property
+    def idle(self) -> bool:
+        """There is nothing to say."""
+        return not self._pairs
+
+    def open_pairs(self) -> dict[str, int]:
+        """Of the window that has not ended."""
+        return self._pairs
+
+    def sample(self, gateway: str, started: datetime, ended: datetime) -> ShadowSampled:
+        """End the window."""
+        of, pairs = self._of, self._pairs
+        _add(of.pairs, pairs)
+        made = ShadowSampled(
+            gateway=gateway,
+            model=of.model,
+            version=of.version,
+            window=of.next_window(),
+            revision=self.revision,
+            started=started,
+            ended=ended,
+            copies=sum(pairs.values()) - pairs.get("dropped", 0),
+            dropped=pairs.get("dropped", 0),
+            both_ok=pairs.get("both_ok", 0),
+            only_copy_failed=pairs.get("only_copy_failed", 0),
+            only_primary_failed=pairs.get("only_primary_failed", 0),
+            both_failed=pairs.get("both_failed", 0),
+            signs=self._signs,
+            copy_ms=self._copy_ms,
+            primary_ms=self._primary_ms,
+        )
+        self._clear()
+        return made
+
+
+class _Model:
+    """One served name: its newest revision, and older ones whose requests still run.
+
+    ``looks_left``: answers that may be read in this window; any version takes from it.
+    """
+
+    def __init__(self, name: str, urgent: Callable[[str], None], started: datetime, now: float) -> None:
+        self.name = name
+        self.versions: dict[str, _Version] = {}
+        self.tallies: list[Tally | ShadowTally] = []
+        self.revision = 0
+        self.moving = False
+        self.slow_s = 0.0
+        self.started = started
+        self.sampled_at = now
+        self._pace: Histogram = {}
+        self.looks_left = LOOKS_PER_S
+        self._salt = b""
+        self._urgent = urgent
+
+    def hurry(self) -> None:
+        """Something happened that a judge should hear of at once."""
+        self._urgent(self.name)
+
+    def salted(self, salt: str) -> None:
+        """By what users' names are made unreadable from now on: the same in all gateways for one switch."""
+        self._salt = blake2b(salt.encode(), digest_size=16).digest()
+
+    def pseudonym(self, key: bytes) -> str:
+        """A user's name in samples."""
+        return blake2b(key, digest_size=8, key=self._salt).hexdigest()
+
+    def learn(self, first_ms: Histogram) -> None:
+        """Remember how long a first byte usually takes."""
+        self._pace = merged(self._pace, first_ms)
+        total = sum(self._pace.values())
+        if total > _PACE_MOST:
+            self._pace = {bin: count // 2 for bin, count in self._pace.items() if count > 1}
+        if total >= _PACE_LEAST:
+            usual_ms = quantile(self._pace, 0.95) or 0.0
+            self.slow_s = max(SLOW_LEAST_S, SLOW_TIMES * usual_ms / 1000.0)
+
+    def version(self, name: str) -> _Version:
+        found = self.versions.get(name)
+        if found is None:
+            found = self.versions[name] = _Version(self.name, name)
+        return found
+
+    def sample(self, gateway: str, now: float, utc: datetime) -> Iterator[HealthEvent]:
+        """End all windows together."""
+        self.looks_left = min(LOOKS_PER_S, max(0.0, self.looks_left) + (now - self.sampled_at) * LOOKS_PER_S)
+        started, self.started, self.sampled_at = self.started, utc, now
+        for tally in self.tallies:
+            if not tally.idle:
+                yield tally.sample(gateway, started, utc)
+        self.tallies = [tally for tally in self.tallies if tally.running or tally.revision == self.revision]
+
+
+class HealthCollector:
+    """All models of one gateway.
+
+    Args:
+        interval_s: between two samples of a model while nothing moves.
+    """
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._models: dict[str, _Model] = {}
+        self._hurried: set[str] = set()
+        #: Called when a sample should not wait for its time; ``take`` is expected soon after.
+        self.hurry: Callable[[], None] = _nobody
+
+    def apply(self, route: RouteView, gateway: str, now: float, utc: datetime) -> Applied:
+        """A revision was applied: end the windows of the one before, begin new ones."""
+        model = self._models.get(route.model)
+        if model is None:
+            model = self._models[route.model] = _Model(route.model, self._urgent, utc, now)
+        ended = tuple(model.sample(gateway, now, utc))
+        model.revision = route.revision
+        model.tallies = [tally for tally in model.tallies if tally.running]
+        model.salted(route.salt)
+        compared = sum(split.weight > 0 for split in route.splits) > 1 or bool(route.mirrors)
+        model.moving = compared or bool(route.candidate)
+        users = Users()
+        shadows = tuple(ShadowTally(model, model.version(mirror.version), route.revision) for mirror in route.mirrors)
+        shares = assigned_shares(route)
+        tallies = tuple(
+            Tally(model, model.version(version), route.revision, share, users, compared, shadows)
+            for version, share in sorted(shares.items())
+        )
+        model.tallies += [*tallies, *shadows]
+        return Applied(ended, tallies, shadows)
+
+    def take(self, gateway: str, now: float, utc: datetime) -> list[HealthEvent]:
+        """The samples whose time has come, and those that can't wait."""
+        taken: list[HealthEvent] = []
+        for model in self._models.values():
+            interval = FAST_S if model.moving else self._interval_s
+            if model.name in self._hurried or now - model.sampled_at >= interval:
+                taken += model.sample(gateway, now, utc)
+        self._hurried.clear()
+        return taken
+
+    def take_all(self, gateway: str, now: float, utc: datetime) -> list[HealthEvent]:
+        """What is left, when the gateway stops."""
+        return [event for model in self._models.values() for event in model.sample(gateway, now, utc)]
+
+    def outcomes(self) -> Iterator[tuple[str, str, str, int]]:
+        """(model, version, outcome, requests), since the start."""
+        return self._totals(lambda of: of.outcomes, lambda t: t.open_outcomes() if isinstance(t, Tally) else {})
+
+    def signs(self) -> Iterator[tuple[str, str, str, int]]:
+        """(model, version, sign, requests), since the start."""
+        return self._totals(lambda of: of.signs, lambda t: t.open_signs() if isinstance(t, Tally) else {})
+
+    def pairs(self) -> Iterator[tuple[str, str, str, int]]:
+        """(model, version that got the copies, how the pair ended, copies), since the start."""
+        return self._totals(lambda of: of.pairs, lambda t: t.open_pairs() if isinstance(t, ShadowTally) else {})
+
+    def _totals(
+        self, ended: Callable[[_Version], dict[str, int]], open: Callable[[Tally | ShadowTally], dict[str, int]]
+    ) -> Iterator[tuple[str, str, str, int]]:
+        for model in self._models.values():
+            totals = {name: dict(ended(of)) for name, of in model.versions.items()}
+            for tally in model.tallies:
+                _add(totals[tally.version], open(tally))
+            for version, counts in totals.items():
+                for name, count in counts.items():
+                    yield model.name, version, name, count
+
+    def _urgent(self, model: str) -> None:
+        if model not in self._hurried:
+            self._hurried.add(model)
+            self.hurry()
+
+
+class Applied(msgspec.Struct, frozen=True, gc=False):
+    """A revision's windows. ``ended``: samples of the revision before; ``shadows``: in the order of its mirrors."""
+
+    ended: tuple[HealthEvent, ...]
+    tallies: tuple[Tally, ...]
+    shadows: tuple[ShadowTally, ...]
+
+
+def assigned_shares(route: RouteView) -> dict[str, float]:
+    """Version → share of the units that the split assigns to it.
+
+    What a version without an instance should get goes to the heaviest that has one, as in ``TransitionManager``.
+    """
+    total = sum(split.weight for split in route.splits if split.weight > 0)
+    shares = {split.version: 0.0 for split in route.splits}
+    ready = [split for split in route.splits if split.weight > 0 and split.endpoints]
+    if not ready:
+        return shares
+    heaviest = min(ready, key=lambda split: (-split.weight, split.version)).version
+    for split in route.splits:
+        if split.weight > 0:
+            shares[split.version if split.endpoints else heaviest] += split.weight / total
+    return shares
+
+
+def _add(totals: dict[str, int], counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        totals[name] = totals.get(name, 0) + count
+
+
+def _count(histogram: Histogram, value: float) -> None:
+    bin = bin_of(value)
+    histogram[bin] = histogram.get(bin, 0) + 1
+
+
+def _histogram(counts: list[int]) -> Histogram:
+    return {bin: count for bin, count in enumerate(counts) if count}
+
+
+def _nobody() -> None:
+    """Nobody asked to hear it."""
