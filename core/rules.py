@@ -2,19 +2,21 @@
 
 An expression is checked when it is set, compiled when a route is applied, and asked for each request. Facts that are
 one entry of a map (a header, a metadata field, a modality) become variables of their own: a missing one reads as the
-empty text instead of failing, and no map is built for a request. Knows no HTTP, no body format and no instance.
+empty text instead of failing, and no map is built for a request. So do simple tests of texts. Knows no HTTP, no body
+format and no instance.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 
@@ -22,7 +24,7 @@ from turnout.core.split import SplitTable, Spread
 from turnout.events.route import Rule, Split
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     import cel
 
@@ -76,7 +78,9 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
 
 _MAPS = ("headers", "metadata")
 _PLAIN = tuple(name for name in Facts.__struct_fields__ if name not in _MAPS)
+_TESTED = (*_MAPS, "modality")
 _TEXTS = ("path", "user")
+_METHODS = ("startsWith", "endsWith", "contains")
 _NUMBERS = ("tokens", "messages", "max_tokens")
 
 # What evaluating an expression may raise.
@@ -142,9 +146,9 @@ class Rules:
         self.counts: dict[tuple[str, str], int] = {}
         variables = _Variables()
         self._compiled = tuple(_Compiled(model, rule, variables, seed) for rule in rules)
-        self.headers = variables.of("header") - HIDDEN_HEADERS
+        self.headers = variables.of("headers") - HIDDEN_HEADERS
         self.metadata = variables.of("metadata")
-        self.reads_body = bool(self.metadata or variables.of("modality") or variables.plain - {"path"})
+        self.reads_body = any(variable.fact not in ("path", "headers") for variable in variables.names)
         self._read = tuple(variables.readers())
         self._last: dict[str, Any] = {name: read(_EMPTY) for name, read in self._read}
         self._context: cel.Context = _cel().Context(self._last)
@@ -287,13 +291,15 @@ def _when_problems(when: str) -> Iterator[str]:
 def _unknown(expression: _Expression, variables: _Variables) -> Iterator[str]:
     """Names that nothing stands behind, loops in loops, patterns that are none."""
     program = expression.compile()
-    known = {*_PLAIN, *variables.names, *expression.bound, *FUNCTIONS}
+    known = {*_PLAIN, *variables.names.values(), *expression.bound, *FUNCTIONS}
     for name in program.variables():
         if name not in known or (name.startswith("_") and name in expression.words):
             yield f"there is no {name!r}: a rule may ask for {', '.join((*_PLAIN, *_MAPS))}"
     for name in program.functions():
         if name[:1].isalpha() and name not in FUNCTIONS:
             yield f"there is no function {name!r}: a rule may call {', '.join(FUNCTIONS)}, and {', '.join(LOOPS)}"
+    for name in sorted(expression.bound.intersection((*_PLAIN, *_MAPS))):
+        yield f"a loop calls its element {name!r}, which is the name of a fact: take another"
     if expression.depth > 1:
         yield "a loop stands inside a loop: that can take long for each request"
     for pattern in expression.patterns:
@@ -330,7 +336,7 @@ def _samples(expression: _Expression, variables: _Variables) -> Iterator[Facts]:
     """Requests without and with everything, and such as have what the expression names."""
     texts = ["", "1", *expression.texts]
     numbers = {0, 1, *(n + d for n in expression.numbers for d in (-1, 0, 1) if 0 <= n + d < 2**53)}
-    headers, fields = variables.of("header"), variables.of("metadata")
+    headers, fields = variables.of("headers"), variables.of("metadata")
     full = Facts("/v1/chat/completions", MODALITIES, 5000, 20, True, True, 1000, "alice")
     for base in (Facts(), full):
         yield base
@@ -344,50 +350,73 @@ def _samples(expression: _Expression, variables: _Variables) -> Iterator[Facts]:
             yield msgspec.structs.replace(base, **dict.fromkeys(_NUMBERS, number))
 
 
-class _Variables:
-    """The variables that the expressions of one set of rules use, and where each comes from."""
+class _Variable(NamedTuple):
+    """Something that expressions ask of the facts.
 
-    def __init__(self) -> None:
-        self.plain: set[str] = set()
-        self.keys: dict[tuple[str, str], str] = {}
+    Attributes:
+        fact: name of the fact.
+        key: the entry, where the fact is a map.
+        test: what is asked of it: "" for the value itself, ``in`` whether the entry is there, or how the value compares
+            with ``text``. A test is made here, because handing a text to CEL costs more than the test.
+    """
+
+    fact: str
+    key: str = ""
+    test: str = ""
+    text: str = ""
 
     @property
-    def names(self) -> Iterable[str]:
-        """Of the entries of maps."""
-        return self.keys.values()
+    def said(self) -> str:
+        """As a person would call it."""
+        if self.test == "in":
+            return f"{self.key!r} in {self.fact}"
+        return f"{self.fact}[{self.key!r}]" if self.fact in _MAPS else self.fact
 
-    def name(self, kind: str, key: str) -> str:
-        """The variable for one entry of a map, or for whether it is there."""
-        return self.keys.setdefault((kind, key), f"_{len(self.keys)}")
+    def reader(self) -> Callable[[Facts], Any]:
+        """How it is read."""
+        fact, key, test, text = self
+        of: Callable[[Facts], Any] = attrgetter(fact)
+        if test == "in":
+            return lambda facts: key in of(facts)
+        if fact == "modality":
+            return lambda facts: list(facts.modality)
+        read: Callable[[Facts], Any] = (lambda facts: of(facts).get(key, "")) if fact in _MAPS else of
+        match test:
+            case "==":
+                return lambda facts: read(facts) == text
+            case "startsWith":
+                return lambda facts: read(facts).startswith(text)
+            case "endsWith":
+                return lambda facts: read(facts).endswith(text)
+            case "contains":
+                return lambda facts: text in read(facts)
+            case _:
+                return read
 
-    def of(self, kind: str) -> frozenset[str]:
+
+class _Variables:
+    """The variables of one set of rules. ``names``: of each in the compiled expressions."""
+
+    def __init__(self) -> None:
+        self.names: dict[_Variable, str] = {}
+
+    def name(self, variable: _Variable) -> str:
+        """The name; made where there is none."""
+        plain = not variable.key and not variable.test
+        return self.names.setdefault(variable, variable.fact if plain else f"_{len(self.names)}")
+
+    def of(self, fact: str) -> frozenset[str]:
         """The entries of one map that are asked for."""
-        return frozenset(key for one, key in self.keys if one in (kind, f"has_{kind}"))
+        return frozenset(variable.key for variable in self.names if variable.fact == fact)
 
     def readers(self) -> Iterator[tuple[str, Callable[[Facts], Any]]]:
-        """Variable → how it is read from the facts."""
-        for name in sorted(self.plain):
-            yield name, _modalities if name == "modality" else attrgetter(name)
-        for (kind, key), name in self.keys.items():
-            yield name, _READERS[kind](key)
-
-
-def _modalities(facts: Facts) -> list[str]:
-    return list(facts.modality)
-
-
-_READERS: dict[str, Callable[[str], Callable[[Facts], Any]]] = {
-    "header": lambda key: lambda facts: facts.headers.get(key, ""),
-    "has_header": lambda key: lambda facts: key in facts.headers,
-    "metadata": lambda key: lambda facts: facts.metadata.get(key, ""),
-    "has_metadata": lambda key: lambda facts: key in facts.metadata,
-    "has_modality": lambda key: lambda facts: key in facts.modality,
-}
-_KINDS = {"headers": "header", "metadata": "metadata", "modality": "modality"}
+        """Name → how it is read."""
+        for variable, name in self.names.items():
+            yield name, variable.reader()
 
 
 class _Expression:
-    """One expression with every entry of a map as a variable of its own.
+    """One expression over variables: every entry of a map, and every simple test of a text, is one of its own.
 
     Attributes:
         when: as it was written; ``source``: as it is compiled.
@@ -410,7 +439,7 @@ class _Expression:
         self._variables = variables
         found = [m for m in _TOKEN.finditer(when) if m.lastgroup != "space"]
         self._tokens = tuple(m[0] for m in found)
-        self._kinds = tuple(m.lastgroup or "" for m in found)
+        self._kinds = tuple("bytes" if m["text"] and m[0][0] in "bB" else m.lastgroup or "" for m in found)
         self.words = {token for token, kind in zip(self._tokens, self._kinds, strict=True) if kind == "name"}
         self._note_literals()
         self._note_loops()
@@ -458,40 +487,54 @@ class _Expression:
     def _translate(self, place: int) -> tuple[str, int]:
         """The source for what stands here, and how many tokens that is."""
         word, kind, at = self._tokens[place], self._kinds[place], self._at
-        if kind == "text" and at(place + 1) == "in" and at(place + 2) in _KINDS:
-            alone = at(place - 1) in _BEFORE_TEST and at(place + 3) in _AFTER_TEST
-            if alone:
-                return self._entry(at(place + 2), _literal(word), test=True), 3
+        if kind == "text" and at(place + 1) == "in" and at(place + 2) in _TESTED and self._alone(place, 3):
+            return self._asked(_Variable(at(place + 2), _literal(word), "in")), 3
         if kind != "name" or at(place - 1) == ".":
             return word, 1
         if word == "has" and at(place + 2) in _MAPS and at(place + 3) == "." and at(place + 5) == ")":
-            return self._entry(at(place + 2), at(place + 4), test=True), 6
+            return self._asked(_Variable(at(place + 2), at(place + 4), "in")), 6
+        if word in _TEXTS:
+            return self._tested(_Variable(word), place, 1)
         if word in _MAPS:
             if at(place + 1) == "[" and self._kind(place + 2) == "text" and at(place + 3) == "]":
-                return self._entry(word, _literal(at(place + 2))), 4
+                return self._tested(_Variable(word, _literal(at(place + 2))), place, 4)
             if at(place + 1) == "." and self._kind(place + 2) == "name" and at(place + 3) != "(":
-                return self._entry(word, at(place + 2)), 3
+                return self._tested(_Variable(word, at(place + 2)), place, 3)
             self.problems.append(
                 f"{word} can only be asked for one entry: {word}['name'], ('name' in {word}) or has({word}.name)"
             )
             return "''", 1
-        if word in _PLAIN and word not in self.bound:
-            self._variables.plain.add(word)
-            self.uses[word] = attrgetter(word)
-        return word, 1
+        return (self._asked(_Variable(word)) if word in _PLAIN else word), 1
 
-    def _entry(self, map: str, key: str, test: bool = False) -> str:
-        """The variable for an entry, or for whether it is there."""
-        if map == "headers":
+    def _alone(self, place: int, length: int) -> bool:
+        """Whether nothing beside so many tokens binds more strongly than what joins them."""
+        return self._at(place - 1) in _BEFORE_TEST and self._at(place + length) in _AFTER_TEST
+
+    def _tested(self, variable: _Variable, place: int, length: int) -> tuple[str, int]:
+        """The source for a text, or for how it compares with the literal that follows it."""
+        end, at = place + length, self._at
+        how = at(end)
+        if how in ("==", "!=") and self._kind(end + 1) == "text" and self._alone(place, length + 2):
+            made = self._asked(variable._replace(test="==", text=_literal(at(end + 1))))
+            return made if how == "==" else f"! {made}", length + 2
+        method = at(end + 1)
+        if how == "." and method in _METHODS and self._kind(end + 3) == "text" and at(end + 4) == ")":
+            return self._asked(variable._replace(test=method, text=_literal(at(end + 3)))), length + 5
+        return self._asked(variable), length
+
+    def _asked(self, variable: _Variable) -> str:
+        """The name of a variable."""
+        fact, key = variable.fact, variable.key
+        if fact == "headers":
             if not _HEADER.fullmatch(key):
                 self.problems.append(f"{key!r} is no header's name: write it in lower case")
             elif key in HIDDEN_HEADERS or key.startswith("x-turnout-"):
                 self.problems.append(f"rules can't read the header {key!r}")
-        if map == "modality" and key not in MODALITIES:
+        if fact == "modality" and key and key not in MODALITIES:
             self.problems.append(f"there is no modality {key!r}: there are {', '.join(MODALITIES)}")
-        kind = f"has_{_KINDS[map]}" if test else _KINDS[map]
-        self.uses[f"'{key}' in {map}" if test else f"{map}['{key}']"] = _READERS[kind](key)
-        return self._variables.name(kind, key)
+        value = variable if variable.test == "in" else variable._replace(test="", text="")
+        self.uses[value.said] = value.reader()
+        return self._variables.name(variable)
 
 
 class _Never:
@@ -546,8 +589,8 @@ def _short(when: str) -> str:
 
 def _literal(token: str) -> str:
     """The text that a literal means."""
-    value = _cel().compile(token).execute()
-    return value if isinstance(value, str) else ""
+    value: str = _cel().compile(token).execute()
+    return value
 
 
 def _said(e: Exception) -> str:
@@ -561,15 +604,18 @@ def _said(e: Exception) -> str:
 def _cel() -> Any:
     """The compiled module of ``common-expression-language``, without the command line that its package imports.
 
-    ``import cel`` takes 0.3 s for typer and prompt_toolkit; this takes a few ms, and only where there are rules.
+    ``import cel`` takes 0.3 s for typer and prompt_toolkit; this takes a few ms, and only where there are rules. The
+    module can be initialised once in a process, so it is left where the package would look for it.
     """
-    package = find_spec("cel")
-    spec = PathFinder.find_spec("cel", package.submodule_search_locations if package else None)
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError("common-expression-language is not installed: install turnout again", name="cel")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    name = "cel.cel"
+    if name not in sys.modules:
+        package = find_spec("cel")
+        spec = PathFinder.find_spec(name, package.submodule_search_locations if package else None)
+        if spec is None or spec.loader is None:
+            raise ModuleNotFoundError("common-expression-language is not installed: install turnout again", name="cel")
+        sys.modules[name] = module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
 
 
 _EMPTY = Facts()

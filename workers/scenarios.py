@@ -63,7 +63,7 @@ _BEFORE_S, _AFTER_S = 3.0, 1.5
 _SERVES_S, _SAMPLES_S = 60.0, 1.3
 #: Clients connect first: what they wait then says nothing of a switch.
 _WARM_UP = timedelta(seconds=1)
-_USERS = 400
+_USERS = 1000
 _TOKENS = 20
 _PACE = (f"--tokens={_TOKENS}", "--first-token-ms=60", "--token-ms=5", "--load-seconds=0.5")
 _SHORT = "Say hello."

@@ -122,10 +122,9 @@ def test_a_watched_rollout_tells_each_step_and_what_comes_next(served: Up) -> No
     try:
         assert watching.stdout is not None
         held(served)
-        for line in watching.stdout:
-            seen = json.loads(line)
-            if seen["switch"] is not None and seen["switch"]["phase"] == "paused" and seen["outlook"] is not None:
-                break
+        seen: dict[str, Any] = {"outlook": None}
+        while seen["outlook"] is None or seen["switch"]["phase"] != "paused":
+            seen = json.loads(watching.stdout.readline())
         assert seen["outlook"]["what"] == "stands still until an operator promotes or aborts it"
         assert {split["version"]: split["weight"] for split in seen["route"]["splits"]} == {"v1": 80.0, "v2": 20.0}
     finally:

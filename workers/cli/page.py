@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from turnout.core.health import wilson
 from turnout.projections.audit import seconds, who
-from turnout.workers.cli.report import effects, summary
+from turnout.workers.cli.story import effects, summary
 from turnout.workers.cli.words import (
     e_text,
     effect_text,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from turnout.events.switch import Figure, VerdictReached
-    from turnout.workers.cli.report import Report
+    from turnout.workers.cli.story import Report
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fcfcfb; --card: #ffffff; --ink: #1d1d1b; --faint: #6d6d68; --line: #dddcd6;

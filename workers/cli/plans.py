@@ -65,9 +65,10 @@ def reaches(plan: Plan, traffic: Traffic) -> tuple[Reach, ...]:
     if plan.judging.mode == "none":
         return ()
     weights = dict.fromkeys(stage.weight for stage in plan.stages if 0 < stage.weight < 100)
+    judged = sum(1 for stage in plan.stages if stage.weight or stage.mirror)  # as the health monitor counts them
+    rate, failing = traffic.requests_per_s, traffic.error_rate
     return tuple(
-        Reach(weight, detectable(plan.judging, weight, traffic.requests_per_s, traffic.error_rate))
-        for weight in weights
+        Reach(weight, detectable(plan.judging, weight, rate, failing, steps=max(1, judged))) for weight in weights
     )
 
 
@@ -97,10 +98,15 @@ def _show_reach(io: Terminal, reach: tuple[Reach, ...], traffic: Traffic) -> Non
         failing = "" if traffic.error_rate is None else f", {share_text(traffic.error_rate)} failing"
         io.say(f"what it can find at {traffic.requests_per_s:.3g} requests/s{failing} (the last {seconds(WINDOW_S)}):")
     heads = ("FAULT", *(f"AT {one.weight:g} %" for one in reach))
-    lines = [[found.what, *(_found(one.found[number]) for one in reach)] for number, found in enumerate(reach[0].found)]
+    faults = dict.fromkeys(found.what for one in reach for found in one.found)
+    lines = [
+        [what, *(_found(next((f for f in one.found if f.what == what), None)) for one in reach)] for what in faults
+    ]
     io.show(rows(table(*heads), lines))
 
 
-def _found(found: Detectable) -> str:
+def _found(found: Detectable | None) -> str:
+    if found is None:
+        return "not at all"
     after = f"{found.requests} requests"
     return after if found.seconds is None else f"{after}, {seconds(found.seconds)}"

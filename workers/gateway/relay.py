@@ -116,7 +116,7 @@ class Relay:
         numbers = choice.lane.numbers or ctx.numbers(choice)
         tally = self._tally = numbers.tally
         if tally is not None:
-            self._unit = tally.assigned_otherwise() if request.pin else tally.assigned(request.key)
+            self._unit = tally.assigned_otherwise() if request.apart else tally.assigned(request.key)
 
     def send(self, fresh: bool = False) -> None:
         """Send to the choice, over a kept connection if there is one and not a ``fresh`` one is asked for."""

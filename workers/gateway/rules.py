@@ -1,12 +1,13 @@
 """What rules may ask of a request, read from its head and body. Only for models that have rules.
 
-Reading never fails: what a body does not say, or says in a shape that nobody knows, counts as not said. Texts are
-measured, not built. Knows no rule and no route.
+Reading never fails: what a body does not say, or says in a shape that nobody knows, counts as not said. Chats of the
+usual shape are read by a typed decoder, everything else by a slower one that takes any JSON; both find the same. Knows
+no rule and no route.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -14,61 +15,51 @@ from turnout.core.rules import MODALITIES, Facts
 from turnout.workers.gateway.request import VALUE_MOST, is_form
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from turnout.core.rules import Rules
 
 _NUMBER_MOST = 2**53
 _TOKEN_BYTES = 4
-
 _ABSENT = msgspec.Raw(b"")
 
 
-class _Body(msgspec.Struct, gc=False):
-    messages: msgspec.Raw = _ABSENT
-    input: msgspec.Raw = _ABSENT
-    prompt: msgspec.Raw = _ABSENT
-    system: msgspec.Raw = _ABSENT
-    instructions: msgspec.Raw = _ABSENT
-    tools: msgspec.Raw = _ABSENT
-    functions: msgspec.Raw = _ABSENT
-    stream: msgspec.Raw = _ABSENT
-    max_completion_tokens: msgspec.Raw = _ABSENT
-    max_tokens: msgspec.Raw = _ABSENT
-    max_output_tokens: msgspec.Raw = _ABSENT
-    user: msgspec.Raw = _ABSENT
-    safety_identifier: msgspec.Raw = _ABSENT
-    metadata: msgspec.Raw = _ABSENT
+class _Part(msgspec.Struct, gc=False):
+    type: str = ""
+    text: str = ""
 
 
 class _Message(msgspec.Struct, gc=False):
-    content: msgspec.Raw = _ABSENT
+    content: str | list[_Part] | None = None
 
 
-class _Part(msgspec.Struct, gc=False):
-    type: msgspec.Raw = _ABSENT
-    text: msgspec.Raw = _ABSENT
+class _Chat(msgspec.Struct, gc=False):
+    messages: list[_Message]
+    tools: msgspec.Raw = _ABSENT
+    functions: msgspec.Raw = _ABSENT
+    system: str | list[_Part] | None = None
+    stream: bool | None = None
+    max_completion_tokens: int | None = None
+    max_tokens: int | None = None
+    max_output_tokens: int | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: msgspec.Raw = _ABSENT
 
 
-_body = msgspec.json.Decoder(_Body).decode
-_messages = msgspec.json.Decoder(list[_Message]).decode
-_parts = msgspec.json.Decoder(list[_Part]).decode
-_texts = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_text = msgspec.json.Decoder(str).decode
-_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_chat = msgspec.json.Decoder(_Chat).decode
+_any = msgspec.json.Decoder().decode
 _ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
-# Names of content parts in the chat, responses and messages APIs. Others are told by the word that is in them.
+# The names of content parts in the chat, responses and messages APIs; others are told by the word that is in them.
 _MODALITY = {
-    b'"text"': "text",
-    b'"input_text"': "text",
-    b'"output_text"': "text",
-    b'"image_url"': "image",
-    b'"input_image"': "image",
-    b'"image"': "image",
-    b'"input_audio"': "audio",
-    b'"audio_url"': "audio",
-    b'"video_url"': "video",
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "image_url": "image",
+    "input_image": "image",
+    "input_audio": "audio",
+    "video_url": "video",
 }
 
 
@@ -88,33 +79,22 @@ def facts_of(rules: Rules, path: bytes, headers: Mapping[str, str], content_type
     if is_form(content_type):
         return Facts(where, _of_form(where), headers=headers)
     try:
-        said = _body(body)
+        return _of_chat(rules, where, headers, _chat(body))
+    except _ERRORS:
+        pass
+    try:
+        return _of_any(rules, where, headers, _any(body))
     except _ERRORS:
         return Facts(where, headers=headers)
-    prompt = _Prompt()
-    prompt.add(bytes(said.messages or said.input or said.prompt))
-    prompt.add_content(bytes(said.system or said.instructions))
-    return Facts(
-        where,
-        prompt.modality,
-        prompt.bytes // _TOKEN_BYTES,
-        prompt.messages,
-        _filled(bytes(said.tools)) or _filled(bytes(said.functions)),
-        bytes(said.stream) == b"true",
-        _number(bytes(said.max_completion_tokens or said.max_tokens or said.max_output_tokens)),
-        _value(bytes(said.user)) or _value(bytes(said.safety_identifier)),
-        headers,
-        _metadata(rules, bytes(said.metadata)) if rules.metadata else {},
-    )
 
 
 class _Prompt:
     """What the parts of a prompt add up to. ``bytes``: of text."""
 
-    __slots__ = ("_found", "bytes", "messages")
+    __slots__ = ("_found", "bytes")
 
     def __init__(self) -> None:
-        self.bytes = self.messages = 0
+        self.bytes = 0
         self._found: set[str] = set()
 
     @property
@@ -122,52 +102,96 @@ class _Prompt:
         """What was found, in the order of ``MODALITIES``."""
         return [one for one in MODALITIES if one in self._found]
 
-    def add(self, raw: bytes) -> None:
-        """Messages, a text, texts or token ids."""
-        first = raw[1:64].lstrip()[:1] if raw[:1] == b"[" else b""
-        if first == b"{":
-            try:
-                messages = _messages(raw)
-            except _ERRORS:
-                return
-            self.messages = len(messages)
-            for message in messages:
-                self.add_content(bytes(message.content))
-        elif first == b'"':
-            try:
-                texts = _texts(raw)
-            except _ERRORS:
-                return
-            for text in texts:
-                self._add_text(bytes(text))
-        elif first == b"[" or first.isdigit():
-            self._found.add("text")
-            self.bytes += _TOKEN_BYTES * (raw.count(b",") + 1)
-        else:
-            self._add_text(raw)
+    @property
+    def tokens(self) -> int:
+        """An estimate."""
+        return self.bytes // _TOKEN_BYTES
 
-    def add_content(self, raw: bytes) -> None:
-        """One message's: a text, or parts."""
-        if raw[:1] != b"[":
-            self._add_text(raw)
-            return
-        try:
-            parts = _parts(raw)
-        except _ERRORS:
-            return
-        for part in parts:
-            kind = bytes(part.type)
-            modality = _MODALITY.get(kind) or next((one for one in MODALITIES if one.encode() in kind), "")
-            if modality:
-                self._found.add(modality)
-            if part.text:
-                self._add_text(bytes(part.text))
+    def add_content(self, content: str | Sequence[_Part] | None) -> None:
+        """One message's."""
+        if isinstance(content, str):
+            self.add_text(content)
+        elif content is not None:
+            for part in content:
+                self.add_kind(part.type)
+                self.add_text(part.text)
 
-    def _add_text(self, raw: bytes) -> None:
-        if raw[:1] == b'"' and len(raw) > 2:
+    def add_text(self, text: str) -> None:
+        """A text."""
+        if text:
             self._found.add("text")
-            # Other escapes are one byte too much each, which an estimate may have.
-            self.bytes += len(_value(raw, len(raw)).encode()) if b"\\u" in raw else len(raw) - 2
+            self.bytes += len(text) if text.isascii() else len(text.encode())
+
+    def add_kind(self, kind: str) -> None:
+        """The ``type`` of a content part."""
+        modality = _MODALITY.get(kind) or next((one for one in MODALITIES if one in kind), "")
+        if modality:
+            self._found.add(modality)
+
+    def add(self, value: object) -> None:
+        """Whatever a prompt may be: text, token ids, parts, messages, and lists of them."""
+        match value:
+            case str():
+                self.add_text(value)
+            case [int(), *_]:
+                self._found.add("text")
+                self.bytes += _TOKEN_BYTES * len(cast("list[object]", value))
+            case list():
+                for one in cast("list[object]", value):
+                    self.add(one)
+            case dict():
+                said = cast("dict[str, object]", value)
+                if isinstance(kind := said.get("type"), str):
+                    self.add_kind(kind)
+                self.add(said.get("content"))
+                self.add(said.get("text"))
+            case _:
+                pass
+
+
+def _of_chat(rules: Rules, path: str, headers: Mapping[str, str], chat: _Chat) -> Facts:
+    prompt = _Prompt()
+    for message in chat.messages:
+        prompt.add_content(message.content)
+    prompt.add_content(chat.system)
+    most = chat.max_completion_tokens or chat.max_tokens or chat.max_output_tokens or 0
+    return Facts(
+        path,
+        prompt.modality,
+        prompt.tokens,
+        len(chat.messages),
+        _filled(chat.tools) or _filled(chat.functions),
+        chat.stream is True,
+        min(max(most, 0), _NUMBER_MOST),
+        (chat.user or chat.safety_identifier or "")[:VALUE_MOST],
+        headers,
+        _metadata(rules, _any(chat.metadata)) if rules.metadata and chat.metadata else {},
+    )
+
+
+def _of_any(rules: Rules, path: str, headers: Mapping[str, str], body: object) -> Facts:
+    if not isinstance(body, dict):
+        return Facts(path, headers=headers)
+    said = cast("dict[str, Any]", body)
+    asked: object = said.get("messages") or said.get("input") or said.get("prompt")
+    messages = cast("list[object]", asked) if isinstance(asked, list) else []
+    prompt = _Prompt()
+    for one in (asked, said.get("system"), said.get("instructions")):
+        prompt.add(one)
+    longest = (said.get(name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"))
+    users = (said.get(name) for name in ("user", "safety_identifier"))
+    return Facts(
+        path,
+        prompt.modality,
+        prompt.tokens,
+        sum(isinstance(one, dict) for one in messages),
+        any(isinstance(tools := said.get(name), list) and bool(tools) for name in ("tools", "functions")),
+        said.get("stream") is True,
+        min(next((n for n in longest if type(n) is int and n > 0), 0), _NUMBER_MOST),
+        next((user for user in users if isinstance(user, str) and user), "")[:VALUE_MOST],
+        headers,
+        _metadata(rules, said.get("metadata")),
+    )
 
 
 def _of_form(path: str) -> list[str]:
@@ -175,29 +199,19 @@ def _of_form(path: str) -> list[str]:
     return ["audio"] if "/audio/" in path else ["text", "image"] if "/images/" in path else []
 
 
-def _filled(raw: bytes) -> bool:
-    return raw != b"null" and bool(raw.strip(b"[] \r\n\t"))
+def _filled(raw: msgspec.Raw) -> bool:
+    """Whether it is a list with something in it."""
+    said = bytes(raw)
+    return said[:1] == b"[" and said[1:64].lstrip()[:1] != b"]"
 
 
-def _number(raw: bytes) -> int:
-    return min(int(raw), _NUMBER_MOST) if raw[:20].isdigit() and len(raw) <= 20 else 0
-
-
-def _value(raw: bytes, most: int = VALUE_MOST) -> str:
-    """A text, or what else stands there as JSON; empty for nothing."""
-    if raw == b"null":
-        return ""
-    if raw[:1] == b'"':
-        try:
-            return _text(raw)[:most]
-        except _ERRORS:  # half of a surrogate pair
-            raw = raw[1:-1]
-    return raw[:most].decode("utf-8", "replace")
-
-
-def _metadata(rules: Rules, raw: bytes) -> dict[str, str]:
-    try:
-        members = _members(raw)
-    except _ERRORS:
+def _metadata(rules: Rules, said: object) -> dict[str, str]:
+    """The entries that the rules ask for, as text."""
+    if not isinstance(said, dict):
         return {}
-    return {name: _value(bytes(members[name])) for name in rules.metadata if name in members}
+    fields = cast("dict[str, object]", said)
+    return {name: _text(fields[name])[:VALUE_MOST] for name in rules.metadata if name in fields}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else "" if value is None else msgspec.json.encode(value).decode()

@@ -11,7 +11,7 @@ from tests.unit.cli.tale import FIGURES, T0, canary_held, canary_rolled_back
 
 from turnout.events.switch import SwitchAborted
 from turnout.workers.cli.page import page
-from turnout.workers.cli.report import Report, Story
+from turnout.workers.cli.story import Report, Story
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import cel
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,6 +64,7 @@ def test_an_expression_over_the_facts_applies(when: str) -> None:
         ("int(user + 'x') > 1", "fails for every request"),
         ("stream && user.matches('(')", "'(' is no regular expression: unclosed group"),
         ("modality.exists(a, modality.all(b, a == b))", "a loop stands inside a loop"),
+        ("modality.exists(user, user == 'text')", "a loop calls its element 'user'"),
         ("'picture' in modality", "there is no modality 'picture': there are text, image, audio, video"),
         ("headers['X-Team'] == 'a'", "'X-Team' is no header's name: write it in lower case"),
         ("headers.authorization == 'a'", "rules can't read the header 'authorization'"),
@@ -224,3 +227,41 @@ def test_the_choice_is_what_the_explanation_says_whatever_was_asked_before(
         told = Rules("chat", made).explain(facts, key)  # one that has seen no other request
 
         assert [one.rule for one in told if one.outcome == "decides"] == ([chosen.name] if chosen else [])
+
+
+TERMS = st.sampled_from(
+    [
+        *("true", "tools", "stream", "tokens > 100", "messages == max_tokens", "'image' in modality"),
+        *("user == 'x'", "user != 'x'", "path == user", "user.startsWith('al')", "user.endsWith('ce')"),
+        *("user.contains(path)", "headers.a == 'x'", "headers['b'] != \"5\"", "'a' in headers", "has(metadata.n)"),
+        *("metadata.n.contains('li')", "int(metadata.m) > 3", "size(headers.a + 'x') > 2", "user + 'x' == 'xx'"),
+        *("'x' + user == 'xx'", "user == 'x' + ''", "metadata.m == r'5'", "modality.all(m, m != headers.b)"),
+    ]
+)
+EXPRESSIONS = st.recursive(
+    TERMS,
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from(["&&", "||", "==", "!="]), inner).map(" ".join),
+        st.tuples(inner, inner, inner).map(lambda parts: "{} ? {} : {}".format(*parts)),
+        inner.map("({})".format),
+        inner.map("!({})".format),
+        inner.map("!{}".format),
+        st.tuples(inner, inner).map(lambda parts: "({}) in [{}]".format(*parts)),
+    ),
+    max_leaves=5,
+)
+
+
+@given(EXPRESSIONS, FACTS)
+def test_an_expression_means_what_cel_says_it_means(when: str, facts: Facts) -> None:
+    facts = msgspec.structs.replace(
+        facts, headers={"a": "", "b": "", **facts.headers}, metadata={"n": "", "m": "", **facts.metadata}
+    )
+    try:
+        expected = cel.compile(when).execute(msgspec.structs.asdict(facts))
+    except (LookupError, RuntimeError, TypeError, ValueError):
+        expected = None
+
+    chosen = Rules("chat", (rule(when),)).choose(facts)
+
+    assert (chosen is not None) == (expected is True)

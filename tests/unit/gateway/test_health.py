@@ -302,12 +302,14 @@ def test_totals_for_prometheus_hold_the_window_that_is_still_open() -> None:
 
 def chat_stream(*texts: str, finish: str | None = "stop", done: bool = True, usage: int = 0) -> list[bytes]:
     """A stream as vLLM sends it, chunk sizes included."""
-    events: list[object] = [{"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}]
+    events: list[dict[str, object]] = [
+        {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+    ]
     events += [{"choices": [{"delta": {"content": text}, "finish_reason": None}]} for text in texts]
     if finish:
         events.append({"choices": [{"delta": {}, "finish_reason": finish}]})
     if usage:
-        events.append({"choices": [], "usage": {"completion_tokens": usage}})
+        events.append({"choices": (), "usage": {"completion_tokens": usage}})
     bodies = [b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events]
     if done:
         bodies.append(b"data: [DONE]\n\n")

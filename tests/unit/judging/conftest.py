@@ -1,15 +1,10 @@
-"""A gateway that samples two versions, for tests of the judge. Time is simulated: a quarter of a second a window."""
+"""Makes `traffic` importable beside these tests."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from typing import Any
+import sys
+from pathlib import Path
 
-import msgspec
-
-from turnout.core.judging.judge import Judge, Question
-from turnout.core.judging.judgement import JudgeSettings
-from turnout.events.health import HealthSampled, bin_of
-
-START = datetime(2026, 1, 1, tzinfo=UTC)
-SETTINGS = JudgeSettings(error_ceiling=0.05, latency_ceiling_ms=5000.0)
+_ROOT = str(Path(__file__).resolve().parents[3])
+if _ROOT not in sys.path:
+    sys.path.append(_ROOT)

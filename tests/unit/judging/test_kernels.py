@@ -113,7 +113,9 @@ def test_limits_of_a_ratio_are_open_where_an_arm_has_no_event() -> None:
 arms_and_scores = st.lists(st.tuples(st.integers(0, 1), st.floats(-1, 1)), max_size=40)
 
 
-@given(events=arms_and_scores, share=st.floats(0.01, 0.99), cut=st.integers(0, 40), seed=st.randoms(use_true_random=False))
+@given(
+    events=arms_and_scores, share=st.floats(0.01, 0.99), cut=st.integers(0, 40), seed=st.randoms(use_true_random=False)
+)
 def test_order_and_batches_change_nothing(events: list[Event], share: float, cut: int, seed: random.Random) -> None:
     one_by_one = fold(WORSE_TILTS, share, events)
     shuffled = list(events)
