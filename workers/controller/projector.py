@@ -59,9 +59,9 @@ class Projector:
             after = stored.sequence
         committed = -1
         while True:
-            self._moved.clear()
-            views.settle()
             await self._gather()
+            self._moved.clear()
+            views.settle()  # nothing may be folded between this and the next two lines
             changes = views.take(after)
             if changes or views.sequence > committed:  # readers wait for a sequence, whether it changed a view or not
                 committed = views.sequence
@@ -78,10 +78,12 @@ class Projector:
         views = self._log.views
         try:
             async with asyncio.timeout(GATHER_S):
-                while not views.urgent():
-                    await self._moved.wait()
+                while True:
                     self._moved.clear()
                     views.settle()
+                    if views.urgent():
+                        return
+                    await self._moved.wait()
         except TimeoutError:
             pass
 

@@ -6,6 +6,8 @@ import asyncio
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from turnout.events.codec import Context
 from turnout.events.envelope import START
 from turnout.events.memory import MemoryStore
@@ -127,6 +129,36 @@ def test_each_event_becomes_the_views_that_it_changed(monkeypatch: pytest.Monkey
         assert set(one.bucket.commits[-1]) == {"model.embed", "route.embed"}
 
     play(scene, monkeypatch)
+
+
+def test_no_commit_names_an_event_whose_views_it_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads its own write waits for the checkpoint: what the checkpoint covers must be there."""
+    monkeypatch.setattr(module, "GATHER_S", 0.001)
+    short: list[tuple[int, int]] = []
+
+    async def scene(one: Scene) -> None:
+        commit = one.bucket.commit
+
+        async def checked(views: Mapping[str, bytes | None], checkpoint: Checkpoint, expected: int) -> int:
+            revision = await commit(views, checkpoint, expected)
+            known = len(msgspec.json.decode(one.bucket.views["model.chat"])["versions"])
+            if known != checkpoint.sequence - 1:  # the first event made the model, each further one a version
+                short.append((checkpoint.sequence, known))
+            return revision
+
+        def told_late() -> None:  # an event may be folded some turns before anybody hears of it
+            asyncio.get_running_loop().call_later(0.002, tell)
+
+        tell = getattr(one.log, "_tell")  # noqa: B009  what the log does of itself, only later
+        monkeypatch.setattr(one.bucket, "commit", checked)
+        monkeypatch.setattr(one.log, "_tell_soon", told_late)
+        for n in range(60):
+            await one.grow()
+            await asyncio.sleep(0.0001 * (n % 17))
+        tell()
+
+    play(scene, monkeypatch)
+    assert short == []
 
 
 def test_a_commit_that_was_lost_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
