@@ -17,6 +17,8 @@ BENCHES = {
     "switches": "cutover and what clients notice of switches under load",
     "fold": "events folded in a second",
     "replay": "events read back through JetStream in a second, and latency of an append",
+    "rules": "what rules cost for each request",
+    "judging": "how often the judge is wrong, and how soon it is right",
     "connections": "memory of a gateway for each 1,000 connections",
     "up": "from turnout up to the first completion",
 }

@@ -8,7 +8,7 @@ is missing. Knows no strategy and no clock.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -19,6 +19,9 @@ from turnout.core.judging.sentences import e_value, harmed, passed, split_broken
 from turnout.core.judging.tally import Dead, Probes, Windows, unreadable
 from turnout.events.health import HealthEvent, HealthSampled, ProbeFailed, ProbePassed, ShadowSampled
 from turnout.events.switch import Figure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: Samples in a row that can't be read.
 UNREADABLE_MOST = 4
@@ -156,7 +159,7 @@ class Judge:
             return Decision.ERROR
         if self._comparison.split_broken:
             return Decision.INVALID
-        return Decision.HOLD if self._missing() else Decision.PASS
+        return Decision.PASS if next(self._missing(), None) is None else Decision.HOLD
 
     def judgement(self) -> Judgement:
         """What the evidence says now, with everything that it was made from."""
@@ -238,31 +241,24 @@ class Judge:
         ceiling = self._comparison.error_ceiling and self._decides("error_ceiling")
         return ("error_ceiling",) if ceiling else ()
 
-    def _missing(self) -> list[str]:
+    def _missing(self) -> Iterator[str]:
         """What a pass lacks, in words with numbers."""
         settings, target = self._question.settings, self._comparison.target
         seconds = self._windows.seconds
-        missing: list[str] = []
         if target.requests < settings.min_requests:
-            missing.append(f"{target.requests:,} of {settings.min_requests:,} requests")
+            yield f"{target.requests:,} of {settings.min_requests:,} requests"
         users = target.users + target.anonymous
         if self._comparison.sticky and users < settings.min_users:
-            missing.append(f"{users:,} of {settings.min_users:,} users")
+            yield f"{users:,} of {settings.min_users:,} users"
         if seconds < settings.min_seconds:
-            missing.append(f"{seconds:.0f} of {settings.min_seconds:g} s")
+            yield f"{seconds:.0f} of {settings.min_seconds:g} s"
         needed = 1.0 / settings.alpha_promote
-        good = {name: self._comparison.log_good(name) for name in self._asked}
-        missing += [
-            f"{self._claim(name)} (e {e_value(log_e)} of {needed:.3g})"
-            for name, log_e in good.items()
-            if log_e < math.log(needed)
-        ]
-        missing += [
-            f"{line.name} leans towards harm (e {e_value(line.harm.log_e)})"
-            for line in self._lines()
-            if line.harm.log_e > (1e-9 if line.name == "errors" else math.log(LEANS))
-        ]
-        return missing
+        for name in self._asked:
+            if (log_e := self._comparison.log_good(name)) < math.log(needed):
+                yield f"{self._claim(name)} (e {e_value(log_e)} of {needed:.3g})"
+        for line in self._lines():
+            if line.harm.log_e > (1e-9 if line.name == "errors" else math.log(LEANS)):
+                yield f"{line.name} leans towards harm (e {e_value(line.harm.log_e)})"
 
     def _claim(self, name: str) -> str:
         settings, source = self._question.settings, self._question.source

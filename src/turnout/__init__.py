@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from turnout.core.config import ModelSwitchingConfig
-    from turnout.core.strategies import ImmediateSwitch, SwitchingStrategy
+    from turnout.core.strategies import ABTestSwitch, CanarySwitch, GradualRollout, ImmediateSwitch, SwitchingStrategy
     from turnout.events.model import EngineSpec, Probe
     from turnout.events.store import Unavailable
     from turnout.workers.client import (
         Client,
         CommandRejected,
         DynamicModelRegistry,
+        HealthMonitor,
         ModelSwitcher,
         ModelVersionManager,
         SwitchOperation,
@@ -27,11 +28,15 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "ABTestSwitch",
     "BaseRegistry",
+    "CanarySwitch",
     "Client",
     "CommandRejected",
     "DynamicModelRegistry",
     "EngineSpec",
+    "GradualRollout",
+    "HealthMonitor",
     "ImmediateSwitch",
     "ModelSwitcher",
     "ModelSwitchingConfig",
@@ -47,6 +52,9 @@ __all__ = [
 
 _HOMES = {
     "ModelSwitchingConfig": "core.config",
+    "ABTestSwitch": "core.strategies",
+    "CanarySwitch": "core.strategies",
+    "GradualRollout": "core.strategies",
     "ImmediateSwitch": "core.strategies",
     "SwitchingStrategy": "core.strategies",
     "EngineSpec": "events.model",

@@ -1,6 +1,7 @@
 """docs/protocol.md is true: its examples are executed, in their order, by a program that has nothing but nats-py.
 
-A nats-server and a controller are real; the document's worker, gateway and operator are played from its JSON blocks.
+A nats-server and a controller are real; the document's worker, gateway and operator are played from its JSON blocks:
+``command`` and ``question`` are asked, ``sample`` is published, and ``answer``, ``event`` and ``view`` must come true.
 """
 
 # nats-py is typed in part
@@ -11,13 +12,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 import msgspec
 import nats
@@ -26,19 +30,23 @@ from nats.errors import TimeoutError as NoMessage
 from nats.js.errors import NotFoundError
 
 from turnout.core.handling import VERBS
-from turnout.events import codec
+from turnout.events import codec, health, subjects
 from turnout.events.envelope import Envelope
+from turnout.projections.alerts import AlertView
 from turnout.projections.fleet import GatewayView, WorkerView
 from turnout.projections.registry import ModelView
 from turnout.projections.routing import RouteView
 from turnout.projections.switches import SwitchView
+from turnout.workers.controller.health import QUESTIONS, AskEvidence, AskHealth, EvidenceReport, HealthReport
 from turnout.workers.ports import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+    from datetime import timedelta
 
     from nats.aio.client import Client
 
+    from turnout.workers.clock import SystemClock
     from turnout.workers.embedded import EmbeddedServer
 
 pytestmark = [pytest.mark.process, pytest.mark.nats]
@@ -46,11 +54,13 @@ pytestmark = [pytest.mark.process, pytest.mark.nats]
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
 WAIT_S = 30.0
-#: What differs from run to run; it must have the same type.
+#: What differs from run to run, and what the judge's formulas give; it must have the same type.
 VARIES = frozenset(
     (
         *("sequence", "time", "at", "deadline", "until", "registered_at", "requested_at", "ended_at", "bake_until"),
+        *("raised_at", "resolved_at"),
         *("seconds", "ready_s", "cutover_s", "drain_s", "log", "epoch"),
+        *("e", "e_needed", "e_good", "e_good_needed", "low", "high"),
     )
 )
 VIEWS: dict[str, type[Any]] = {
@@ -59,7 +69,13 @@ VIEWS: dict[str, type[Any]] = {
     "switch": SwitchView,
     "worker": WorkerView,
     "gateway": GatewayView,
+    "alert": AlertView,
     "_ckpt": Checkpoint,
+}
+#: Question → its body and its answer.
+ASKED: dict[str, tuple[type[Any], type[Any]]] = {
+    "health.get": (AskHealth, HealthReport),
+    "switch.evidence": (AskEvidence, EvidenceReport),
 }
 
 
@@ -93,6 +109,8 @@ def same(example: Any, real: Any, key: str = "") -> bool:
             return told.keys() == found.keys() and all(same(told[k], found[k], k) for k in told)
         case [*told_items], [*found_items]:
             return len(told_items) == len(found_items) and all(map(same, told_items, found_items))
+        case float(), float():
+            return math.isclose(example, real, rel_tol=1e-9)
         case _:
             return bool(example == real)
 
@@ -121,20 +139,27 @@ def controller(nats_server: EmbeddedServer, tmp_path: Path) -> Iterator[str]:
             process.stdout.close()
 
 
-def test_the_story_of_a_switch_happens_as_it_is_told(controller: str, runner: asyncio.Runner) -> None:
-    runner.run(_play(controller))
+def test_the_story_of_a_switch_happens_as_it_is_told(
+    controller: str, runner: asyncio.Runner, clock: SystemClock
+) -> None:
+    runner.run(_play(controller, clock))
 
 
-async def _play(url: str) -> None:
+async def _play(url: str, clock: SystemClock) -> None:
     nc = await nats.connect(url)
     beating = asyncio.create_task(_beat(nc))
     events: list[tuple[str, str, Any]] = []
     tail = await nc.jetstream().subscribe("turnout.evt.>", ordered_consumer=True)
     answer: Any = None
+    question: Block | None = None
+    late: timedelta | None = None
     try:
         for block in blocks():
+            if block.kind != "sample":
+                late = None
             match block.kind:
                 case "command":
+                    question = None
                     asked = msgspec.json.encode(block.json)
                     answer = json.loads((await nc.request(block.rest[0], asked, timeout=WAIT_S)).data)
                     again = json.loads((await nc.request(block.rest[0], asked, timeout=WAIT_S)).data)
@@ -143,6 +168,14 @@ async def _play(url: str) -> None:
                     else:
                         answer_again = again
                     assert answer_again == answer, f"line {block.line}: sent twice"
+                case "question":
+                    question = block
+                case "sample":
+                    late = late or clock.now() - _ended(block)
+                    await _publish(block, late, nc)
+                case "answer" if question is not None:  # what it tells of may be on its way
+                    told: list[Any] = []
+                    await _until(block, partial(_answers, block, question, nc, told), told)
                 case "answer":
                     assert same(block.json, answer), f"line {block.line}: {answer}"
                 case "event":
@@ -182,6 +215,25 @@ async def _happened(block: Block, events: list[tuple[str, str, Any]], tail: Any)
     return any(s == subject and t == name and same(block.json, body) for s, t, body in events)
 
 
+async def _answers(block: Block, question: Block, nc: Client, told: list[Any]) -> bool:
+    asked = msgspec.json.encode(question.json)
+    told[:] = [json.loads((await nc.request(question.rest[0], asked, timeout=WAIT_S)).data)]
+    return same(block.json, told[0])
+
+
+def _ended(block: Block) -> datetime:
+    sample = health.decode(block.text.encode())
+    return sample.ended if isinstance(sample, health.HealthSampled | health.ShadowSampled) else sample.at
+
+
+async def _publish(block: Block, late: timedelta, nc: Client) -> None:
+    """As it stands there, but now: what is old says nothing about a version."""
+    times = {key: datetime.fromisoformat(block.json[key]) for key in ("started", "ended", "at") if key in block.json}
+    moved = block.json | {key: (time + late).isoformat() for key, time in times.items()}
+    stored = await nc.jetstream().publish(block.rest[0], msgspec.json.encode(moved))
+    assert stored.stream == "HEALTH", f"line {block.line}"
+
+
 async def _shows(block: Block, nc: Client, seen: list[Any]) -> bool:
     (key,) = block.rest
     with contextlib.suppress(NotFoundError):
@@ -196,10 +248,39 @@ def test_each_command_of_each_role_is_in_the_document() -> None:
     real = {f"turnout.cmd.{role}.{verb}" for role, verb in VERBS}
     assert told == real
     for (role, verb), (body, _) in VERBS.items():
-        row = next(line for line in DOCUMENT.splitlines() if line.startswith(f"| `turnout.cmd.{role}.{verb}` |"))
+        row = _row(f"turnout.cmd.{role}.{verb}")
         if "as `switch.start`" not in row:
-            assert re.findall(r"`([a-z_]+)`", row.split("|")[2].split("{")[0])[: len(body.__struct_fields__)]
             assert all(f"`{field}`" in row for field in body.__struct_fields__), row
+
+
+def test_each_question_is_in_the_document_with_its_fields_and_those_of_its_answer() -> None:
+    assert ASKED.keys() == QUESTIONS
+    told = list(blocks())
+    pairs = {a.rest[0]: (a, b) for a, b in pairwise(told) if a.kind == "question"}
+    assert pairs.keys() == {f"turnout.cmd.ops.{verb}" for verb in QUESTIONS}
+    for verb, (asked, answered) in ASKED.items():
+        question, answer = pairs[f"turnout.cmd.ops.{verb}"]
+        assert all(f"`{field}`" in _row(question.rest[0]) for field in asked.__struct_fields__)
+        assert question.json["body"].keys() == set(asked.__struct_fields__), f"line {question.line}"
+        report = msgspec.json.decode(answer.text, type=answered)
+        assert msgspec.to_builtins(report).keys() == answer.json.keys(), f"line {answer.line}"
+
+
+def test_each_kind_of_sample_is_in_the_document_with_all_its_fields_and_words() -> None:
+    told: dict[type[Any], set[str]] = {}
+    for block in blocks():
+        if block.kind == "sample":
+            sample = health.decode(block.text.encode())
+            assert block.rest == (subjects.health(sample.model, sample.version), block.json["type"]), block.line
+            assert block.json.keys() <= msgspec.to_builtins(sample).keys(), f"line {block.line}"
+            told.setdefault(type(sample), set()).update(block.json)
+    fields = {kind: {"type", *kind.__struct_fields__} for kind in get_args(health.HealthEvent)}
+    assert told == fields
+    assert all(f"`{word}`" in DOCUMENT for word in (*health.OUTCOMES, *health.SIGNS))
+
+
+def _row(subject: str) -> str:
+    return next(line for line in DOCUMENT.splitlines() if line.startswith(f"| `{subject}` |"))
 
 
 def test_each_event_type_is_in_the_document_with_all_its_fields() -> None:

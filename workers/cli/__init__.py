@@ -20,6 +20,7 @@ _SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "get": ("get", "Show one model: versions, instances, gateways, the running switch."),
         "health": ("health", "Show how the versions of a model do."),
         "policy": ("policies", "Name ways to switch a model."),
+        "rules": ("rules", "Choose a version by what a request is."),
     },
     "Switches": {
         "switch": ("switches", "Send a model's traffic to a version."),

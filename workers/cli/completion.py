@@ -12,13 +12,13 @@ from turnout.workers.cli.terminal import Terminal, common
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 @common
 def completion(io: Terminal, shell: str) -> None:
-    r"""Print the completion script of SHELL.
+    """Print the completion script of SHELL.
 
     \b
     bash:  eval "$(turnout completion bash)"                     in ~/.bashrc
     zsh:   eval "$(turnout completion zsh)"                      in ~/.zshrc
     fish:  turnout completion fish > ~/.config/fish/completions/turnout.fish
-    """
+    """  # noqa: D301  click reads the backspace
     made = get_completion_class(shell)
     if made is None:
         raise click.BadParameter(f"{shell} is not known")

@@ -14,6 +14,7 @@ from turnout.workers import running
 from turnout.workers.cli import report as reports
 from turnout.workers.cli.audit import Lines
 from turnout.workers.cli.doctor import nvidia_gpus
+from turnout.workers.cli.story import Story
 from turnout.workers.cli.terminal import DONE, FAILED, Duration, Terminal, common, rows, table
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _script(engine: str, switches: int, rate: float | None, seconds: float | Non
 
 def _show_scenario(io: Terminal, outcome: scenarios.Outcome) -> int:
     made = outcome.report
-    story = reports.Story(outcome.switch)
+    story = Story(outcome.switch)
     for recorded in outcome.log:
         story.take(recorded)
     if story.report is not None and not io.json:

@@ -127,6 +127,8 @@ class MetricsCollector:
         self.outcomes: Counted = tuple
         self.signs: Counted = tuple
         self.pairs: Counted = tuple
+        #: (model, rule, outcome, count) of rules, read when somebody asks.
+        self.rules: Counted = tuple
         #: Health samples that were not published, read when somebody asks.
         self.samples_dropped: Callable[[], int] = int
         self._registry = CollectorRegistry(auto_describe=False)
@@ -209,6 +211,12 @@ class MetricsCollector:
             for model, version, word, count in read():
                 family.add_metric([model, version, word], count)
             yield family
+        ruled = CounterMetricFamily(
+            "turnout_gateway_rules", "What rules did with requests.", labels=["model", "rule", "outcome"]
+        )
+        for model, rule, outcome, count in self.rules():
+            ruled.add_metric([model, rule, outcome], count)
+        yield ruled
         yield CounterMetricFamily(
             "turnout_gateway_samples_dropped",
             "Health samples that could not be published.",

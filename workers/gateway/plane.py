@@ -221,6 +221,7 @@ class DataPlane:
             context.local[b"/requests"] = self._requests
         metrics = context.metrics
         metrics.revisions = context.manager.applied
+        metrics.rules = context.manager.rule_counts
         metrics.in_flight = lambda: [
             (lane.model, lane.version, len(lane.requests)) for lane in context.tracker.lanes.values()
         ]

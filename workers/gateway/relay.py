@@ -280,6 +280,10 @@ class Relay:
             shape = connection.shape = Shape(head)
         if shape.status in (500, 503):
             self._hold(data, connection, shape)
+        elif shape.stream and len(data) == end + 4 and not connection.complete:
+            # Engines send the head of a stream at once, and its first token after the prefill: until then another
+            # instance may still take the request, and the time to the first byte is the time to the first token.
+            self._held = data
         else:
             self._begin(data, connection, shape)
 

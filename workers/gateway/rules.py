@@ -7,7 +7,7 @@ no rule and no route.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
@@ -133,12 +133,14 @@ class _Prompt:
         match value:
             case str():
                 self.add_text(value)
-            case [int(), *_]:
-                self._found.add("text")
-                self.bytes += _TOKEN_BYTES * len(cast("list[object]", value))
             case list():
-                for one in cast("list[object]", value):
-                    self.add(one)
+                parts = cast("list[object]", value)
+                if parts and isinstance(parts[0], int):
+                    self._found.add("text")
+                    self.bytes += _TOKEN_BYTES * len(parts)
+                    return
+                for part in parts:
+                    self.add(part)
             case dict():
                 said = cast("dict[str, object]", value)
                 if isinstance(kind := said.get("type"), str):
@@ -172,12 +174,13 @@ def _of_chat(rules: Rules, path: str, headers: Mapping[str, str], chat: _Chat) -
 def _of_any(rules: Rules, path: str, headers: Mapping[str, str], body: object) -> Facts:
     if not isinstance(body, dict):
         return Facts(path, headers=headers)
-    said = cast("dict[str, Any]", body)
+    said = cast("dict[str, object]", body)
     asked: object = said.get("messages") or said.get("input") or said.get("prompt")
-    messages = cast("list[object]", asked) if isinstance(asked, list) else []
     prompt = _Prompt()
-    for one in (asked, said.get("system"), said.get("instructions")):
-        prompt.add(one)
+    prompt.add(asked)
+    prompt.add(said.get("system"))
+    prompt.add(said.get("instructions"))
+    messages = cast("list[object]", asked) if isinstance(asked, list) else []
     longest = (said.get(name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"))
     users = (said.get(name) for name in ("user", "safety_identifier"))
     return Facts(
@@ -185,7 +188,7 @@ def _of_any(rules: Rules, path: str, headers: Mapping[str, str], body: object) -
         prompt.modality,
         prompt.tokens,
         sum(isinstance(one, dict) for one in messages),
-        any(isinstance(tools := said.get(name), list) and bool(tools) for name in ("tools", "functions")),
+        any(isinstance(said.get(name), list) and bool(said[name]) for name in ("tools", "functions")),
         said.get("stream") is True,
         min(next((n for n in longest if type(n) is int and n > 0), 0), _NUMBER_MOST),
         next((user for user in users if isinstance(user, str) and user), "")[:VALUE_MOST],

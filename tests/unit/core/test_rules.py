@@ -131,6 +131,15 @@ def test_a_rule_that_does_not_compile_any_more_fails_and_leaves_the_others() -> 
     assert [told.outcome for told in rules.explain(Facts())] == ["failed", "failed", "decides"]
 
 
+@pytest.mark.parametrize("when", ["tokens > {}", "(" * 80 + "tokens > {}" + ")" * 80, "!" * 900 + "(tokens > {})"])
+def test_fifty_rules_are_asked_in_their_order_however_deep_they_are(when: str) -> None:
+    rules = Rules("chat", tuple(rule(when.format(100 - n), f"r{n}") for n in range(50)))
+
+    assert rules.choose(Facts(tokens=51)) is None
+    assert rules.choose(Facts(tokens=91)) == rules.rules[10]
+    assert rules.choose(Facts(tokens=101)) == rules.rules[0]
+
+
 def test_a_target_that_is_not_ready_leaves_the_request_to_the_next_rule() -> None:
     rules = Rules("chat", (Rule("a", "true", version="v2"), Rule("b", "true", model="other")))
 

@@ -300,14 +300,15 @@ def test_totals_for_prometheus_hold_the_window_that_is_still_open() -> None:
 # --- what an answer says -----------------------------------------------------------------------------------------
 
 
+def chunk(delta: dict[str, object], finish: str | None = None) -> dict[str, object]:
+    return {"choices": [{"delta": delta, "finish_reason": finish}]}
+
+
 def chat_stream(*texts: str, finish: str | None = "stop", done: bool = True, usage: int = 0) -> list[bytes]:
     """A stream as vLLM sends it, chunk sizes included."""
-    events: list[dict[str, object]] = [
-        {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
-    ]
-    events += [{"choices": [{"delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    events = [chunk({"role": "assistant", "content": ""}), *(chunk({"content": text}) for text in texts)]
     if finish:
-        events.append({"choices": [{"delta": {}, "finish_reason": finish}]})
+        events.append(chunk({}, finish))
     if usage:
         events.append({"choices": (), "usage": {"completion_tokens": usage}})
     bodies = [b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events]

@@ -48,7 +48,7 @@ def test_a_chat_is_read_part_by_part() -> None:
             "messages": [
                 {"role": "system", "content": "x" * 40},
                 {"role": "user", "content": [{"type": "text", "text": "y" * 40}, image]},
-                {"role": "assistant", "content": None, "tool_calls": []},
+                {"role": "assistant", "content": None, "refusal": ""},
             ],
             "tools": [{"type": "function"}],
             "stream": True,
@@ -98,6 +98,8 @@ def test_every_shape_of_a_prompt_is_measured(body: object, modality: list[str], 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
 def test_every_name_of_the_longest_answer_is_read(name: str) -> None:
     assert read({name: 12}).max_tokens == 12
+    assert read({"messages": [], name: 12}).max_tokens == 12
+    assert read({"messages": [], name: 10**30}).max_tokens == 2**53
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_every_name_of_the_longest_answer_is_read(name: str) -> None:
     [
         {"messages": 5, "tools": 7, "stream": "yes", "max_tokens": -1, "user": ["a"], "metadata": []},
         {"messages": [1, None, "x"], "tools": None, "stream": 1, "max_tokens": 1e300, "user": None, "metadata": "x"},
-        {"messages": [{"content": [{"type": 3, "text": 4}, 5]}], "tools": [], "max_tokens": 10**30, "metadata": None},
+        {"messages": [{"content": [{"type": 3, "text": 4}, 5]}], "tools": [], "max_tokens": "9", "metadata": None},
         b'{"user":"\\ud800","messages":[{"content":"\\ud800"}],"metadata":{"tier":"\\udfff"}}',
         b'{"messages":' + b"[" * 5000,
         b"no json at all",
@@ -138,10 +140,12 @@ def test_reading_never_fails(body: dict[str, Any]) -> None:
     assert not any(outcome == "failed" for _, outcome in asked.counts)
 
 
-PARTS = st.lists(st.fixed_dictionaries({"type": TEXT}, optional={"text": TEXT}), max_size=3)
-MESSAGES = st.lists(st.fixed_dictionaries({"role": TEXT}, optional={"content": TEXT | PARTS | st.none()}), max_size=3)
-CHATS = st.fixed_dictionaries(
-    {"messages": MESSAGES},
+Some = st.SearchStrategy[dict[str, Any]]
+PART: Some = st.fixed_dictionaries({"type": TEXT}, optional={"text": TEXT})
+PARTS = st.lists(PART, max_size=3)
+MESSAGE: Some = st.fixed_dictionaries({"role": TEXT}, optional={"content": TEXT | PARTS | st.none()})
+CHATS: Some = st.fixed_dictionaries(
+    {"messages": st.lists(MESSAGE, max_size=3)},
     optional={
         "system": TEXT | PARTS,
         "tools": st.lists(st.just({"type": "function"}), max_size=1) | st.none(),

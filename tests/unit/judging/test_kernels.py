@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
+import random  # noqa: TID251  seeded
 
 import pytest
 from hypothesis import given
