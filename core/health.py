@@ -23,8 +23,9 @@ from turnout.events.health import (
 
 #: How far back a status looks.
 WINDOW_S = 300.0
-#: Below so many requests a share or a quantile says nothing about a status.
+#: Below so many requests a quantile says nothing about a status; of a share, so many errors say enough.
 ENOUGH = 20
+ERRORS_ENOUGH = 3
 #: Probes that failed in a row: one may be a hiccup, so many are not.
 PROBES_DEGRADED = 1
 PROBES_UNHEALTHY = 3
@@ -233,7 +234,7 @@ def _over(counted: Numbers, thresholds: Mapping[str, float]) -> dict[str, str]:
     """Ceilings that the numbers are above for certain enough: the lower limit of the share counts, not the share."""
     over: dict[str, str] = {}
     ceiling = thresholds.get("error_rate")
-    if ceiling is not None and counted.requests >= ENOUGH and counted.low is not None and counted.low > ceiling:
+    if ceiling is not None and counted.errors >= ERRORS_ENOUGH and counted.low is not None and counted.low > ceiling:
         share = counted.errors / counted.requests
         over["error_rate"] = (
             f"{counted.errors} of {counted.requests} requests failed ({share:.1%}, ceiling {ceiling:.1%})"

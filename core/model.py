@@ -83,7 +83,7 @@ def evolve(state: ModelState, event: ModelEvent) -> ModelState:
             return replace(state, rules=event.rules)
 
 
-class RegisterVersion(msgspec.Struct, frozen=True):
+class RegisterVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Add an immutable version; the first one makes the model."""
 
     model: str
@@ -92,7 +92,7 @@ class RegisterVersion(msgspec.Struct, frozen=True):
     note: str = ""
 
 
-class DeregisterVersion(msgspec.Struct, frozen=True):
+class DeregisterVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Take a version away that nothing uses."""
 
     model: str

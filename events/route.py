@@ -58,7 +58,7 @@ class RouteChanged(msgspec.Struct, frozen=True, gc=False):
         splits: every version that may get a request; what is absent drains.
         salt: salt of the sticky split (the switch id).
         drain_s: seconds that requests on an absent version may still run.
-        cause: switch id, ``repair`` where instances came or went, or ``rules``.
+        cause: switch id, or ``repair`` where instances came or went or rules were set.
         rules: in the order in which they are asked.
         mirrors: whom to send copies to.
         candidate: version of the running switch's target; empty where none runs.

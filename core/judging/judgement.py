@@ -70,7 +70,8 @@ class JudgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         min_requests, min_users, min_seconds: exposure of the target in each step before a pass; users only where
             requests are sticky. A rollback needs none.
         dead_run: infrastructure errors in a row, without an answer between them, that are a dead version.
-        compare: which comparisons may decide; empty for all. A dead target, failing probes and a broken split always do.
+        compare: which comparisons may decide; empty for all. A dead target, failing probes and a broken split always
+            do.
     """
 
     mode: str = "on"
