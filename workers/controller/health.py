@@ -227,4 +227,5 @@ class HealthMonitor:
             steps=max(1, len(levels)),
             first_revision=state.revision,
             comparative=bool(state.source) and state.weight < 100,
+            instances=tuple(one.instance for one in self._world.ready(state.model, state.target)),
         )

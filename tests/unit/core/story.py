@@ -81,13 +81,14 @@ class Story(WorldBuilder):
 
     def asked(self, target: str, *, source: str | None = None, **fields: object) -> Self:
         """Switch ``sw-1`` was asked for."""
+        nothing: dict[str, object] = {}
         known: dict[str, object] = {
             "undo": False,
             "bake_s": 60.0,
             "drain_s": 600.0,
             "deadline_s": 300.0,
             "strategy": "immediate",
-            "parameters": {},
+            "parameters": nothing,
         } | fields
         self.later(1.0)
         requested = SwitchRequested(
