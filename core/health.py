@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping  # noqa: TC003  part of public signatures
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import TypeVar
 
 import msgspec
 
@@ -17,9 +18,10 @@ from turnout.events.health import (
     Histogram,
     ProbeFailed,
     ProbePassed,
-    merged,
     quantile,
 )
+
+K = TypeVar("K", str, int)
 
 #: How far back a status looks.
 WINDOW_S = 300.0
@@ -104,9 +106,9 @@ def numbers(samples: Iterable[HealthSampled]) -> Numbers:
         _add(outcomes, sample.outcomes)
         _add(signs, sample.signs)
         for histogram in sample.first_ms.values():
-            first = merged(first, histogram)
-        total = merged(total, sample.total_ms)
-        token = merged(token, sample.token_ms)
+            _add(first, histogram)
+        _add(total, sample.total_ms)
+        _add(token, sample.token_ms)
     low, high = wilson(errors, requests)
     return Numbers(
         requests=requests,
@@ -245,7 +247,7 @@ def _over(counted: Numbers, thresholds: Mapping[str, float]) -> dict[str, str]:
     return over
 
 
-def _add(into: dict[str, int], counts: Mapping[str, int]) -> None:
+def _add(into: dict[K, int], counts: Mapping[K, int]) -> None:
     for name, count in counts.items():
         into[name] = into.get(name, 0) + count
 

@@ -20,6 +20,7 @@ from turnout.core.judging.judgement import Decision, Judgement
 from turnout.core.model import unknown_model
 from turnout.core.strategies import STRATEGIES
 from turnout.core.switch import ENDED, SwitchState, unknown_switch
+from turnout.events.health import ProbeFailed, ProbePassed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,8 @@ LOOK_BACK = timedelta(minutes=15)
 QUESTIONS = frozenset(("health.get", "switch.evidence"))
 #: Seconds between two looks for what is over a ceiling.
 LOOK_S = 1.0
+#: How much of what the source did before a switch is a measure of what is usual.
+RECORD = timedelta(minutes=2)
 #: Samples kept of one model; older ones are forgotten, except by the judges that have taken them.
 KEPT = 20_000
 
@@ -138,10 +141,34 @@ class HealthMonitor:
             return None
         desk = self._desks.get(switch)
         if desk is None or desk.step != state.step:
-            desk = self._desks[switch] = _Desk(Judge(self._question(state)), state.step)
-            for event in self._recent.get(state.model, ()):
+            judge, known = Judge(self._question(state)), self._of_step(state)
+            if not known:
+                return judge.judgement()  # nothing of this step has been measured yet: that, too, is a judgement
+            desk = self._desks[switch] = _Desk(judge, state.step)
+            for event in known:
                 desk.take(event)
         return desk.judgement()
+
+    def _of_step(self, state: SwitchState) -> list[HealthEvent]:
+        """What a judge of the step must have read, oldest first; nothing before the first sample of the step.
+
+        Besides the step's own samples those of the source, from RECORD before the switch on: what it did while it had
+        all the traffic is a measure.
+        """
+        known: list[HealthEvent] = []
+        begun = False
+        oldest = None if state.requested_at is None else state.requested_at - RECORD
+        for event in reversed(self._recent.get(state.model, ())):
+            if isinstance(event, ProbePassed | ProbeFailed):
+                if state.requested_at is None or event.at >= state.requested_at:
+                    known.append(event)
+                continue
+            if oldest is not None and event.ended < oldest:
+                break
+            begun = begun or (event.revision >= state.revision and event.version in (state.source, state.target))
+            if event.revision >= state.revision or event.version == state.source:
+                known.append(event)
+        return known[::-1] if begun else []
 
     def check_model_health(self, model: str) -> tuple[health.VersionHealth, ...]:
         """How the versions do that a route names or that are loaded."""
