@@ -34,7 +34,7 @@ SIGNS = (
     "empty",  # no output but white space, finish_reason stop, no tool call
     "repetition",  # half of the 4-grams at the end are repeats
     "length",  # finish_reason length
-    "slow",  # a client left after the slow threshold without a first byte (its latency is counted there, too)
+    "slow",  # no first byte within the slow threshold, whether the client waited or left
 )
 
 #: Two neighbouring bins of a histogram differ by this factor.

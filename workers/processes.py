@@ -93,7 +93,16 @@ async def run_worker(settings: Settings, ready: Callable[[dict[str, object]], No
         check_s = settings.switching.health_check_interval if settings.switching.enable_health_checks else None
         own = msgspec.structs.replace(own, policy=_own_policy(settings))
         runner = HostRunner(own, engines(own), clock, check_s)
-        worker = InferenceWorker(own, bus=plane.bus, beats=plane.beats, views=plane.reader, clock=clock, runner=runner)
+        worker = InferenceWorker(
+            own,
+            bus=plane.bus,
+            beats=plane.beats,
+            views=plane.reader,
+            clock=clock,
+            runner=runner,
+            health=plane.health_writer,
+        )
+        runner.on_probed(worker.probed)
         metrics = _metrics(settings, settings.metrics.worker, lambda: _worker_gauges(worker, plane))
         ready({"process": "worker", "id": worker.id, "engines": list(runner.kinds)})
         try:

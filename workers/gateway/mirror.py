@@ -159,7 +159,7 @@ class Copy:
         shape = connection.shape = Shape(data[:end])
         self._held = self._body = b""
         self._status, self._answering = shape.status, True
-        if shape.status < 400 and (shape.stream or (readable(self._head.path) and self.tally.looks())):
+        if shape.status < 400 and (shape.stream or (readable(self._head.path) and self.tally.looks.take())):
             reading = self._reading = Reading(shape.stream)
             reading.add(data)
         return True

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Protocol
 import httptools
 
 from turnout.workers.gateway.errors import Refusal, stream_error
-from turnout.workers.gateway.health import NO_UNIT
 from turnout.workers.gateway.reading import Reading, readable, stream_outcome, whole_outcome
 from turnout.workers.gateway.upstream import Shape
 
@@ -41,6 +40,8 @@ _DEAD = (b"EngineCore encountered an issue", b"cannot schedule new futures after
 
 #: A body that asks for a stream; only looked for where there is no answer yet to tell.
 _ASKS_STREAM = re.compile(rb'"stream"\s*:\s*true')
+#: The finish reason of an answer stands in so many bytes at its end.
+_FINISH_BYTES = 512
 #: Reads of a stream that are looked at when it has ended: the last events, [DONE] and the last chunk.
 TAIL_READS = 8
 
@@ -95,7 +96,6 @@ class Relay:
     _status = 200
     _odd = _slow = _aborted = False
     _first_s = 0.0
-    _unit = NO_UNIT
     _tally: Tally | None
     _plain: _Plain | None = None
     _chunked = False
@@ -116,7 +116,7 @@ class Relay:
         numbers = choice.lane.numbers or ctx.numbers(choice)
         tally = self._tally = numbers.tally
         if tally is not None:
-            self._unit = tally.assigned_otherwise() if request.apart else tally.assigned(request.key)
+            tally.begin(None if request.apart else request.key)
 
     def send(self, fresh: bool = False) -> None:
         """Send to the choice, over a kept connection if there is one and not a ``fresh`` one is asked for."""
@@ -229,7 +229,7 @@ class Relay:
         elif self.phase != CONNECTING and now - self.sent_at > limits.first_byte_s:
             self._ctx.manager.connection_failed(self.choice, now)
             self._time_up("first_byte_timeout", f"the engine sent nothing within {limits.first_byte_s:g} s")
-        elif self._tally is not None and self._tally.compared and not self._slow:
+        elif self._tally is not None and self._tally.looks is not None and not self._slow:
             self._check_pace(self._tally, now - self.started)
 
     def _check_pace(self, tally: Tally, seconds: float) -> None:
@@ -237,7 +237,7 @@ class Relay:
         if 0 < tally.slow_s < seconds:
             self._slow = True
             body = self.request.body
-            tally.slow(seconds, self._unit, self.request.key, _ASKS_STREAM.search(body) is not None, len(body))
+            tally.slow(seconds, self._user, _ASKS_STREAM.search(body) is not None, len(body))
 
     def end_early(self, code: str, message: str, cut: bool) -> None:
         """End it with an error that the client can see; ``cut``: because its version's time to drain is up."""
@@ -326,10 +326,11 @@ class Relay:
                 numbers.tally is not None
             ):  # the version it was assigned to has failed, but the one that answers is there
                 numbers.tally.came_back()
-        elif tally.compared or shape.status >= 400:
-            self._note_answer(tally, shape, data, seconds, complete)
+        elif complete and shape.status < 400 and (tally.looks is None or self._needs_no_look(tally, data)):
+            tally.done((None if request.apart else request.key, seconds, len(request.body)))
+            self._tally = None
         else:
-            tally.answered(seconds, self._unit, shape.stream, len(request.body), complete)
+            self._note_answer(tally, shape, data, seconds, complete)
         self._held = request.body = b""  # there is no second try any more
         if choice.slot.failures:
             ctx.manager.connection_worked(choice)
@@ -348,27 +349,35 @@ class Relay:
         elif shape.stream:
             tail = self._tail = deque((data,), maxlen=TAIL_READS)
             self._note = tail.append
-            self._odd = True
         if complete:
             self._complete(connection)
 
+    def _needs_no_look(self, tally: Tally, data: bytes) -> bool:
+        """Whether an answer that came whole is only to be counted, though versions are compared."""
+        looks = tally.looks
+        if looks is None or looks.left >= 1.0 or self._slow or tally.shadows:
+            return False
+        return data.find(b'"abort"', -_FINISH_BYTES) < 0
+
     def _note_answer(self, tally: Tally, shape: Shape, data: bytes, seconds: float, complete: bool) -> None:
         """Measure the answer's first byte, and see to it that the rest is looked at and copied where it shall be."""
-        request = self.request
+        request, looks = self.request, tally.looks
+        self._odd = True
+        self._first_s = seconds
         if shape.status >= 400:
-            self._status, self._odd = shape.status, True
+            self._status = shape.status
             tally.came_back()
             if complete:
                 tally.took(seconds)
         else:
-            tally.answered(seconds, NO_UNIT if self._slow else self._unit, shape.stream, len(request.body), complete)
-            if tally.looks() and (shape.stream or readable(request.head.path)):
-                self._reading, self._odd = Reading(shape.stream), True
-            elif b'"abort"' in data and not shape.stream:
-                self._aborted = self._odd = whole_outcome(data) != "ok"
-        self._first_s = seconds
+            tally.answered(seconds, None if self._slow else self._user, shape.stream, len(request.body), complete)
+            if looks is not None:
+                if (shape.stream or readable(request.head.path)) and looks.take():
+                    self._reading = Reading(shape.stream)
+                elif not shape.stream:
+                    self._aborted = whole_outcome(data) != "ok"
         if tally.shadows:
-            self._copies, self._odd = self._ctx.copies.copy(self.choice.model, request), True
+            self._copies = self._ctx.copies.copy(self.choice.model, request)
 
     def _complete(self, connection: UpstreamConnection) -> None:
         """The engine has sent the last byte."""
@@ -380,11 +389,8 @@ class Relay:
 
     def _finish(self) -> None:
         """The client has got, or will get from its buffer, the last byte."""
-        if self._odd:
+        if self._odd or self._tail is not None:
             self._judge()
-        elif self._tally is not None:
-            self._tally.went_well()
-            self._tally = None
         self.phase = DONE
         self._ctx.ended(self)
         self._client.answer_ended(self.request.keep_alive)
@@ -489,19 +495,23 @@ class Relay:
     def _count(self, kind: str) -> None:
         self._ctx.numbers(self.choice).failed(kind)
 
+    @property
+    def _user(self) -> bytes | None:
+        """Whom the request counts for where versions are compared; None where the split has not assigned it."""
+        return None if self.request.apart else self.request.key
+
     def _ended(self, outcome: str, seen: Seen | None = None) -> None:
         """Say how it ended, once: what happens after a failed first try is nobody's."""
         tally, self._tally = self._tally, None
         if tally is None:
             return
-        request, unit = self.request, self._unit
         seconds = self._ctx.monotonic() - self.started
         if outcome != "ok":
-            tally.ended(outcome, unit, request.key)
+            tally.ended(outcome, self._user)
         else:
             tally.went_well()
             if seen is not None:
-                tally.saw(seen, unit, request.key, seconds - self._first_s if self._tail is not None else 0.0)
+                tally.saw(seen, self._user, seconds - self._first_s if self._tail is not None else 0.0)
         for copy in self._copies:
             copy.primary_ended(outcome, seconds)
 

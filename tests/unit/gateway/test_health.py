@@ -13,7 +13,7 @@ from turnout.events.health import HealthEvent, HealthSampled, bin_of, decode, en
 from turnout.events.route import Endpoint, Split
 from turnout.projections.routing import RouteView
 from turnout.workers.gateway import health, reading
-from turnout.workers.gateway.health import FIRST, LATER, NO_UNIT, HealthCollector, Tally, Users, assigned_shares
+from turnout.workers.gateway.health import HealthCollector, Tally, Users, assigned_shares
 from turnout.workers.gateway.reading import Reading, Seen, repeats
 
 TIME = datetime(2026, 1, 2, tzinfo=UTC)
@@ -57,12 +57,11 @@ class Rig:
     def request(self, version: str, outcome: str = "ok", key: bytes = b"", seconds: float = 0.1) -> None:
         """One request from its beginning to its end."""
         tally = self.tallies[version]
-        unit = tally.assigned(key)
+        tally.begin(key)
         if outcome == "ok":
-            tally.answered(seconds, unit, stream=False, size=100, complete=True)
-            tally.went_well()
+            tally.done((key, seconds, 100))
         else:
-            tally.ended(outcome, unit, key)
+            tally.ended(outcome, key)
 
 
 def samples(events: tuple[HealthEvent, ...] | list[HealthEvent]) -> list[HealthSampled]:
@@ -118,11 +117,11 @@ def test_a_request_belongs_to_the_revision_that_assigned_it() -> None:
     rig = Rig()
     rig.route(V1, V2)
     old = rig.tallies["v2"]
-    unit = old.assigned(b"")
+    old.begin(b"")
     (ended,) = rig.route(split("v1", 50.0, "a"), split("v2", 50.0, "b"))
     assert (ended.revision, ended.assigned, ended.requests) == (1, 1, 0)
     rig.request("v2")
-    old.ended("cut", unit, b"")
+    old.ended("cut", b"")
     late, new = sorted(rig.take(0.25), key=lambda s: s.revision)
     assert (late.revision, late.outcomes, late.assigned) == (1, {"cut": 1}, 0)
     assert late.share == pytest.approx(0.1)
@@ -219,10 +218,13 @@ def test_a_request_that_a_pin_has_brought_is_counted_and_compared_with_nothing()
     rig = Rig()
     rig.route(V1, V2)
     tally = rig.tallies["v2"]
-    unit = tally.assigned_otherwise()
-    tally.ended("http_error", unit, b"alice")
+    tally.begin(None)
+    tally.begin(None)
+    tally.ended("http_error", None)
+    tally.done((None, 0.1, 100))
     (sample,) = rig.take(0.25)
-    assert (sample.errors, sample.assigned, sample.unit_errors, sample.users) == (1, 0, 0, 0)
+    assert (sample.requests, sample.errors) == (2, 1)
+    assert (sample.assigned, sample.unit_errors, sample.users, sample.first_ms) == (0, 0, 0, {})
 
 
 def test_a_full_table_of_users_keeps_a_sample_that_is_fair_to_all_versions() -> None:
@@ -231,10 +233,9 @@ def test_a_full_table_of_users_keeps_a_sample_that_is_fair_to_all_versions() -> 
     for n in range(200_000):
         version = "v2" if n % 10 == 0 else "v1"
         key = b"user-%d" % n
-        if users.enter(key) == FIRST:
+        if users.enter(key):
             first[version] += 1
-            assert users.mark("error", key) or users.enter(key) == NO_UNIT
-            assert users.enter(key) in (LATER, NO_UNIT)
+            assert not users.enter(key)
     total = first["v1"] + first["v2"]
     assert 1000 < total < 20_000
     assert first["v2"] / total == pytest.approx(0.1, abs=4 * (0.09 / total) ** 0.5)
@@ -271,8 +272,8 @@ def test_a_first_byte_that_does_not_come_counts_when_the_clock_passes_not_when_i
     rig = Rig()
     rig.route(V1, V2)
     tally = rig.tallies["v2"]
-    unit = tally.assigned(b"alice")
-    tally.slow(4.0, unit, b"alice", stream=True, size=2000)
+    tally.begin(b"alice")
+    tally.slow(4.0, b"alice", stream=True, size=2000)
     (sample,) = rig.take(0.25)
     assert (sample.signs, sample.unit_signs, sample.requests) == ({"slow": 1}, {"slow": 1}, 0)
     assert sample.first_ms == {"stream/4k": {bin_of(4000): 1}}
@@ -281,10 +282,14 @@ def test_a_first_byte_that_does_not_come_counts_when_the_clock_passes_not_when_i
 def test_no_more_answers_are_read_than_the_budget_allows() -> None:
     rig = Rig()
     rig.route(V1, V2)
-    looked = [rig.tallies[version].looks() for version in ("v1", "v2") * 500]
-    assert sum(looked) == health.LOOKS_PER_S
+    first, second = rig.tallies["v1"].looks, rig.tallies["v2"].looks
+    assert first is not None
+    assert first is second, "whose turn it is does not depend on the version"
+    assert sum(first.take() for _ in range(1000)) == health.LOOKS_PER_S
     rig.take(0.25)
-    assert sum(rig.tallies["v2"].looks() for _ in range(1000)) == health.LOOKS_PER_S / 4
+    assert sum(first.take() for _ in range(1000)) == health.LOOKS_PER_S // 4
+    rig.route(split("v1", 100.0, "a"))
+    assert rig.tallies["v1"].looks is None, "nothing is read where nothing is compared"
 
 
 def test_totals_for_prometheus_hold_the_window_that_is_still_open() -> None:
