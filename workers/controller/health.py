@@ -129,7 +129,10 @@ class HealthMonitor:
             recent = self._recent[event.model] = deque(maxlen=KEPT)
         recent.append(event)
         for id, desk in tuple(self._desks.items()):
-            if self._switch(id).model == event.model:
+            state = self._switch(id)
+            if state.phase in ENDED:
+                del self._desks[id]
+            elif state.model == event.model:
                 desk.take(event)
         self._moved()
 
