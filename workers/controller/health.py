@@ -189,11 +189,16 @@ class HealthMonitor:
             now=self._clock.now(),
         )
 
-    def monitor_switch_impact(self, switch: str, ended: datetime | None = None) -> health.SwitchImpact | None:
-        """What clients noticed of a switch; None where it is not known, or too old."""
+    def monitor_switch_impact(self, switch: str) -> health.SwitchImpact | None:
+        """What clients noticed of a switch, as far as samples are kept; None where it is not known.
+
+        Its end is known of the newest switch of a model that has ended; an older one is told as if it still ran.
+        """
         state = self._switch(switch)
         if state.requested_at is None:
             return None
+        newest = self._world.ended.get(state.model)
+        ended = newest.envelope.time if newest is not None and newest.subject.endswith(f".{switch}") else None
         return health.monitor_switch_impact(
             self._recent.get(state.model, ()),
             switch=switch,

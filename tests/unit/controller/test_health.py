@@ -102,6 +102,17 @@ def test_a_switch_that_has_ended_is_judged_no_more() -> None:
     assert monitor.judgement("sw-1") is None
 
 
+def test_what_came_after_a_switch_is_told_apart_from_what_came_while_it_ran() -> None:
+    story, monitor, _ = at_first_step()
+    monitor.heard(sample(story, "v1", 1, ok=95))
+    story.later(5.0).happens(SwitchAborted("sw-1", "no"))
+    story.later(5.0)
+    monitor.heard(sample(story, "v1", 2, ok=7))
+    impact = monitor.monitor_switch_impact("sw-1")
+    assert impact is not None
+    assert (impact.during.requests, impact.after.requests) == (95, 7)
+
+
 def test_questions_are_answered_or_refused_with_a_hint() -> None:
     story, monitor, _ = at_first_step()
     monitor.heard(sample(story, "v1", 1, ok=95))
