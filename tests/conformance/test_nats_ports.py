@@ -517,6 +517,7 @@ def test_a_long_outage_is_told_once(
             await until(lambda outage=outage: len(told) == outage)  # type: ignore[misc]
             await nats_server.start()
             await until(lambda: connection.connected)
+            await connection.nc.flush()  # only then the client has said that the outage is over
         await connection.close()
 
         assert len(told) == 2
