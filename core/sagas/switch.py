@@ -86,14 +86,7 @@ def rollback(
     world: World, state: SwitchState, cause: str, reason: str, now: datetime, verdict: Judgement | None = None
 ) -> tuple[Write, ...]:
     """Give the source everything back: one revision, in one batch with the fact."""
-    route, revision = routes.change(
-        world,
-        state.model,
-        routes.source_only(state.source),
-        salt=state.switch,
-        drain_s=state.drain_s,
-        cause=state.switch,
-    )
+    route, revision = _route(world, state, routes.source_only(state.source))
     return (Write("switch", state.switch, StartRollback(state.switch, revision, cause, reason, now, verdict)), route)
 
 
@@ -255,10 +248,7 @@ def _next_step(world: World, state: SwitchState, judgement: Judgement | None, no
 
 def _step(world: World, state: SwitchState, action: SetWeight, passed: Judgement | None, now: datetime) -> Owed:
     step = state.step + 1
-    wanted = routes.split(state, action.weight, action.mirror)
-    route, revision = routes.change(
-        world, state.model, wanted, salt=state.switch, drain_s=state.drain_s, cause=state.switch
-    )
+    route, revision = _route(world, state, routes.split(state, action.weight, action.mirror))
     start = StartStep(state.switch, step, action.weight, revision, action.reason, now, action.mirror, passed)
     return _owe(state, f"step.{step}", Write("switch", state.switch, start), route)
 
@@ -289,14 +279,7 @@ def _bake(world: World, state: SwitchState, now: datetime) -> Agenda:
 
 
 def _start_drain(world: World, state: SwitchState, now: datetime) -> Owed:
-    route, revision = routes.change(
-        world,
-        state.model,
-        routes.source_only(state.target),
-        salt=state.switch,
-        drain_s=state.drain_s,
-        cause=state.switch,
-    )
+    route, revision = _route(world, state, routes.source_only(state.target))
     start = StartDrain(state.switch, state.source, revision, now)
     return _owe(state, "drain", Write("switch", state.switch, start), route)
 
@@ -337,6 +320,11 @@ def _prove(state: SwitchState, one: InstanceState, now: datetime, given_up: date
     cause = f"{state.switch}.{number}"
     probe = RequestProbe(one.instance, cause, now)
     return Agenda((Owed(f"probe.{one.instance}.{cause}", (Write("instance", one.instance, probe),), state.switch),))
+
+
+def _route(world: World, state: SwitchState, wanted: routes.Table) -> tuple[Write, int]:
+    """The model's route as the switch wants it, and the revision that it will have."""
+    return routes.change(world, state.model, wanted, salt=state.switch, drain_s=state.drain_s, cause=state.switch)
 
 
 def _owe(state: SwitchState, what: str, *writes: Write) -> Owed:

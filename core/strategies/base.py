@@ -105,6 +105,11 @@ class Stage(msgspec.Struct, frozen=True):
     mirror: float = 0.0
 
 
+def judged_steps(stages: tuple[Stage, ...]) -> int:
+    """How many steps share the error budget of a switch: levels with traffic or copies; the last is the bake's, too."""
+    return max(1, sum(1 for stage in stages if stage.weight or stage.mirror))
+
+
 class SwitchingStrategy(Protocol):
     """Asked whenever the newest step is applied; answers the same for the same question."""
 

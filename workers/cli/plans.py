@@ -8,6 +8,7 @@ import msgspec
 
 from turnout.core.health import WINDOW_S
 from turnout.core.judging.plan import Detectable, detectable
+from turnout.core.strategies.base import judged_steps
 from turnout.events.store import Unavailable
 from turnout.projections.audit import seconds, size
 from turnout.workers.answers import CommandRejected, ControllerBug
@@ -65,11 +66,9 @@ def reaches(plan: Plan, traffic: Traffic) -> tuple[Reach, ...]:
     if plan.judging.mode == "none":
         return ()
     weights = dict.fromkeys(stage.weight for stage in plan.stages if 0 < stage.weight < 100)
-    judged = sum(1 for stage in plan.stages if stage.weight or stage.mirror)  # as the health monitor counts them
+    steps = judged_steps(plan.stages)
     rate, failing = traffic.requests_per_s, traffic.error_rate
-    return tuple(
-        Reach(weight, detectable(plan.judging, weight, rate, failing, steps=max(1, judged))) for weight in weights
-    )
+    return tuple(Reach(weight, detectable(plan.judging, weight, rate, failing, steps=steps)) for weight in weights)
 
 
 async def _traffic(client: Client, plan: Plan) -> Traffic:

@@ -19,6 +19,7 @@ from turnout.core.judging.judge import Judge, Question
 from turnout.core.judging.judgement import Decision, Judgement
 from turnout.core.model import unknown_model
 from turnout.core.strategies import STRATEGIES
+from turnout.core.strategies.base import judged_steps
 from turnout.core.switch import ENDED, SwitchState, unknown_switch
 from turnout.events.health import ProbeFailed, ProbePassed
 
@@ -249,7 +250,6 @@ class HealthMonitor:
         strategy = STRATEGIES[state.strategy]
         thresholds = self._config.alert_thresholds
         settings = strategy.judging(state.parameters)
-        levels = [stage for stage in strategy.stages(state.parameters) if stage.weight or stage.mirror]
         return Question(
             settings=msgspec.structs.replace(
                 settings,
@@ -259,7 +259,7 @@ class HealthMonitor:
             source=state.source,
             target=state.target,
             step=state.step,
-            steps=max(1, len(levels)),
+            steps=judged_steps(strategy.stages(state.parameters)),
             first_revision=state.revision,
             comparative=bool(state.source) and state.weight < 100,
             instances=tuple(one.instance for one in self._world.ready(state.model, state.target)),
