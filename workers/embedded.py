@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, cast
 import structlog
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from turnout.workers.clock import Clock
 
 log = structlog.get_logger()
@@ -201,23 +203,31 @@ class EmbeddedServer:
         await asyncio.to_thread(self.stop)
         await self.start()
 
-    async def supervise(self) -> None:
+    async def supervise(self, tell: Callable[[str], None] = lambda trouble: None) -> None:
         """Keep it running until cancelled: start it again where it ended, or where it must be to write again.
 
         A nats-server that met a full disk answers no write any more, also when there is room again, until it is
-        restarted (2.15.1). ``trouble`` says what is wrong meanwhile.
+        restarted (2.15.1). ``trouble`` says what is wrong meanwhile; ``tell`` gets it at each change, however short
+        the trouble was: empty once the server writes again.
         """
+        told = ""
+
+        def now(trouble: str) -> None:
+            nonlocal told
+            self.trouble = trouble
+            if trouble != told:
+                told = trouble
+                tell(trouble)
+
         while True:
             await asyncio.sleep(WATCH_S)
             if not self.running:
                 log.error(
                     "nats_ended", exit_code=self._process.poll() if self._process else None, log=str(self._log_file)
                 )
-                self.trouble = "the NATS server ended; requests go on, it is started again"
+                now("the NATS server ended; requests go on, it is started again")
             elif not self.trouble and _NO_SPACE in self._log_text():
-                self.trouble = (
-                    f"the disk of {self.folder} is full: turnout serves on, but takes no commands. Free some space"
-                )
+                now(f"the disk of {self.folder} is full: turnout serves on, but takes no commands. Free some space")
                 log.error(
                     "store_disk_full", folder=str(self.folder), hint="free some space; writes then go on by themselves"
                 )
@@ -225,9 +235,9 @@ class EmbeddedServer:
                 continue
             try:
                 await self.restart()
-                self.trouble = ""
+                now("")
             except EmbeddedServerError as e:
-                self.trouble = str(e)
+                now(str(e))
                 log.error("nats_restart_failed", reason=str(e))
 
     # --- files ---------------------------------------------------------------------------------------------------

@@ -212,14 +212,20 @@ async def add(store: JetStreamStore, name: str, size: int = 1) -> None:
 
 def test_a_server_that_died_is_started_again(nats_server: EmbeddedServer, runner: asyncio.Runner, until: Until) -> None:
     async def case() -> None:
-        keeping = asyncio.create_task(nats_server.supervise())
+        told: list[tuple[str, int]] = []
+        keeping = asyncio.create_task(nats_server.supervise(lambda trouble: told.append((trouble, nats_server.pid))))
         url, pid = nats_server.url, nats_server.pid
         os.kill(pid, signal.SIGKILL)
-        await until(lambda: nats_server.running and nats_server.pid != pid and not nats_server.trouble)
+        await until(lambda: len(told) == 2)
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
 
         assert nats_server.url == url
+        # Both changes are told, however fast the restart was; the second one when the new process is there.
+        assert "ended" in told[0][0]
+        assert told[1] == ("", nats_server.pid)
+        assert nats_server.running
+        assert nats_server.pid != pid
 
     runner.run(case())
 

@@ -313,20 +313,13 @@ async def _supervise(io: Terminal, supervisor: Supervisor, ready: Callable[[], N
 
 async def _keep_server(server: EmbeddedServer, shown: _Shown, started: Callable[[], None]) -> None:
     """Start the NATS server again where it ends or must be, and say so."""
-    keeping = asyncio.create_task(server.supervise())
-    told = ""
-    try:
-        while not keeping.done():
-            await asyncio.sleep(0.2)
-            if server.trouble == told:
-                continue
-            told = server.trouble
-            shown.tell(Told("nats", "warning" if told else "info", told or "the NATS server writes again"))
-            if not told:
-                started()
-        keeping.result()
-    finally:
-        keeping.cancel()
+
+    def tell(trouble: str) -> None:
+        shown.tell(Told("nats", "warning" if trouble else "info", trouble or "the NATS server writes again"))
+        if not trouble:
+            started()
+
+    await server.supervise(tell)
 
 
 def _say_up(io: Terminal, loaded: Settings, url: str, nats: str, folder: Path, took_s: float) -> None:
