@@ -79,7 +79,7 @@ lock: ## write requirements/dev.txt anew from pyproject.toml
 	@.cache/uv-env/bin/python $(PIP_INSTALL) uv
 	@sed '/^[^#]/,$$d' requirements/dev.txt > .cache/dev.txt
 	@.cache/uv-env/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-		--no-emit-index-url --extra demo --extra embedded --group dev --group build pyproject.toml >> .cache/dev.txt
+		--no-emit-index-url --extra admin --extra demo --extra embedded --group dev --group build pyproject.toml >> .cache/dev.txt
 	@mv .cache/dev.txt requirements/dev.txt
 
 # ---- checks and tests ----
