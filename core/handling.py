@@ -186,6 +186,20 @@ def _register(world: World, body: model.RegisterVersion, context: Context) -> Wr
     return (Write("model", body.model, body),)
 
 
+def _inspected(world: World, body: model.ReportInspected, context: Context) -> Writes | Rejected:
+    """A worker's word on a version's files; that it can't see them only counts when no other worker is left to look."""
+    state: model.ModelState = world.state("model", body.model)
+    if not state.model:
+        return unknown_model(body.model)
+    engine = state.versions.get(body.version)
+    if engine is not None and body.inspection is None and body.code in model.UNSEEN:
+        blind = (*state.unseen.get(body.version, ()), body.worker)
+        if any(w.live and engine.kind in w.engines and w.worker not in blind for w in world.workers.values()):
+            note = model.NoteUnseen(body.model, body.version, body.worker, body.settings, body.code, body.reason)
+            return (Write("model", body.model, note),)
+    return (Write("model", body.model, body),)
+
+
 def _set(world: World, body: model.SetPolicy | model.SetRules, context: Context) -> Writes | Rejected:
     return (Write("model", body.model, body),)
 
@@ -493,6 +507,7 @@ VERBS: dict[tuple[str, str], tuple[type[msgspec.Struct], Handler]] = {
     ("gw", "gateway.leave"): (gateway.LeaveGateway, _gateway),
     ("worker", "worker.join"): (worker.JoinWorker, _worker),
     ("worker", "worker.leave"): (worker.LeaveWorker, _worker),
+    ("worker", "version.inspected"): (model.ReportInspected, _inspected),
     ("worker", "instance.loading"): (instance.ReportLoading, _instance),
     ("worker", "instance.ready"): (instance.ReportReady, _instance),
     ("worker", "instance.probed"): (instance.ReportProbed, _instance),

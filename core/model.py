@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 
 import msgspec
@@ -12,6 +13,7 @@ from turnout.core.decider import Rejected
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
+    Inspection,
     KnownGoodMarked,
     KnownGoodRevoked,
     ModelEvent,
@@ -22,6 +24,9 @@ from turnout.events.model import (
     SwitchClosed,
     VersionDeregistered,
     VersionRegistered,
+    VersionRejected,
+    VersionUnseen,
+    VersionValidated,
 )
 from turnout.events.route import Rule
 
@@ -29,16 +34,29 @@ ENGINE_KINDS = ("vllm", "openai", "fake")
 
 _MODEL = re.compile(r"[^\s\x00-\x1f\x7f@]{1,128}")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_METRIC = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
+#: Tags and metrics of one version: they travel in one event.
+_WORDS_MOST = 32
+#: Codes of a worker that can't look at a version's files: another one may.
+UNSEEN = frozenset(("path_missing", "path_not_allowed", "engine_not_allowed"))
 
 
 class ModelState(msgspec.Struct, frozen=True):
     """What is registered, what serves, what is known to be good (newest last), the switch that runs, and what was set.
 
-    ``policies``: name → as it was given. ``rules``: in their order.
+    Attributes:
+        validated: version → what its files say. A version without files has none.
+        rejected: version → why its files can't be served.
+        unseen: version → workers that can't see its files, as long as nobody has looked at them.
+        policies: name → as it was given.
+        rules: in their order.
     """
 
     model: str = ""
     versions: dict[str, EngineSpec] = {}
+    validated: dict[str, Inspection] = {}
+    rejected: dict[str, VersionRejected] = {}
+    unseen: dict[str, tuple[str, ...]] = {}
     active: str = ""
     known_good: tuple[str, ...] = ()
     switch: str = ""
@@ -51,6 +69,16 @@ class ModelState(msgspec.Struct, frozen=True):
         """The newest version that is known to be good and not active; empty where there is none."""
         return next((v for v in reversed(self.known_good) if v != self.active), "")
 
+    def awaits_inspection(self, version: str) -> bool:
+        """Whether it has files and nobody has said yet what is in them."""
+        engine = self.versions.get(version)
+        decided = version in self.validated or version in self.rejected
+        return engine is not None and has_files(engine) and not decided
+
+    def rejection(self, version: str) -> VersionRejected | None:
+        """Why it may not be loaded. What has served well is not refused: a new check must not undo an old proof."""
+        return None if version in self.known_good else self.rejected.get(version)
+
 
 initial = ModelState()
 
@@ -62,10 +90,23 @@ def evolve(state: ModelState, event: ModelEvent) -> ModelState:
         case ModelRegistered():
             return replace(state, model=event.model)
         case VersionRegistered():
-            return replace(state, model=event.model, versions={**state.versions, event.version: event.engine})
+            return replace(
+                _uninspected(state, event.version),
+                model=event.model,
+                versions={**state.versions, event.version: event.engine},
+            )
+        case VersionValidated():
+            validated = {**state.validated, event.version: event.inspection}
+            return replace(_uninspected(state, event.version), validated=validated)
+        case VersionRejected():
+            return replace(_uninspected(state, event.version), rejected={**state.rejected, event.version: event})
+        case VersionUnseen():
+            workers = (*_without(state.unseen.get(event.version, ()), event.worker), event.worker)
+            return replace(state, unseen={**state.unseen, event.version: workers})
         case VersionDeregistered():
             versions = {name: engine for name, engine in state.versions.items() if name != event.version}
-            return replace(state, versions=versions, known_good=_without(state.known_good, event.version))
+            known_good = _without(state.known_good, event.version)
+            return replace(_uninspected(state, event.version), versions=versions, known_good=known_good)
         case SwitchAdmitted():
             return replace(state, switch=event.switch, target=event.target)
         case SwitchClosed():
@@ -84,12 +125,45 @@ def evolve(state: ModelState, event: ModelEvent) -> ModelState:
 
 
 class RegisterVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Add an immutable version; the first one makes the model."""
+    """Add an immutable version; the first one makes the model. Fields as in the event ``VersionRegistered``."""
 
     model: str
     version: str
     engine: EngineSpec
     note: str = ""
+    tags: tuple[str, ...] = ()
+    metrics: dict[str, float] = {}
+    parent: str = ""
+    trust_architecture: bool = False
+
+
+class ReportInspected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A worker has read a version's files, or could not.
+
+    Attributes:
+        settings: digest of the engine settings by which it looked: an answer about others is out of date.
+        inspection: what the files say; None where they can't be served, and ``code``, ``reason``, ``hint`` say why.
+    """
+
+    model: str
+    version: str
+    worker: str
+    settings: str
+    inspection: Inspection | None = None
+    code: str = ""
+    reason: str = ""
+    hint: str = ""
+
+
+class NoteUnseen(msgspec.Struct, frozen=True):
+    """A worker can't see the version's files, and another one has not looked yet."""
+
+    model: str
+    version: str
+    worker: str
+    settings: str
+    code: str
+    reason: str
 
 
 class DeregisterVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,7 +205,16 @@ class SetRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rules: tuple[Rule, ...]
 
 
-ModelCommand = RegisterVersion | DeregisterVersion | AdmitSwitch | CloseSwitch | SetPolicy | SetRules
+ModelCommand = (
+    RegisterVersion
+    | ReportInspected
+    | NoteUnseen
+    | DeregisterVersion
+    | AdmitSwitch
+    | CloseSwitch
+    | SetPolicy
+    | SetRules
+)
 
 
 def decide(state: ModelState, command: ModelCommand) -> tuple[ModelEvent, ...] | Rejected:
@@ -141,6 +224,10 @@ def decide(state: ModelState, command: ModelCommand) -> tuple[ModelEvent, ...] |
             return _register(state, command)
         case _ if not state.model:
             return unknown_model(command.model)
+        case ReportInspected():
+            return _inspected(state, command)
+        case NoteUnseen():
+            return _unseen(state, command)
         case DeregisterVersion(_, version):
             return _deregister(state, version)
         case AdmitSwitch():
@@ -167,6 +254,11 @@ def digest(engine: EngineSpec) -> str:
     return hashlib.sha256(msgspec.json.encode(engine, order="deterministic")).hexdigest()
 
 
+def has_files(engine: EngineSpec) -> bool:
+    """Whether there is something on a worker's disk to look at before it is loaded."""
+    return bool(engine.path or engine.adapter)
+
+
 def _register(state: ModelState, command: RegisterVersion) -> tuple[ModelEvent, ...] | Rejected:
     model, version, engine = command.model, command.version, command.engine
     if not _MODEL.fullmatch(model):
@@ -182,9 +274,10 @@ def _register(state: ModelState, command: RegisterVersion) -> tuple[ModelEvent, 
             "use up to 64 letters, digits and . _ + -, starting with a letter or digit",
         )
     known = state.versions.get(version)
-    if known == engine:
+    again = state.rejection(version) is not None  # nothing has ever run of it, and its files may be mended by now
+    if known == engine and not again:
         return ()
-    if known is not None:
+    if known is not None and not again:
         return Rejected(
             "version_exists",
             f"{model} {version} is registered with other settings, and a version never changes",
@@ -192,8 +285,78 @@ def _register(state: ModelState, command: RegisterVersion) -> tuple[ModelEvent, 
         )
     if problem := _engine_problem(engine):
         return problem
-    added = VersionRegistered(model, version, engine, digest(engine), command.note)
+    if problem := _about_problem(state, command):
+        return problem
+    added = VersionRegistered(
+        model,
+        version,
+        engine,
+        digest(engine),
+        command.note,
+        command.tags,
+        command.metrics,
+        command.parent,
+        command.trust_architecture,
+    )
     return (added,) if state.model else (ModelRegistered(model), added)
+
+
+def _about_problem(state: ModelState, command: RegisterVersion) -> Rejected | None:
+    """What is wrong with tags, metrics or parent."""
+    if len(command.tags) > _WORDS_MOST:
+        return Rejected("tag_invalid", f"{len(command.tags)} tags are too many", f"give at most {_WORDS_MOST}")
+    if len(command.metrics) > _WORDS_MOST:
+        return Rejected("metric_invalid", f"{len(command.metrics)} metrics are too many", f"give at most {_WORDS_MOST}")
+    for tag in command.tags:
+        if not _VERSION.fullmatch(tag):
+            return Rejected(
+                "tag_invalid",
+                f"{tag!r} can't be a tag",
+                "use up to 64 letters, digits and . _ + -, starting with a letter or digit",
+            )
+    for name, value in command.metrics.items():
+        if not _METRIC.fullmatch(name) or not math.isfinite(value):
+            return Rejected(
+                "metric_invalid",
+                f"metric {name!r} is {value}",
+                "give a name of up to 64 characters and a number: accuracy=0.71",
+            )
+    if command.parent and (command.parent == command.version or command.parent not in state.versions):
+        known = ", ".join(v for v in state.versions if v != command.version) or "none"
+        return Rejected(
+            "parent_unknown",
+            f"{command.model} has no other version {command.parent!r} to come from (registered: {known})",
+            "name a registered version, or leave the parent out",
+        )
+    return None
+
+
+def _inspected(state: ModelState, report: ReportInspected) -> tuple[ModelEvent, ...] | Rejected:
+    if _out_of_date(state, report) or report.version in state.validated:
+        return ()
+    if report.inspection is not None:
+        refused = state.rejected.get(report.version)
+        if refused is not None and refused.code not in UNSEEN:
+            return ()
+        return (VersionValidated(state.model, report.version, report.worker, report.inspection),)
+    if not report.code or not report.reason:
+        return Rejected("request_invalid", "a rejection without code and reason", "say why the files can't be served")
+    if report.version in state.rejected:
+        return ()
+    return (VersionRejected(state.model, report.version, report.worker, report.code, report.reason, report.hint),)
+
+
+def _unseen(state: ModelState, note: NoteUnseen) -> tuple[ModelEvent, ...]:
+    known = not state.awaits_inspection(note.version) or note.worker in state.unseen.get(note.version, ())
+    if known or _out_of_date(state, note):
+        return ()
+    return (VersionUnseen(state.model, note.version, note.worker, note.code, note.reason),)
+
+
+def _out_of_date(state: ModelState, report: ReportInspected | NoteUnseen) -> bool:
+    """Whether it speaks of a version that is gone or has other settings now."""
+    engine = state.versions.get(report.version)
+    return engine is None or report.settings != digest(engine)
 
 
 def _engine_problem(engine: EngineSpec) -> Rejected | None:
@@ -202,10 +365,14 @@ def _engine_problem(engine: EngineSpec) -> Rejected | None:
 
     if engine.kind not in ENGINE_KINDS:
         return wrong(f"there is no engine kind {engine.kind!r}", f"choose one of {', '.join(ENGINE_KINDS)}")
-    if any("\0" in word for word in (engine.path, engine.url, *engine.command, *engine.args)):
+    if any("\0" in word for word in (engine.path, engine.adapter, engine.url, *engine.command, *engine.args)):
         return wrong("a setting holds a zero byte", "remove it")
     if engine.probe.path and not engine.probe.path.startswith("/v1/"):
         return wrong(f"the probe's path is {engine.probe.path!r}", "give a path under /v1/")
+    if engine.adapter and engine.kind == "openai":
+        return wrong("an openai version takes no adapter", "use --engine vllm, or give it to your own server's command")
+    if engine.adapter and not engine.path:
+        return wrong("an adapter needs its base", "name the folder of the base's weights: --source PATH")
     match engine.kind:
         case "vllm" if not engine.path:
             return wrong("a vllm version needs its weights", "name the folder: --source PATH")
@@ -259,6 +426,13 @@ def _admit(state: ModelState, command: AdmitSwitch) -> tuple[ModelEvent, ...] | 
             f"switch {state.switch} to {state.target} runs on {state.model}",
             f"wait for it (turnout status {state.switch}) or end it (turnout abort {state.switch})",
         )
+    if refused := state.rejection(command.target):
+        return Rejected(
+            "version_rejected",
+            f"{command.target} can't be served: {refused.reason}",
+            refused.hint
+            or f"mend it and register it again: turnout register {state.model} {command.target} --engine …",
+        )
     if command.target == state.active:
         return Rejected(
             "already_active", f"{state.model} serves {command.target} already", "nothing to do: choose another version"
@@ -304,6 +478,11 @@ def _set_rules(state: ModelState, command: SetRules) -> tuple[ModelEvent, ...] |
         for rule in command.rules
         if rule.version and rule.version not in state.versions
     ]
+    problems += [
+        f"rule {rule.name!r}: {rule.version} can't be served: {refused.reason}"
+        for rule in command.rules
+        if (refused := state.rejection(rule.version)) is not None
+    ]
     problems += [f"rule {r.name!r}: its model is {state.model} itself" for r in command.rules if r.model == state.model]
     if problems:
         return Rejected("rules_invalid", "; ".join(problems), "docs/rules.md has every name that a rule may use")
@@ -312,3 +491,15 @@ def _set_rules(state: ModelState, command: SetRules) -> tuple[ModelEvent, ...] |
 
 def _without(versions: tuple[str, ...], version: str) -> tuple[str, ...]:
     return tuple(v for v in versions if v != version)
+
+
+def _uninspected(state: ModelState, version: str) -> ModelState:
+    """Without what was known of the version's files."""
+    if version not in state.validated and version not in state.rejected and version not in state.unseen:
+        return state
+    return msgspec.structs.replace(
+        state,
+        validated={v: one for v, one in state.validated.items() if v != version},
+        rejected={v: one for v, one in state.rejected.items() if v != version},
+        unseen={v: workers for v, workers in state.unseen.items() if v != version},
+    )

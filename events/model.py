@@ -31,6 +31,7 @@ class EngineSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         kind: engine adapter, one of ``vllm``, ``openai``, ``fake``.
         path: folder of the weights on the worker's host; empty where the kind needs none.
+        adapter: folder of a LoRA adapter on the worker's host, whose base is ``path``; empty for none.
         url: address of a server that runs already (kind ``openai``), e.g. ``http://127.0.0.1:8000``.
         command: argv of a server to start (kind ``openai``); ``{socket}``, ``{port}`` and ``{model}`` are filled in.
         args: further flags for the engine, one word each.
@@ -43,6 +44,43 @@ class EngineSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     command: tuple[str, ...] = ()
     args: tuple[str, ...] = ()
     probe: Probe = Probe()
+    adapter: str = ""
+
+
+class Inspection(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the files of a version say, read without loading them. All digests are SHA-256 (hex).
+
+    Attributes:
+        digest: of all content: the sorted list of (file name, bytes, SHA-256 of the file); an adapter's and its base's.
+        weight_bytes: sum of the bytes of all tensors, of an adapter version's base.
+        tensors: how many there are.
+        architecture: first of ``architectures`` in config.json.
+        dtype: in which most bytes of the weights are stored, e.g. ``bfloat16``.
+        shape_digest: of what an engine keeps when new weights are put into it (configuration, tokenizer, chat template,
+            sampling defaults): only versions with equal ones can follow each other in one engine.
+        tensors_digest: of the names, types and shapes of all tensors.
+        kv_token_bytes: of the key-value cache for one token; 0 where the configuration does not say.
+        kv_bytes: of the whole key-value cache, by the version's settings.
+        host_bytes: what a whole engine is expected to take in host memory; an estimate.
+        adapter_rank: of the LoRA adapter, 0 for none, and ``adapter_bytes`` the sum of its tensors.
+        base_digest: content of the weights that the adapter stands on; empty where there is no adapter.
+        warnings: what is odd and does not speak against a try.
+    """
+
+    digest: str
+    weight_bytes: int = 0
+    tensors: int = 0
+    architecture: str = ""
+    dtype: str = ""
+    shape_digest: str = ""
+    tensors_digest: str = ""
+    kv_token_bytes: int = 0
+    kv_bytes: int = 0
+    host_bytes: int = 0
+    adapter_rank: int = 0
+    adapter_bytes: int = 0
+    base_digest: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 class ModelRegistered(msgspec.Struct, frozen=True, gc=False):
@@ -52,13 +90,56 @@ class ModelRegistered(msgspec.Struct, frozen=True, gc=False):
 
 
 class VersionRegistered(msgspec.Struct, frozen=True):
-    """An immutable version was added. ``digest`` is the SHA-256 of the canonical JSON of ``engine``."""
+    """An immutable version was added.
+
+    Attributes:
+        digest: SHA-256 of the canonical JSON of ``engine``.
+        note: why.
+        tags: words to find it by.
+        metrics: what was measured before it came here, e.g. an offline evaluation.
+        parent: version that it was made from, empty for none.
+        trust_architecture: an architecture that the engine does not name is tried all the same.
+    """
 
     model: str
     version: str
     engine: EngineSpec
     digest: str
     note: str = ""
+    tags: tuple[str, ...] = ()
+    metrics: dict[str, float] = {}
+    parent: str = ""
+    trust_architecture: bool = False
+
+
+class VersionValidated(msgspec.Struct, frozen=True):
+    """A worker has read the version's files and found nothing that speaks against loading them."""
+
+    model: str
+    version: str
+    worker: str
+    inspection: Inspection
+
+
+class VersionRejected(msgspec.Struct, frozen=True):
+    """The version's files can't be served: why, and what to do. It may be registered again once they can."""
+
+    model: str
+    version: str
+    worker: str
+    code: str
+    reason: str
+    hint: str = ""
+
+
+class VersionUnseen(msgspec.Struct, frozen=True):
+    """A worker can't see the version's files, or may not; another one may."""
+
+    model: str
+    version: str
+    worker: str
+    code: str
+    reason: str
 
 
 class VersionDeregistered(msgspec.Struct, frozen=True, gc=False):
@@ -127,6 +208,9 @@ class RulesChanged(msgspec.Struct, frozen=True):
 ModelEvent = (
     ModelRegistered
     | VersionRegistered
+    | VersionValidated
+    | VersionRejected
+    | VersionUnseen
     | VersionDeregistered
     | SwitchAdmitted
     | SwitchClosed

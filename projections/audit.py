@@ -33,6 +33,9 @@ from turnout.events.model import (
     SwitchClosed,
     VersionDeregistered,
     VersionRegistered,
+    VersionRejected,
+    VersionUnseen,
+    VersionValidated,
 )
 from turnout.events.route import RouteChanged
 from turnout.events.switch import (
@@ -75,10 +78,19 @@ _PAUSES = {
     "inconclusive": "held: the evidence says neither yes nor no",
     "invalid": "held: the comparison is broken",
 }
-_BAD = (SwitchFailed, InstanceFailed, WorkerLost, GatewayLost)
+_BAD = (SwitchFailed, VersionRejected, InstanceFailed, WorkerLost, GatewayLost)
 _WARNING = (RollbackStarted, RolledBack, SwitchAborted, KnownGoodRevoked, SwitchPaused)
 _GOOD = (SwitchCompleted, SwitchConcluded, ActiveVersionChanged, InstanceReady, KnownGoodMarked, AlertResolved)
-_DETAIL = (InstanceProbeRequested, RouteApplied, VersionDrained, InstanceLoading, SwitchAdmitted, SwitchClosed, Unknown)
+_DETAIL = (
+    InstanceProbeRequested,
+    VersionUnseen,
+    RouteApplied,
+    VersionDrained,
+    InstanceLoading,
+    SwitchAdmitted,
+    SwitchClosed,
+    Unknown,
+)
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -258,8 +270,16 @@ def _say_model(event: object, actor: str, names: Mapping[str, str]) -> str:
     match event:
         case ModelRegistered(model):
             return f"{actor} made the model {model}"
-        case VersionRegistered(model, version, engine, _, note):
-            return f"{actor} registered {model} {version} ({_engine(engine)}){_because(note)}"
+        case VersionRegistered(model, version, engine, _, note, _, _, parent):
+            made = f" from {parent}" if parent else ""
+            return f"{actor} registered {model} {version} ({_engine(engine)}){made}{_because(note)}"
+        case VersionValidated(model, version, _, seen):
+            weights = f", {seen.tensors} tensors, {size(seen.weight_bytes)}" if seen.tensors else ""
+            return f"{model} {version} can be loaded, as its files say: content {seen.digest[:12]}{weights}"
+        case VersionRejected(model, version, _, _, reason):
+            return f"{model} {version} can't be served{_because(reason)}"
+        case VersionUnseen(model, version, worker, _, reason):
+            return f"{worker} can't look at {model} {version}{_because(reason)}"
         case VersionDeregistered(model, version):
             return f"{actor} deregistered {model} {version}"
         case SwitchAdmitted(model, switch, target):
@@ -415,6 +435,8 @@ def _say_alert(event: AlertRaised | AlertAcknowledged | AlertResolved) -> str:
 
 def _engine(engine: EngineSpec) -> str:
     source = engine.path or engine.url or " ".join(engine.command)
+    if engine.adapter:
+        return f"{engine.kind}, adapter {engine.adapter} on {source}"
     return f"{engine.kind}, {source}" if source else engine.kind
 
 

@@ -17,7 +17,15 @@ from turnout.events.instance import (
     InstanceRequested,
     InstanceStopped,
 )
-from turnout.events.model import EngineSpec
+from turnout.events.model import (
+    EngineSpec,
+    Inspection,
+    VersionDeregistered,
+    VersionRegistered,
+    VersionRejected,
+    VersionUnseen,
+    VersionValidated,
+)
 from turnout.events.worker import WorkerJoined, WorkerLeft, WorkerLost
 from turnout.projections.fold import Fold
 
@@ -28,8 +36,10 @@ if TYPE_CHECKING:
 class InstanceView(msgspec.Struct):
     """One instance that has not ended.
 
-    ``phase``: requested, loading, ready or draining. ``probe``: cause of a golden probe that its worker is asked for
-    and has not answered; empty for none.
+    Attributes:
+        phase: requested, loading, ready or draining.
+        probe: cause of a golden probe that its worker is asked for and has not answered; empty for none.
+        inspection: what the version's files said when they were looked at; None where it has none.
     """
 
     instance: str
@@ -45,12 +55,23 @@ class InstanceView(msgspec.Struct):
     reason: str = ""
     forced_by: str = ""
     probe: str = ""
+    inspection: Inspection | None = None
+
+
+class CheckView(msgspec.Struct, frozen=True):
+    """A version whose files nobody has looked at yet. ``settings``: digest of ``engine``."""
+
+    model: str
+    version: str
+    engine: EngineSpec
+    settings: str
+    trust_architecture: bool = False
 
 
 class WorkerView(msgspec.Struct):
     """One worker and what it shall run: the worker makes the world agree with ``instances``.
 
-    ``state``: live, lost or left.
+    ``state``: live, lost or left. ``inspect``: ``model@version`` → files that it shall look at, if it can see them.
     """
 
     worker: str
@@ -60,6 +81,7 @@ class WorkerView(msgspec.Struct):
     capacity: int = 0
     state: str = "live"
     instances: dict[str, InstanceView] = {}
+    inspect: dict[str, CheckView] = {}
 
 
 class GatewayView(msgspec.Struct):
@@ -72,7 +94,7 @@ class GatewayView(msgspec.Struct):
 
 
 class Workers(Fold):
-    """Fold of the worker and instance events."""
+    """Fold of the worker and instance events, and of what is known of the versions' files."""
 
     kind = "worker"
 
@@ -90,10 +112,17 @@ class Workers(Fold):
                 WorkerJoined: self._worker_joined,
                 WorkerLost: self._worker_lost,
                 WorkerLeft: self._worker_left,
+                VersionRegistered: self._version_registered,
+                VersionValidated: self._version_validated,
+                VersionRejected: self._version_rejected,
+                VersionUnseen: self._version_unseen,
+                VersionDeregistered: self._version_deregistered,
             }
         )
         self.workers: dict[str, WorkerView] = {}
         self._home: dict[str, str] = {}
+        self._checks: dict[str, CheckView] = {}
+        self._inspections: dict[str, Inspection] = {}
 
     def view(self, id: str) -> WorkerView | None:
         """The view of one worker."""
@@ -102,7 +131,11 @@ class Workers(Fold):
     def _instance_requested(self, event: InstanceRequested, recorded: Recorded) -> None:
         self._home[event.instance] = event.worker
         self._worker(event.worker).instances[event.instance] = InstanceView(
-            event.instance, event.model, event.version, event.engine
+            event.instance,
+            event.model,
+            event.version,
+            event.engine,
+            inspection=self._inspections.get(_name(event.model, event.version)),
         )
 
     def _instance_loading(self, event: InstanceLoading, recorded: Recorded) -> None:
@@ -143,12 +176,49 @@ class Workers(Fold):
         home.devices = event.devices
         home.capacity = event.capacity
         home.state = "live"
+        home.inspect = {name: check for name, check in self._checks.items() if check.engine.kind in home.engines}
 
     def _worker_lost(self, event: WorkerLost, recorded: Recorded) -> None:
         self._worker(event.worker).state = "lost"
 
     def _worker_left(self, event: WorkerLeft, recorded: Recorded) -> None:
         self._worker(event.worker).state = "left"
+
+    def _version_registered(self, event: VersionRegistered, recorded: Recorded) -> None:
+        engine = event.engine
+        if not engine.path and not engine.adapter:
+            return
+        name = _name(event.model, event.version)
+        self._inspections.pop(name, None)
+        check = CheckView(event.model, event.version, engine, event.digest, event.trust_architecture)
+        self._checks[name] = check
+        for id, home in self.workers.items():
+            if engine.kind in home.engines:
+                home.inspect[name] = check
+                self.changed.add(id)
+
+    def _version_validated(self, event: VersionValidated, recorded: Recorded) -> None:
+        self._inspections[_name(event.model, event.version)] = event.inspection
+        self._checked(event.model, event.version)
+
+    def _version_rejected(self, event: VersionRejected, recorded: Recorded) -> None:
+        self._checked(event.model, event.version)
+
+    def _version_unseen(self, event: VersionUnseen, recorded: Recorded) -> None:
+        self._worker(event.worker).inspect.pop(_name(event.model, event.version), None)
+
+    def _version_deregistered(self, event: VersionDeregistered, recorded: Recorded) -> None:
+        self._inspections.pop(_name(event.model, event.version), None)
+        self._checked(event.model, event.version)
+
+    def _checked(self, model: str, version: str) -> None:
+        """Nobody need look any more."""
+        name = _name(model, version)
+        if self._checks.pop(name, None) is None:
+            return
+        for id, home in self.workers.items():
+            if home.inspect.pop(name, None) is not None:
+                self.changed.add(id)
 
     def _worker(self, worker: str) -> WorkerView:
         self.changed.add(worker)
@@ -162,6 +232,10 @@ class Workers(Fold):
         if instance not in worker.instances:  # an order that no log has; still no error
             worker.instances[instance] = InstanceView(instance, "", "", EngineSpec("unknown"))
         return worker.instances[instance]
+
+
+def _name(model: str, version: str) -> str:
+    return f"{model}@{version}"  # no name holds an @
 
 
 class Gateways(Fold):

@@ -10,6 +10,7 @@ import msgspec
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
+    Inspection,
     KnownGoodMarked,
     KnownGoodRevoked,
     ModelRegistered,
@@ -19,6 +20,8 @@ from turnout.events.model import (
     SwitchClosed,
     VersionDeregistered,
     VersionRegistered,
+    VersionRejected,
+    VersionValidated,
 )
 from turnout.events.route import Rule
 from turnout.projections.fold import Fold
@@ -28,7 +31,16 @@ if TYPE_CHECKING:
 
 
 class VersionView(msgspec.Struct):
-    """One version as it was registered, by whom and when (UTC)."""
+    """One version as it was registered, by whom and when (UTC), and what its files say.
+
+    Attributes:
+        digest: of ``engine``.
+        state: ``checking`` until a worker has looked at its files, then ``validated`` or ``rejected``. A version
+            without files is validated at once.
+        inspection: what the files say; None where it has none or nobody has looked yet.
+        code, reason, hint: why it is rejected, and what to do; empty where it is not.
+        checked_at: when (UTC) its files were looked at, by the worker ``checked_by``.
+    """
 
     version: str
     engine: EngineSpec
@@ -36,6 +48,16 @@ class VersionView(msgspec.Struct):
     registered_at: datetime
     registered_by: str
     note: str = ""
+    tags: tuple[str, ...] = ()
+    metrics: dict[str, float] = {}
+    parent: str = ""
+    state: str = "validated"
+    inspection: Inspection | None = None
+    code: str = ""
+    reason: str = ""
+    hint: str = ""
+    checked_at: datetime | None = None
+    checked_by: str = ""
 
 
 class ModelView(msgspec.Struct):
@@ -74,6 +96,8 @@ class Registry(Fold):
             {
                 ModelRegistered: self._model_registered,
                 VersionRegistered: self._version_registered,
+                VersionValidated: self._version_validated,
+                VersionRejected: self._version_rejected,
                 VersionDeregistered: self._version_deregistered,
                 SwitchAdmitted: self._switch_admitted,
                 SwitchClosed: self._switch_closed,
@@ -96,8 +120,34 @@ class Registry(Fold):
     def _version_registered(self, event: VersionRegistered, recorded: Recorded) -> None:
         envelope = recorded.envelope
         self._model(event.model).versions[event.version] = VersionView(
-            event.version, event.engine, event.digest, envelope.time, envelope.actor, event.note
+            event.version,
+            event.engine,
+            event.digest,
+            envelope.time,
+            envelope.actor,
+            event.note,
+            event.tags,
+            event.metrics,
+            event.parent,
+            state="checking" if event.engine.path or event.engine.adapter else "validated",
         )
+
+    def _version_validated(self, event: VersionValidated, recorded: Recorded) -> None:
+        view = self._model(event.model).versions.get(event.version)
+        if view is not None:
+            view.state = "validated"
+            view.inspection = event.inspection
+            view.code = view.reason = view.hint = ""
+            view.checked_at = recorded.envelope.time
+            view.checked_by = event.worker
+
+    def _version_rejected(self, event: VersionRejected, recorded: Recorded) -> None:
+        view = self._model(event.model).versions.get(event.version)
+        if view is not None:
+            view.state = "rejected"
+            view.code, view.reason, view.hint = event.code, event.reason, event.hint
+            view.checked_at = recorded.envelope.time
+            view.checked_by = event.worker
 
     def _version_deregistered(self, event: VersionDeregistered, recorded: Recorded) -> None:
         view = self._model(event.model)

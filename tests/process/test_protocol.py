@@ -57,7 +57,18 @@ WAIT_S = 30.0
 #: What differs from run to run, and what the judge's formulas give; it must have the same type.
 VARIES = frozenset(
     (
-        *("sequence", "time", "at", "deadline", "until", "registered_at", "requested_at", "ended_at", "bake_until"),
+        *(
+            "sequence",
+            "time",
+            "at",
+            "deadline",
+            "until",
+            "registered_at",
+            "checked_at",
+            "requested_at",
+            "ended_at",
+            "bake_until",
+        ),
         *("raised_at", "resolved_at"),
         *("seconds", "ready_s", "cutover_s", "drain_s", "log", "epoch"),
         *("e", "e_needed", "e_good", "e_good_needed", "low", "high"),

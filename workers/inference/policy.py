@@ -105,7 +105,10 @@ class WorkerPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         path = self._resolve_path(spec.path) if spec.path else ""
         if isinstance(path, Refusal):
             return path
-        return msgspec.structs.replace(spec, path=path, command=command)
+        adapter = self._resolve_path(spec.adapter) if spec.adapter else ""
+        if isinstance(adapter, Refusal):
+            return adapter
+        return msgspec.structs.replace(spec, path=path, command=command, adapter=adapter)
 
     def roots(self) -> tuple[Path, ...]:
         """The model roots, resolved now."""

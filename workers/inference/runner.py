@@ -6,20 +6,25 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from turnout.events.model import EngineSpec
+from turnout.events.model import EngineSpec, Inspection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 
 class Order(msgspec.Struct, frozen=True):
-    """An instance to load. ``sequence``: how far the log had come when it was asked for."""
+    """An instance to load.
+
+    ``sequence``: how far the log had come when it was asked for. ``inspection``: what the version's files said when
+    they were looked at; None where it has none.
+    """
 
     instance: str
     model: str
     version: str
     engine: EngineSpec
     sequence: int = 0
+    inspection: Inspection | None = None
 
 
 class Loaded(msgspec.Struct, frozen=True):

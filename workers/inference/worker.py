@@ -300,7 +300,7 @@ class InferenceWorker:
         None where it was asked to stop first; what runs of it is then still to be ended.
         """
         view = life.view
-        order = Order(view.instance, view.model, view.version, view.engine, life.sequence)
+        order = Order(view.instance, view.model, view.version, view.engine, life.sequence, view.inspection)
         begun = self._clock.monotonic()
 
         def progress(stage: str, detail: str) -> None:

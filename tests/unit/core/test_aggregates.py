@@ -22,6 +22,7 @@ from turnout.events.instance import (
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
+    Inspection,
     KnownGoodMarked,
     KnownGoodRevoked,
     ModelRegistered,
@@ -30,8 +31,11 @@ from turnout.events.model import (
     SwitchClosed,
     VersionDeregistered,
     VersionRegistered,
+    VersionRejected,
+    VersionUnseen,
+    VersionValidated,
 )
-from turnout.events.route import Endpoint, RouteChanged, Split
+from turnout.events.route import Endpoint, RouteChanged, Rule, Split
 from turnout.events.switch import (
     BakeStarted,
     DrainStarted,
@@ -104,6 +108,9 @@ def test_names_of_real_models_are_taken(name: str) -> None:
         EngineSpec("openai", url="ftp://h"),
         EngineSpec("fake", args=("a\0b",)),
         EngineSpec("fake", probe=Probe(path="/metrics")),
+        EngineSpec("vllm", adapter="/a"),
+        EngineSpec("vllm", path="/w", adapter="/a\0b"),
+        EngineSpec("openai", url="http://h:1", adapter="/a"),
     ],
 )
 def test_an_engine_that_can_not_be_meant_is_refused(engine: EngineSpec) -> None:
@@ -131,6 +138,88 @@ def test_the_active_version_may_not_go() -> None:
 def test_no_version_goes_while_a_switch_runs() -> None:
     admitted = SwitchAdmitted("chat", "sw-1", "v2")
     given(model, *ACTIVE, admitted).when(model.DeregisterVersion("chat", "v2")).then_rejected("version_in_use")
+
+
+def test_a_version_says_who_measured_what_and_what_it_comes_from() -> None:
+    command = model.RegisterVersion("chat", "v3", FAKE, "tuned", ("tickets",), {"accuracy": 0.71}, "v1")
+    added = VersionRegistered("chat", "v3", FAKE, model.digest(FAKE), "tuned", ("tickets",), {"accuracy": 0.71}, "v1")
+    given(model, *REGISTERED).when(command).then(added)
+
+
+@pytest.mark.parametrize(
+    ("about", "code"),
+    [
+        ({"tags": ("two words",)}, "tag_invalid"),
+        ({"tags": tuple(f"t{n}" for n in range(33))}, "tag_invalid"),
+        ({"metrics": {"accuracy": float("nan")}}, "metric_invalid"),
+        ({"metrics": {"": 1.0}}, "metric_invalid"),
+        ({"parent": "v9"}, "parent_unknown"),
+        ({"parent": "v3"}, "parent_unknown"),
+    ],
+)
+def test_what_can_not_be_meant_of_a_version_is_refused(about: dict[str, Any], code: str) -> None:
+    given(model, *REGISTERED).when(model.RegisterVersion("chat", "v3", FAKE, **about)).then_rejected(code)
+
+
+FILES = EngineSpec("fake", path="/models/chat-v3")
+WITH_FILES = (*ACTIVE, VersionRegistered("chat", "v3", FILES, model.digest(FILES)))
+SEEN = Inspection("c0ffee", weight_bytes=2000, tensors=2)
+TRUNCATED = VersionRejected("chat", "v3", "w1", "weights_truncated", "it ends too early", "copy it again")
+
+
+def inspected(inspection: Inspection | None = None, code: str = "", worker: str = "w1") -> model.ReportInspected:
+    reason, hint = ("it ends too early", "copy it again") if code else ("", "")
+    return model.ReportInspected("chat", "v3", worker, model.digest(FILES), inspection, code, reason, hint)
+
+
+def test_a_version_with_files_waits_until_a_worker_has_looked_at_them_once() -> None:
+    before = given(model, *WITH_FILES)
+    assert before.state.awaits_inspection("v3")
+    assert not before.state.awaits_inspection("v1")
+    after = before.when(inspected(SEEN)).then(VersionValidated("chat", "v3", "w1", SEEN))
+    assert not after.state.awaits_inspection("v3")
+    after.when(inspected(SEEN, worker="w2")).then_nothing()
+    after.when(inspected(None, "weights_truncated", worker="w2")).then_nothing()
+
+
+def test_a_version_whose_files_can_not_be_served_is_not_switched_to() -> None:
+    refused = given(model, *WITH_FILES).when(inspected(None, "weights_truncated")).then(TRUNCATED)
+    refused.when(model.AdmitSwitch("chat", "sw-1", "v3")).then_rejected("version_rejected")
+    refused.when(model.SetRules("chat", (Rule("short", "tokens < 9", "v3"),))).then_rejected("rules_invalid")
+
+
+def test_a_switch_to_a_version_that_nobody_has_looked_at_is_not_refused_for_being_early() -> None:
+    given(model, *WITH_FILES).when(model.AdmitSwitch("chat", "sw-1", "v3")).then(SwitchAdmitted("chat", "sw-1", "v3"))
+
+
+def test_a_rejected_version_may_be_registered_again_and_is_looked_at_again() -> None:
+    other = EngineSpec("fake", path="/models/mended")
+    again = given(model, *WITH_FILES, TRUNCATED).when(model.RegisterVersion("chat", "v3", other))
+    after = again.then(VersionRegistered("chat", "v3", other, model.digest(other)))
+    assert after.state.awaits_inspection("v3")
+    after.when(inspected(SEEN)).then_nothing()  # of the settings before
+
+
+def test_what_has_served_well_is_not_refused_by_a_later_look_at_its_files() -> None:
+    served = (*WITH_FILES, KnownGoodMarked("chat", "v3", "sw-1"), TRUNCATED)
+    given(model, *served).when(model.AdmitSwitch("chat", "sw-2", "v3")).then(SwitchAdmitted("chat", "sw-2", "v3"))
+
+
+def test_a_worker_that_sees_the_files_overrules_one_that_does_not() -> None:
+    unseen = VersionRejected("chat", "v3", "w1", "path_missing", "nothing is there")
+    report = inspected(SEEN, worker="w2")
+    given(model, *WITH_FILES, unseen).when(report).then(VersionValidated("chat", "v3", "w2", SEEN))
+    given(model, *WITH_FILES, TRUNCATED).when(report).then_nothing()
+
+
+def test_a_worker_says_once_that_it_can_not_see_the_files() -> None:
+    note = model.NoteUnseen("chat", "v3", "w1", model.digest(FILES), "path_missing", "nothing is there")
+    said = VersionUnseen("chat", "v3", "w1", "path_missing", "nothing is there")
+    given(model, *WITH_FILES).when(note).then(said).when(note).then_nothing()
+
+
+def test_a_rejection_without_a_reason_is_refused() -> None:
+    given(model, *WITH_FILES).when(inspected()).then_rejected("request_invalid")
 
 
 def test_a_switch_is_admitted_once() -> None:

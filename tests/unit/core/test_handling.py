@@ -33,13 +33,18 @@ from turnout.events.instance import InstanceFailed
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
+    Inspection,
     KnownGoodMarked,
     RulesChanged,
     SwitchAdmitted,
     SwitchClosed,
+    VersionRegistered,
+    VersionRejected,
+    VersionUnseen,
 )
 from turnout.events.route import RouteChanged, Rule
 from turnout.events.switch import RollbackStarted, SwitchAborted, SwitchPaused, SwitchRequested
+from turnout.events.worker import WorkerJoined
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,6 +100,12 @@ def held() -> Story:
     return story.happens(SwitchPaused("sw-1", "inconclusive", "too little traffic", story.now))
 
 
+def refused() -> Story:
+    files = EngineSpec("fake", path="/models/chat-v3")
+    story = serving().happens(VersionRegistered("chat", "v3", files, model.digest(files)))
+    return story.happens(VersionRejected("chat", "v3", "w1", "weights_truncated", "it ends too early", "copy it again"))
+
+
 def ended() -> Story:
     story = serving().asked("v2")
     story.happens(SwitchAborted("sw-1", "no"))
@@ -132,6 +143,12 @@ def draining() -> Story:
         ("gw", "gateway.leave", gateway.LeaveGateway("g1"), ["GatewayLeft"]),
         ("worker", "worker.join", worker.JoinWorker("w2", "h", ("fake",), (), 1), ["WorkerJoined"]),
         ("worker", "worker.leave", worker.LeaveWorker("w1"), ["WorkerLeft"]),
+        (
+            "worker",
+            "version.inspected",
+            model.ReportInspected("chat", "v2", "w1", model.digest(FAKE), Inspection("c")),
+            ["VersionValidated"],
+        ),
         ("worker", "instance.loading", instance.ReportLoading("i1", "proving", 1.0), []),
         ("worker", "instance.ready", instance.ReportReady("i1", "unix:/n", 1.0, 0.1), ["InstanceReady"]),
         ("worker", "instance.probed", instance.ReportProbed("i1", "sw-1.1", True, 0.1), []),
@@ -162,6 +179,28 @@ def test_each_word_of_an_operator_on_a_switch_writes_its_events(
         story.happens(SwitchClosed("chat", "sw-1", "aborted"))
         kinds = ["SwitchAdmitted", *kinds]
     assert [type(e).__name__ for e in handled(story, "ops", verb, body, command="c9")] == kinds
+
+
+def test_a_worker_that_can_not_see_the_files_rejects_them_only_when_no_other_is_left_to_look() -> None:
+    files = EngineSpec("fake", path="/models/chat-v3")
+    story = serving().happens(
+        WorkerJoined("w2", "h", ("fake",), (), 1),
+        WorkerJoined("w3", "h", ("vllm",), (), 1),
+        VersionRegistered("chat", "v3", files, model.digest(files)),
+    )
+
+    def says(worker: str, code: str) -> Any:
+        report = model.ReportInspected("chat", "v3", worker, model.digest(files), None, code, "nothing is there")
+        return handled(story, "worker", "version.inspected", report)
+
+    (unseen,) = says("w1", "path_missing")
+    assert unseen == VersionUnseen("chat", "v3", "w1", "path_missing", "nothing is there")
+    (rejected,) = says("w1", "weights_truncated")
+    assert isinstance(rejected, VersionRejected)
+    story.happens(unseen)
+    assert says("w1", "path_missing") == []  # w2 has not looked yet
+    (rejected,) = says("w2", "path_not_allowed")
+    assert rejected == VersionRejected("chat", "v3", "w2", "path_not_allowed", "nothing is there")
 
 
 def test_every_verb_is_tried_here_or_below() -> None:
@@ -328,6 +367,23 @@ REFUSALS: list[tuple[str, Any, str, str, object]] = [
     ("name_invalid", serving, "ops", "model.policy", model.SetPolicy("chat", "a b", {})),
     ("rules_invalid", serving, "ops", "model.rules", model.SetRules("chat", (Rule("r", "tokens <", "v1"),))),
     ("rules_invalid", serving, "ops", "model.rules", model.SetRules("chat", (Rule("r", "tokens < 9", "v9"),))),
+    ("tag_invalid", serving, "ops", "version.register", model.RegisterVersion("chat", "v3", FAKE, "", ("a b",))),
+    (
+        "metric_invalid",
+        serving,
+        "ops",
+        "version.register",
+        model.RegisterVersion("chat", "v3", FAKE, metrics={"f1": float("inf")}),
+    ),
+    ("parent_unknown", serving, "ops", "version.register", model.RegisterVersion("chat", "v3", FAKE, parent="v9")),
+    ("version_rejected", refused, "ops", "switch.start", StartSwitch("chat", "v3")),
+    (
+        "request_invalid",
+        serving,
+        "worker",
+        "version.inspected",
+        model.ReportInspected("chat", "v2", "w1", model.digest(FAKE)),
+    ),
     ("version_in_use", ruled, "ops", "version.deregister", model.DeregisterVersion("chat", "v2")),
     (
         "parameters_invalid",

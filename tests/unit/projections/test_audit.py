@@ -36,6 +36,26 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
         model.VersionRegistered("chat", "v1", model.EngineSpec("vllm", "/m/v1"), "d", "new weights"),
         "alice registered chat v1 (vllm, /m/v1): new weights",
     ),
+    (
+        "model",
+        model.VersionRegistered("chat", "v3", model.EngineSpec("vllm", "/m/v1", adapter="/m/l"), "d", parent="v1"),
+        "alice registered chat v3 (vllm, adapter /m/l on /m/v1) from v1",
+    ),
+    (
+        "model",
+        model.VersionValidated("chat", "v1", "w1", model.Inspection("c0ffee1234567890", 269 << 20, 272)),
+        "chat v1 can be loaded, as its files say: content c0ffee123456, 272 tensors, 269 MiB",
+    ),
+    (
+        "model",
+        model.VersionRejected("chat", "v1", "w1", "weights_truncated", "it ends too early", "copy it again"),
+        "chat v1 can't be served: it ends too early",
+    ),
+    (
+        "model",
+        model.VersionUnseen("chat", "v1", "w2", "path_missing", "nothing is there"),
+        "w2 can't look at chat v1: nothing is there",
+    ),
     ("model", model.VersionDeregistered("chat", "v1"), "alice deregistered chat v1"),
     ("model", model.SwitchAdmitted("chat", "sw-1", "v2"), "chat is reserved for switch sw-1 to v2"),
     (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from turnout.core.testing import WorldBuilder
@@ -17,6 +19,7 @@ from turnout.events.instance import (
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
+    Inspection,
     KnownGoodMarked,
     KnownGoodRevoked,
     ModelRegistered,
@@ -24,12 +27,18 @@ from turnout.events.model import (
     SwitchClosed,
     VersionDeregistered,
     VersionRegistered,
+    VersionRejected,
+    VersionUnseen,
+    VersionValidated,
 )
 from turnout.events.route import Endpoint, RouteChanged, Split
 from turnout.events.switch import SwitchFailed, SwitchRequested
 from turnout.events.worker import WorkerJoined, WorkerLeft, WorkerLost
 from turnout.projections.routing import LEFT_MOST, RouteView
 from turnout.projections.views import Views
+
+if TYPE_CHECKING:
+    from turnout.projections.registry import VersionView
 
 FAKE = EngineSpec("fake")
 
@@ -66,6 +75,48 @@ def test_the_registry_tells_what_is_there_what_serves_and_what_runs() -> None:
     assert (model.versions["v1"].note, model.versions["v1"].registered_by) == ("first", "test")
     assert (model.active, model.known_good, model.switch) == ("v1", ("v1",), "sw-2")
     assert (model.last_switch, model.last_outcome) == ("sw-1", "completed")
+
+
+FILES = EngineSpec("fake", path="/models/chat-v3")
+WITH_FILES = (ModelRegistered("chat"), VersionRegistered("chat", "v3", FILES, "d3", "", ("tickets",), {"f1": 0.7}))
+SEEN = Inspection("c0ffee", weight_bytes=2000, tensors=2)
+
+
+def test_the_registry_tells_what_a_versions_files_say_or_why_they_can_not_be_served() -> None:
+    def version(*events: object) -> VersionView:
+        return folded(*WITH_FILES, *events).registry.models["chat"].versions["v3"]
+
+    assert (version().state, version().tags, version().metrics) == ("checking", ("tickets",), {"f1": 0.7})
+    seen = version(VersionValidated("chat", "v3", "w1", SEEN))
+    assert (seen.state, seen.inspection, seen.checked_by) == ("validated", SEEN, "w1")
+    refused = VersionRejected("chat", "v3", "w1", "path_missing", "nothing is there", "copy it there")
+    bad = version(refused)
+    assert (bad.state, bad.code, bad.hint) == ("rejected", "path_missing", "copy it there")
+    overruled = version(refused, VersionValidated("chat", "v3", "w2", SEEN))
+    assert (overruled.state, overruled.reason) == ("validated", "")
+
+
+def test_workers_that_may_run_it_are_shown_a_version_until_one_has_looked_at_its_files() -> None:
+    w1, w2 = WorkerJoined("w1", "h", ("fake",), (), 2), WorkerJoined("w2", "h", ("fake",), (), 2)
+    other = WorkerJoined("w3", "h", ("vllm",), (), 2)
+
+    def shown(*events: object) -> list[str]:
+        workers = folded(w1, *WITH_FILES, w2, other, *events).workers.workers
+        return [id for id, view in workers.items() if "chat@v3" in view.inspect]
+
+    assert shown() == ["w1", "w2"]
+    assert shown(VersionUnseen("chat", "v3", "w1", "path_missing", "")) == ["w2"]
+    assert shown(VersionValidated("chat", "v3", "w1", SEEN)) == []
+    assert shown(VersionRejected("chat", "v3", "w1", "x", "y")) == []
+    assert shown(VersionDeregistered("chat", "v3")) == []
+    assert shown(VersionRejected("chat", "v3", "w1", "x", "y"), *WITH_FILES) == ["w1", "w2"]
+
+
+def test_an_instance_comes_with_what_its_versions_files_said() -> None:
+    asked = InstanceRequested("i1", "chat", "v3", "w1", FILES, "sw-1")
+    views = folded(*WITH_FILES, VersionValidated("chat", "v3", "w1", SEEN), asked)
+    assert views.workers.workers["w1"].instances["i1"].inspection == SEEN
+    assert folded(*WITH_FILES, asked).workers.workers["w1"].instances["i1"].inspection is None
 
 
 def test_a_deregistered_or_undone_version_is_not_known_good_any_more() -> None:
