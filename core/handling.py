@@ -6,6 +6,7 @@ publish only its own. Each handler returns the writes that make the command true
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from turnout.core import alert, gateway, instance, model, policy, worker
+from turnout.core import alert, gateway, instance, model, policy, switch, worker
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Rejected
 from turnout.core.judging.judgement import JudgeSettings
@@ -158,13 +159,18 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Context(msgspec.Struct, frozen=True):
-    """What a handler may know besides the world."""
+    """What a handler may know besides the world.
+
+    ``leads``: the process leads, and no saga writes before this command is stored. So what a saga would owe next may be
+    written with it.
+    """
 
     command: str
     actor: str
     now: datetime
     config: ModelSwitchingConfig
     defaults: Defaults
+    leads: bool = False
 
 
 Writes = tuple[Write, ...]
@@ -293,7 +299,14 @@ def _open(world: World, body: StartSwitch, context: Context, *, undo: bool) -> W
         at=context.now,
         policy=body.policy,
     )
-    return (Write("model", body.model, AdmitSwitch(body.model, id, body.version)), Write("switch", id, opened))
+    writes = (Write("model", body.model, AdmitSwitch(body.model, id, body.version)), Write("switch", id, opened))
+    if not context.leads:
+        return writes
+    requested = switch.decide(switch.initial, opened)
+    if isinstance(requested, Rejected):
+        return requested
+    begun = functools.reduce(switch.evolve, requested, switch.initial)
+    return (*writes, *saga.begin(world, begun, context.now))
 
 
 def _limit_s(strategy: str, body: StartSwitch, config: ModelSwitchingConfig) -> float | Rejected:

@@ -14,6 +14,7 @@ BEATS = "turnout.beat"
 HEALTH = "turnout.health"
 VIEWS = "$KV.VIEWS"
 LIVE_VIEWS = "turnout.view"
+ROUTE_NEWS = "turnout.route"
 LEASES = "$KV.LEASES"
 AGGREGATES = ("model", "switch", "route", "instance", "worker", "gateway", "alert")
 
@@ -79,6 +80,11 @@ def view(key: str) -> str:
 def live_view(key: str) -> str:
     """Where the server republishes a view as soon as it is stored, e.g. ``turnout.view.route.chat``."""
     return f"{LIVE_VIEWS}.{key}"
+
+
+def route_news(model: str) -> str:
+    """Where the leader tells gateways of a route before it is stored as a view, e.g. ``turnout.route.chat``."""
+    return f"{ROUTE_NEWS}.{token(model)}"
 
 
 def view_key(kind: str, id: str) -> str:

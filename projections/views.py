@@ -61,6 +61,7 @@ class Views:
         #: Digest of the log's first event: which log this is the fold of.
         self.log = ""
         self._dirty: dict[str, tuple[int, Projection, str]] = {}
+        self._news: set[str] = set()
         self._all: tuple[Projection, ...] = (
             self.registry,
             self.routing,
@@ -83,6 +84,7 @@ class Views:
 
     def settle(self) -> None:
         """Note what has changed up to here. Call it between two events, before ``take``."""
+        self._news |= self.routing.changed
         for projection in self._all:
             if projection.changed:
                 for id in projection.changed:
@@ -93,6 +95,11 @@ class Views:
     def urgent(self) -> bool:
         """Whether something changed that gateways or workers act on; the rest is for people."""
         return any(projection.kind in _URGENT for _, projection, _ in self._dirty.values())
+
+    def news(self) -> dict[str, bytes]:
+        """Model → JSON of its route, where it has changed since this was asked last and up to ``settle``."""
+        news, self._news = self._news, set()
+        return {model: msgspec.json.encode(self.routing.routes[model]) for model in news}
 
     def take(self, after: int) -> dict[str, bytes | None]:
         """Key → JSON of every view that events above ``after`` have changed; None where a view is gone.

@@ -499,6 +499,46 @@ class NatsBeats:
         return served
 
 
+# --- news of routes ----------------------------------------------------------------------------------------------
+
+
+class NatsRouteNews:
+    """:class:`~turnout.workers.ports.RouteNews` as plain messages, heard inside the connection's read loop."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._nc = connection.nc
+
+    async def tell(self, model: str, view: bytes) -> None:
+        """Send one. See the port."""
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self._nc.publish(subjects.route_news(model), view)
+
+    async def listen(self, heard: Callable[[bytes], None]) -> _Heard:
+        """Hear every route. See the port."""
+
+        def take(subject: bytes, reply: bytes, block: bytes, body: bytes) -> None:
+            heard(body)
+
+        try:
+            return _Heard(self._nc, await self._nc.subscribe_raw(f"{subjects.ROUTE_NEWS}.*", take))
+        except (nats.errors.Error, OSError) as e:
+            raise Unavailable(f"cannot listen to news of routes: {e}") from e
+
+
+class _Heard:
+    """A raw subscription that can be ended."""
+
+    def __init__(self, nc: jsapi.Client, subscription: Subscription) -> None:
+        self._nc = nc
+        self._subscription = subscription
+
+    async def close(self) -> None:
+        """Stop; nothing is called back after it returns."""
+        if not self._nc.is_closed:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await self._nc.unsubscribe_raw(self._subscription)
+
+
 # --- health samples ----------------------------------------------------------------------------------------------
 
 _HEALTH_STREAM = "HEALTH"

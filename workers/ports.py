@@ -120,6 +120,22 @@ class ViewWriter(Protocol):
         ...
 
 
+class RouteNews(Protocol):
+    """New routes, told to gateways before they are stored as views. Fire and forget.
+
+    Only what stands in the log is told, and each route has a revision: news that is lost, late or doubled does no harm,
+    because the stored view follows and a gateway never applies a lower revision.
+    """
+
+    async def tell(self, model: str, view: bytes) -> None:
+        """Send the JSON of a route's view. Never raises."""
+        ...
+
+    async def listen(self, heard: Callable[[bytes], None]) -> Closeable:
+        """Call ``heard`` with every view that is told from now on. ``heard`` must be short, and must not raise."""
+        ...
+
+
 class Grant(msgspec.Struct, frozen=True, gc=False):
     """A held lease: the fencing epoch, and until when (on the local monotonic clock, seconds) it may be acted on."""
 

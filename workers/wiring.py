@@ -19,6 +19,7 @@ from turnout.workers.nats import (
     NatsHealthReader,
     NatsHealthWriter,
     NatsLease,
+    NatsRouteNews,
     NatsViewReader,
     NatsViewWriter,
     connect,
@@ -54,6 +55,7 @@ class ControlPlane:
         self.beats = NatsBeats(connection)
         self.reader = NatsViewReader(connection, clock)
         self.writer = NatsViewWriter(connection)
+        self.news = NatsRouteNews(connection)
         self.health_writer = NatsHealthWriter(connection)
         self.health_reader = NatsHealthReader(connection)
 

@@ -82,6 +82,15 @@ def agenda(world: World, id: str, now: datetime, judgement: Judgement | None = N
             return Agenda()
 
 
+def begin(world: World, state: SwitchState, now: datetime) -> tuple[Write, ...]:
+    """What a switch that is being requested owes at once: its first step where the target is ready, else nothing.
+
+    Only for the leader in its turn: whoever writes it must be sure that nobody asks the target to stop meanwhile.
+    """
+    ready = tuple(i.instance for i in world.ready(state.model, state.target))
+    return _start(world, state, ready, now) if ready else ()
+
+
 def rollback(
     world: World, state: SwitchState, cause: str, reason: str, now: datetime, verdict: Judgement | None = None
 ) -> tuple[Write, ...]:
@@ -189,13 +198,7 @@ def _stopped(world: World, state: SwitchState) -> InstanceState | None:
 def _make_ready(world: World, state: SwitchState, now: datetime) -> Agenda:
     ready = tuple(i.instance for i in world.ready(state.model, state.target))
     if ready:
-        seconds = _seconds(state.requested_at, now)
-        proven = RecordTargetReady(state.switch, ready, seconds, warm=state.phase == "requested")
-        # The first step goes with it in one write: a switch to a warm target waits for the disk once less.
-        then = evolve(state, TargetReady(proven.switch, ready, seconds, proven.warm))
-        first = Agenda() if then.paused else _next_step(world, then, None, now)
-        writes = tuple(write for owed in first.owed for write in owed.writes)
-        return Agenda((_owe(state, "ready", Write("switch", state.switch, proven), *writes),))
+        return Agenda((_owe(state, "ready", *_start(world, state, ready, now)),))
     wait = Agenda(wake=state.deadline)
     if state.phase == "loading":
         return wait
@@ -208,6 +211,15 @@ def _make_ready(world: World, state: SwitchState, now: datetime) -> Agenda:
         return wait  # no room yet: placement makes some, or the deadline ends it
     record = RecordInstancesRequested(state.switch, (request.id,))
     return Agenda((_owe(state, "load", Write("switch", state.switch, record), request),))
+
+
+def _start(world: World, state: SwitchState, ready: tuple[str, ...], now: datetime) -> tuple[Write, ...]:
+    """The target is ready, and its first step: in one write, so that the disk is waited for once."""
+    seconds = _seconds(state.requested_at, now)
+    proven = RecordTargetReady(state.switch, ready, seconds, warm=state.phase == "requested")
+    then = evolve(state, TargetReady(proven.switch, ready, seconds, proven.warm))
+    first = Agenda() if then.paused else _next_step(world, then, None, now)
+    return (Write("switch", state.switch, proven), *(write for owed in first.owed for write in owed.writes))
 
 
 def _next_step(world: World, state: SwitchState, judgement: Judgement | None, now: datetime) -> Agenda:

@@ -16,6 +16,7 @@ from turnout.workers.nats import (
     NatsBeats,
     NatsBus,
     NatsLease,
+    NatsRouteNews,
     NatsViewReader,
     NatsViewWriter,
     connect,
@@ -168,6 +169,27 @@ class Copy:
         self.sequence = sequence
         self.views |= {k: e.value for k, e in entries.items()}
         self.views = {k: v for k, v in self.views.items() if v}
+
+
+def test_news_of_a_route_is_heard_until_the_listener_closes_and_never_raises(
+    connection: Connection, clock: SystemClock, runner: asyncio.Runner, until: Until, nats_server: EmbeddedServer
+) -> None:
+    async def case() -> None:
+        teller = await connect(nats_server.url, "leader", clock)
+        heard: list[bytes] = []
+        listening = await NatsRouteNews(connection).listen(heard.append)
+        await connection.nc.flush()
+        await NatsRouteNews(teller).tell("a/b.c", b"1")
+        await until(lambda: heard == [b"1"])
+        await listening.close()
+        await connection.nc.flush()
+        await NatsRouteNews(teller).tell("a/b.c", b"2")
+        await teller.close()
+        await NatsRouteNews(teller).tell("a/b.c", b"3")
+        await connection.nc.flush()
+        assert heard == [b"1"]
+
+    runner.run(case())
 
 
 async def snapshot(reader: NatsViewReader, *keys: str) -> tuple[Mapping[str, ViewEntry], Checkpoint | None]:

@@ -22,7 +22,16 @@ from turnout.events.envelope import START
 from turnout.events.gateway import RouteApplied
 from turnout.events.jetstream import JetStreamStore
 from turnout.events.store import Append, Unavailable
-from turnout.workers.nats import NatsBeats, NatsBus, NatsLease, NatsViewReader, NatsViewWriter, connect, ensure_streams
+from turnout.workers.nats import (
+    NatsBeats,
+    NatsBus,
+    NatsLease,
+    NatsRouteNews,
+    NatsViewReader,
+    NatsViewWriter,
+    connect,
+    ensure_streams,
+)
 from turnout.workers.ports import Checkpoint, Request
 
 if TYPE_CHECKING:
@@ -157,6 +166,14 @@ def test_every_role_can_do_its_work(port: int, clock: SystemClock, runner: async
         await NatsBeats(worker).publish("worker", "w1", b"")
         await until(lambda: len(beats) == 2)
 
+        # gateways hear of routes before they are stored
+        news: list[bytes] = []
+        hearing = await NatsRouteNews(gateway).listen(news.append)
+        await gateway.nc.flush()
+        await NatsRouteNews(controller).tell("chat", b"{}")
+        await until(lambda: news == [b"{}"])
+        await hearing.close()
+
         # operators and auditors read the log
         for reader in (ops, audit):
             log = JetStreamStore(reader.nc)
@@ -187,6 +204,7 @@ def test_a_role_can_do_nothing_else(port: int, clock: SystemClock, runner: async
                 event,
                 subjects.view("route.chat"),
                 subjects.live_view("route.chat"),
+                subjects.route_news("chat"),
                 subjects.lease("controller"),
                 subjects.command(other, "switch.start"),
                 subjects.beat("worker" if own != "worker" else "gateway", "x"),

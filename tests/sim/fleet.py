@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
 import msgspec
-from tests.sim.network import SimHealth
+from tests.sim.network import SimHealth, SimNews
 
 from turnout.core.decider import Failed
 from turnout.events.health import ERRORS, OUTCOMES, HealthSampled
@@ -562,7 +562,15 @@ class SimGateway:
         process.spawn(self.plane.collector.run())
         data_plane = cast("DataPlane", self.plane)
         self.agent = GatewayAgent(
-            process.name, data_plane, bus, beats, reader, process, lambda: process.connected, SimHealth(process)
+            process.name,
+            data_plane,
+            bus,
+            beats,
+            reader,
+            SimNews(process),
+            process,
+            lambda: process.connected,
+            SimHealth(process),
         )
 
     async def run(self) -> None:

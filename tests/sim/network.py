@@ -177,6 +177,7 @@ class Network:
         self.bucket = Bucket(self)
         self.servers: list[_Server] = []
         self.listeners: list[_Listener] = []
+        self.readers: list[_NewsReader] = []
         self.health: list[tuple[datetime, HealthEvent]] = []
         self.followers: list[_Following] = []
         self.lease_holder = ""
@@ -457,6 +458,43 @@ class SimBeats:
     async def listen(self, heard: Callable[[str, str, bytes], None]) -> _Listener:
         await self._process.send(1.0, "subscribe")
         return _Listener(self._process, heard)
+
+
+class SimNews:
+    """One process's :class:`~turnout.workers.ports.RouteNews`: late, out of order, or never."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    async def tell(self, model: str, view: bytes) -> None:
+        process, net = self._process, self._process.net
+        await process.op(before=True)
+        if not process.connected:
+            return
+        for reader in tuple(net.readers):
+            if not net.chance(net.faults.lost_view):
+                net.loop.call_later(net.delay(), reader.take, view)
+
+    async def listen(self, heard: Callable[[bytes], None]) -> _NewsReader:
+        await self._process.send(1.0, "subscribe")
+        return _NewsReader(self._process, heard)
+
+
+class _NewsReader:
+    """One gateway that hears of routes."""
+
+    def __init__(self, process: Process, heard: Callable[[bytes], None]) -> None:
+        self._process = process
+        self._heard = heard
+        process.net.readers.append(self)
+
+    def take(self, view: bytes) -> None:
+        if self in self._process.net.readers and self._process.connected:
+            self._heard(view)
+
+    async def close(self) -> None:
+        if self in self._process.net.readers:
+            self._process.net.readers.remove(self)
 
 
 # --- health ------------------------------------------------------------------------------------------------------

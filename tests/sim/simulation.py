@@ -13,7 +13,18 @@ import msgspec
 from tests.sim.fleet import Fleet, Host, SimGateway, SimRunner, tell
 from tests.sim.invariants import Broken, Checker
 from tests.sim.loop import VirtualLoop
-from tests.sim.network import Faults, Network, Process, SimBeats, SimBus, SimHealth, SimLease, SimStore, SimViews
+from tests.sim.network import (
+    Faults,
+    Network,
+    Process,
+    SimBeats,
+    SimBus,
+    SimHealth,
+    SimLease,
+    SimNews,
+    SimStore,
+    SimViews,
+)
 
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Accepted, Answer, Rejected
@@ -121,6 +132,7 @@ class Simulation:
             beats=SimBeats(process),
             reader=views,
             writer=views,
+            news=SimNews(process),
             lease=SimLease(process),
             samples=SimHealth(process),
             clock=process,

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from turnout.workers.controller.log import Log
     from turnout.workers.ports import Request
 
+    _Planned = Callable[[World, bool], Writes | Rejected | Plan]
+
 log = structlog.get_logger()
 
 #: Conflicts in a row before a command is given back to its sender: more than two writers can cause by racing.
@@ -37,6 +39,10 @@ TRIES = 10
 #: By then a command from outside is answered, seconds: below the wait of those who ask (workers/client.py), so that
 #: they hear of a store that is silent (a full disk is) and don't take this process for gone.
 ANSWER_S = 1.5
+
+
+#: Commands that open a switch: its first step may go with them.
+_BEGINS = frozenset(("switch.start", "switch.retry", "model.undo"))
 
 
 class Deposed(Exception):
@@ -51,6 +57,15 @@ class Commands:
         self._clock = clock
         self._config = config
         self._defaults = defaults
+        #: Whose turn it is to decide what moves traffic or stops instances: a saga's, or a command's that begins with a
+        #: saga's step. Positions can't keep these two apart, because they write to different subjects.
+        self.turn = asyncio.Lock()
+        self._leads: Callable[[], bool] = _never
+        self._epoch = 0
+
+    def lead(self, epoch: int, may_act: Callable[[], bool]) -> None:
+        """From now on, commands may begin with a saga's step while ``may_act`` says so. ``epoch``: of the lease."""
+        self._epoch, self._leads = epoch, may_act
 
     async def handle(self, role: str, verb: str, request: Request) -> Answer | Plan:
         """Answer a command from outside. Never raises: what goes wrong is an answer, too."""
@@ -70,13 +85,16 @@ class Commands:
             return Rejected("request_invalid", f"{verb}: {e}", "see docs/protocol.md for the fields of the command")
         actor = f"{role}:{request.actor}" if request.actor else role
 
-        def plan(world: World) -> Writes | Rejected | Plan:
-            context = Context(request.id, request.actor, self._clock.now(), self._config, self._defaults)
+        def plan(world: World, leads: bool) -> Writes | Rejected | Plan:
+            context = Context(request.id, request.actor, self._clock.now(), self._config, self._defaults, leads)
             return handler(world, body, context)
 
         try:
             async with asyncio.timeout(ANSWER_S):
-                return await self._settle(request.id, actor, plan)
+                if verb not in _BEGINS or not self._leads():
+                    return await self._settle(request.id, actor, plan, _never)
+                async with self.turn:
+                    return await self._settle(request.id, actor, plan, self._leads)
         except TimeoutError:
             silent = Unavailable(
                 f"the event store did not answer within {ANSWER_S:g} s: it is being started, or its disk is full; "
@@ -124,7 +142,7 @@ class Commands:
                 raise
         return True
 
-    async def _settle(self, id: str, actor: str, plan: Callable[[World], Writes | Rejected | Plan]) -> Answer | Plan:
+    async def _settle(self, id: str, actor: str, plan: _Planned, may_lead: Callable[[], bool]) -> Answer | Plan:
         """Decide until it is stored, refused or true already."""
         world = self._log.world
         sure = False
@@ -136,7 +154,8 @@ class Commands:
                     sure = True
                     continue
                 return _accepted(id, done)
-            planned = plan(world)
+            leads = world.epoch <= self._epoch and may_lead()
+            planned = plan(world, leads)
             if isinstance(planned, Plan):
                 return planned
             decided = planned if isinstance(planned, Rejected) else self._decide(world, planned)
@@ -148,7 +167,8 @@ class Commands:
                 if isinstance(planned, Rejected):
                     return planned
                 return decided if isinstance(decided, Rejected) else _true_already(world, planned)
-            context = EventContext(id, actor, id, _correlation(decided), self._clock.now())
+            epoch = self._epoch if leads else 0
+            context = EventContext(id, actor, id, _correlation(decided), self._clock.now(), epoch)
             try:
                 recorded = await self._log.store.append(decided, context)
             except Conflict:
@@ -178,6 +198,11 @@ class Commands:
         """Bring the subjects of a decision up to date from the store."""
         for append in appends:
             self._log.own(await self._log.store.read(append.subject))
+
+
+def _never() -> bool:
+    """Nobody leads here."""
+    return False
 
 
 def _accepted(id: str, done: Done) -> Accepted:

@@ -17,7 +17,7 @@ from turnout.workers.controller.commands import Commands, Deposed
 from turnout.workers.controller.health import QUESTIONS
 from turnout.workers.controller.liveness import Liveness
 from turnout.workers.controller.log import Log
-from turnout.workers.controller.projector import Projector
+from turnout.workers.controller.projector import Herald, Projector
 from turnout.workers.controller.sagas import SagaRunner
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from turnout.events.store import EventStore
     from turnout.workers.clock import Clock
     from turnout.workers.controller.sinks import Sink
-    from turnout.workers.ports import Beats, Bus, Grant, HealthReader, Lease, Request, ViewReader, ViewWriter
+    from turnout.workers.ports import Beats, Bus, Grant, HealthReader, Lease, Request, RouteNews, ViewReader, ViewWriter
 
 log = structlog.get_logger()
 
@@ -43,6 +43,7 @@ class Controller:
         beats: Beats,
         reader: ViewReader,
         writer: ViewWriter,
+        news: RouteNews,
         lease: Lease,
         samples: HealthReader,
         sinks: tuple[Sink, ...] = (),
@@ -56,6 +57,7 @@ class Controller:
         self.log = Log(store, self._replaced)
         self.commands = Commands(self.log, clock, config, defaults)
         self._liveness = Liveness(clock)
+        self._herald = Herald(self.log, news)
         self._projector = Projector(self.log, writer, reader)
         self._writer = writer
         self._sagas = SagaRunner(self.log, self.commands, self._liveness, clock, config)
@@ -166,6 +168,7 @@ class Controller:
         duties = [
             asyncio.create_task(self._keep(grant)),
             asyncio.create_task(self._sagas.run(grant.epoch, self._may_act)),
+            asyncio.create_task(self._herald.run()),
             asyncio.create_task(self._projector.run(grant.epoch)),
             asyncio.create_task(self.alerts.run(grant.epoch)),
         ]
@@ -174,6 +177,7 @@ class Controller:
             done, _ = await asyncio.wait(duties, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.leading.clear()
+            self._until = 0.0
             for duty in duties:
                 duty.cancel()
             await asyncio.gather(*duties, return_exceptions=True)
@@ -205,7 +209,7 @@ class Controller:
 
     async def _let_go(self, grant: Grant) -> None:
         try:
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(1.0), self.commands.turn:  # a command that acts for the leader is stored first
                 await self._lease.release(self.id, grant)
         except (Unavailable, TimeoutError):
             pass  # it runs out by itself

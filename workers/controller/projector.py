@@ -1,4 +1,4 @@
-"""Fold → views in the bucket, one atomic commit for each group of events. Only the leader projects.
+"""Fold → views in the bucket, one atomic commit for each group of events; new routes are told at once. Only the leader.
 
 Exactly once relative to the log: a commit names the checkpoint that it was made from, so that a second projector is
 refused and starts again from what is stored. Knows the ports only.
@@ -16,7 +16,7 @@ from turnout.workers.ports import Checkpoint
 
 if TYPE_CHECKING:
     from turnout.workers.controller.log import Log
-    from turnout.workers.ports import ViewReader, ViewWriter
+    from turnout.workers.ports import RouteNews, ViewReader, ViewWriter
 
 log = structlog.get_logger()
 
@@ -107,3 +107,25 @@ class Projector:
             everything.setdefault(key, None)
         log.info("views_rebuilt", views=len(everything), sequence=checkpoint.sequence)
         return await self._commit(everything, checkpoint, revision)
+
+
+class Herald:
+    """Tells gateways of each new route as soon as it stands in the log, while this process leads.
+
+    The stored view follows a disk's write later; it is what a gateway goes by that has missed the news.
+    """
+
+    def __init__(self, log: Log, news: RouteNews) -> None:
+        self._log = log
+        self._news = news
+        self._moved = asyncio.Event()
+        log.watch(self._moved.set)
+
+    async def run(self) -> None:
+        """Tell until cancelled."""
+        self._log.views.news()  # what came before is stored, or is about to be
+        while True:
+            for model, view in self._log.views.news().items():
+                await self._news.tell(model, view)
+            self._moved.clear()
+            await self._moved.wait()

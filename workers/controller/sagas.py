@@ -66,11 +66,13 @@ class SagaRunner:
             Deposed: another leader has taken over, or may have.
         """
         self._liveness.restart()
+        self._commands.lead(epoch, may_act)
         while True:
             self._moved.clear()
-            agenda = self.agenda()
             try:
-                progress = await self._carry_out(agenda, epoch, may_act)
+                async with self._commands.turn:
+                    agenda = self.agenda()
+                    progress = await self._carry_out(agenda, epoch, may_act)
             except Unavailable as e:
                 log.warning("saga_retried", reason=str(e))
                 await asyncio.sleep(_RETRY_S)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from turnout.events.health import HealthEvent
     from turnout.workers.clock import Clock
     from turnout.workers.gateway.transition import Drained, Transition
-    from turnout.workers.ports import Beats, Bus, Closeable, HealthWriter, ViewEntry, ViewReader
+    from turnout.workers.ports import Beats, Bus, Closeable, HealthWriter, RouteNews, ViewEntry, ViewReader
 
 log = structlog.get_logger(__name__)
 
@@ -100,6 +100,7 @@ class GatewayAgent:
         bus: commands.
         beats: signs of life.
         views: routes, and the view of this gateway.
+        news: routes that are not stored as views yet.
         clock: of this process.
         connected: whether there is a connection to the control plane now; for what the plane says of itself.
         health: where samples go; None keeps them to this process's own metrics.
@@ -112,6 +113,7 @@ class GatewayAgent:
         bus: Bus,
         beats: Beats,
         views: ViewReader,
+        news: RouteNews,
         clock: Clock,
         connected: Callable[[], bool],
         health: HealthWriter | None = None,
@@ -122,7 +124,7 @@ class GatewayAgent:
         self._samples: deque[HealthEvent] = deque()
         self._samples_dropped = 0
         self._sampled = asyncio.Event()
-        self._bus, self._beats, self._views, self._clock = bus, beats, views, clock
+        self._bus, self._beats, self._views, self._news, self._clock = bus, beats, views, news, clock
         self._connected = connected
         self._away_since: datetime | None = None
         self._address = ""
@@ -181,7 +183,7 @@ class GatewayAgent:
 
     async def _serve(self, ready: Callable[[str], None]) -> None:
         """Join, catch up, open, and join again whenever the log says that this gateway is lost."""
-        watching = await self._watch()
+        watching, listening = await self._watch()
         try:
             await self._join()
             while self._sequence < self._joined:
@@ -196,13 +198,19 @@ class GatewayAgent:
                     log.warning("gateway_counted_as_lost", gateway=self.id)
                     await self._join()
         finally:
+            await listening.close()
             await watching.close()
 
-    async def _watch(self) -> Closeable:
+    async def _watch(self) -> tuple[Closeable, Closeable]:
         keys = ("route.*", subjects.view_key("gateway", self.id))
         while True:
             try:
-                return await self._views.watch(keys, self._changed)
+                listening = await self._news.listen(self._heard)
+                try:
+                    return await self._views.watch(keys, self._changed), listening
+                except Unavailable:
+                    await listening.close()
+                    raise
             except Unavailable as e:
                 log.warning("routes_wait", reason=str(e))
             await asyncio.sleep(_RETRY_MOST_S)
@@ -227,6 +235,13 @@ class GatewayAgent:
                 log.error("view_unreadable", key=key, reason=str(e))
         self._sequence = max(self._sequence, sequence)
         self._moved.set()
+
+    def _heard(self, view: bytes) -> None:
+        """News of a route; its stored view follows."""
+        try:
+            self._take_route(_route.decode(view))
+        except msgspec.MsgspecError as e:
+            log.error("news_unreadable", reason=str(e))
 
     def _take_route(self, route: RouteView) -> None:
         transition = self._plane.apply(route)

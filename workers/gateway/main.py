@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from turnout.workers.clock import Clock
-    from turnout.workers.ports import Beats, Bus, HealthWriter, ViewReader
+    from turnout.workers.ports import Beats, Bus, HealthWriter, RouteNews, ViewReader
 
 __all__ = ["Gateway", "GatewaySettings", "TimeLimits"]
 
@@ -34,6 +34,7 @@ class Gateway:
         bus: commands.
         beats: signs of life.
         views: routes.
+        news: routes that are not stored as views yet.
         clock: time and ids.
         connected: whether there is a connection to the control plane now; for /healthz and the metrics alone.
         health: where health samples go; None keeps them to this process's own metrics.
@@ -48,6 +49,7 @@ class Gateway:
         bus: Bus,
         beats: Beats,
         views: ViewReader,
+        news: RouteNews,
         clock: Clock,
         connected: Callable[[], bool],
         health: HealthWriter | None = None,
@@ -55,7 +57,7 @@ class Gateway:
     ) -> None:
         self.id = id
         self.plane = DataPlane(settings, clock, metrics_interval_s)
-        self._agent = GatewayAgent(id, self.plane, bus, beats, views, clock, connected, health)
+        self._agent = GatewayAgent(id, self.plane, bus, beats, views, news, clock, connected, health)
         self.plane.context.metrics.samples_dropped = lambda: self._agent.samples_dropped
 
     async def run(self, ready: Callable[[str], None]) -> None:

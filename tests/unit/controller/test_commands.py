@@ -12,6 +12,7 @@ import pytest
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Accepted, Failed, Rejected
 from turnout.core.handling import VERBS, Defaults, StartSwitch
+from turnout.core.instance import DrainInstance, ReportReady, RequestInstance
 from turnout.core.model import AdmitSwitch, DeregisterVersion, RegisterVersion
 from turnout.core.sagas.owed import Owed, Write
 from turnout.core.worker import JoinWorker
@@ -132,6 +133,60 @@ def test_the_same_command_twice_takes_effect_once_and_is_answered_the_same() -> 
         assert await desk.ask("switch.start", StartSwitch("chat", "v1")) == first
         assert await Desk_of(store, "switch.start", StartSwitch("chat", "v1")) == first
         assert len(store.log) == count
+
+    play(scene)
+
+
+async def warm(desk: Desk) -> None:
+    """Both versions are proven; nothing serves yet."""
+    await prepared(desk)
+    for instance, version in (("i1", "v1"), ("i2", "v2")):
+        asked = RequestInstance(instance, "chat", version, "w1", FAKE, "restore")
+        await desk.commands.carry_out(Owed(f"load.{instance}", (Write("instance", instance, asked),), "chat"), 1)
+        await desk.ask("instance.ready", ReportReady(instance, f"unix:/{instance}", 1.0, 0.1), instance, "worker")
+
+
+def test_a_leader_begins_a_switch_to_a_warm_target_in_one_write_in_its_own_name() -> None:
+    async def scene(store: RoughStore, desk: Desk) -> None:
+        await warm(desk)
+        desk.commands.lead(3, lambda: True)
+        before = len(store.log)
+        answer = await desk.ask("switch.start", StartSwitch("chat", "v1"))
+        written = store.log[before:]
+        assert written[-1].type == "RouteChanged"
+        assert {(r.envelope.command, r.envelope.epoch) for r in written} == {("c1", 3)}
+        assert (answer.sequence, len(answer.events)) == (store.log[-1].sequence, len(written))
+        assert await desk.ask("switch.start", StartSwitch("chat", "v1")) == answer
+
+    play(scene)
+
+
+@pytest.mark.parametrize("why", ["it does not lead", "the lease is over", "another leads by now"])
+def test_whoever_does_not_lead_leaves_the_first_step_to_the_leader(why: str) -> None:
+    async def scene(store: RoughStore, desk: Desk) -> None:
+        await warm(desk)
+        if why != "it does not lead":
+            desk.commands.lead(0 if why == "another leads by now" else 1, lambda: why != "the lease is over")
+        await desk.ask("switch.start", StartSwitch("chat", "v1"))
+        assert [r.envelope.epoch for r in store.log[-2:]] == [0, 0]
+        assert desk.log.world.switches[desk.log.world.models["chat"].switch].phase == "requested"
+
+    play(scene)
+
+
+def test_a_command_that_begins_with_a_step_waits_for_the_turn_of_the_sagas() -> None:
+    async def scene(store: RoughStore, desk: Desk) -> None:
+        await warm(desk)
+        desk.commands.lead(1, lambda: True)
+        async with desk.commands.turn:  # a saga asks the target to stop, on the world as it is before the command
+            asking = asyncio.create_task(desk.ask("switch.start", StartSwitch("chat", "v1")))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            stop = Write("instance", "i1", DrainInstance("i1", "makes room"))
+            await desk.commands.carry_out(Owed("drain.i1", (stop,), "chat"), 1)
+        await asking
+        assert desk.log.world.switches[desk.log.world.models["chat"].switch].phase == "requested"
+        assert "chat" not in desk.log.world.routes
 
     play(scene)
 

@@ -12,10 +12,11 @@ from turnout.events.codec import Context
 from turnout.events.envelope import START
 from turnout.events.memory import MemoryStore
 from turnout.events.model import EngineSpec, ModelRegistered, VersionRegistered
+from turnout.events.route import RouteChanged, Split
 from turnout.events.store import Append, Conflict, Unavailable
 from turnout.workers.controller import projector as module
 from turnout.workers.controller.log import Log
-from turnout.workers.controller.projector import Projector
+from turnout.workers.controller.projector import Herald, Projector
 from turnout.workers.ports import Checkpoint, ViewEntry
 
 if TYPE_CHECKING:
@@ -236,3 +237,34 @@ def test_a_projector_that_was_stopped_in_a_commit_makes_up_for_it_when_it_leads_
         await scene(one)
 
     asyncio.run(run())
+
+
+def test_gateways_are_told_of_each_new_route_and_of_nothing_that_came_before() -> None:
+    told: list[tuple[str, int]] = []
+
+    class News:
+        async def tell(self, model: str, view: bytes) -> None:
+            told.append((model, msgspec.json.decode(view)["revision"]))
+
+        async def listen(self, *_: object) -> None:
+            raise NotImplementedError
+
+    async def run() -> None:
+        one = Scene()
+        await one.grow("old")
+        await one.log.follow()
+        herald = asyncio.create_task(Herald(one.log, News()).run())  # type: ignore[arg-type]  # it never listens
+        await asyncio.sleep(0)
+        await one.grow("chat")
+        split = Split("v1", 100.0, ())
+        context = Context("r", "test", "", "", datetime(2026, 1, 1, tzinfo=UTC))
+        changed = RouteChanged("chat", 1, (split,), "", 1.0, "")
+        await one.store.append((Append("turnout.evt.route.chat", START, (changed,)),), context)
+        async with asyncio.timeout(5):
+            while ("chat", 1) not in told:  # noqa: ASYNC110  each turn of the loop is a step
+                await asyncio.sleep(0)
+        herald.cancel()
+        await asyncio.gather(herald, return_exceptions=True)
+
+    asyncio.run(run())
+    assert [model for model, _ in told if model != "chat"] == []

@@ -62,11 +62,12 @@ def handled(
     command: str = "c1",
     actor: str = "alice",
     config: ModelSwitchingConfig = CONFIG,
+    leads: bool = False,
 ) -> Any:
     """Handle a command and decide its writes; the events, the plan or the rejection."""
     type_, handler = VERBS[role, verb]
     assert isinstance(body, type_)
-    context = Context(command, actor, story.now, config, Defaults())
+    context = Context(command, actor, story.now, config, Defaults(), leads)
     planned = handler(story.world, body, context)
     if isinstance(planned, Rejected | Plan):
         return planned
@@ -220,6 +221,30 @@ def test_a_switch_takes_what_the_command_says_and_the_defaults_for_the_rest() ->
     body = StartSwitch("chat", "v2", bake_s=0.0, drain_s=5.0, max_transition_time_s=9.0)
     _, asked = handled(story, "ops", "switch.start", body)
     assert (asked.bake_s, asked.drain_s, asked.deadline) == (0.0, 5.0, story.now + timedelta(seconds=9))
+
+
+@pytest.mark.parametrize(("strategy", "weight"), [("immediate", 100.0), ("gradual", 10.0)])
+def test_a_leader_writes_the_first_step_to_a_warm_target_with_the_command(strategy: str, weight: float) -> None:
+    story = serving().instance("i2", "v2")
+    body = StartSwitch("chat", "v2", strategy=strategy)
+    at_once = handled(story, "ops", "switch.start", body, leads=True)
+    assert [type(e).__name__ for e in at_once] == [
+        "SwitchAdmitted",
+        "SwitchRequested",
+        "TargetReady",
+        "StepStarted",
+        "RouteChanged",
+    ]
+    assert next(split.weight for split in at_once[-1].splits if split.version == "v2") == weight
+    # the same events, in two writes, are what the command and then the saga make of it
+    asked = handled(story, "ops", "switch.start", body)
+    story.happens(*asked, after_s=0.0)
+    assert [*asked, *story.carry(switch_id("c1"))] == at_once
+
+
+def test_a_leader_leaves_a_target_that_must_be_loaded_to_the_saga() -> None:
+    events = handled(serving(), "ops", "switch.start", StartSwitch("chat", "v2"), leads=True)
+    assert [type(e).__name__ for e in events] == ["SwitchAdmitted", "SwitchRequested"]
 
 
 def test_the_switch_id_comes_from_the_commands_id() -> None:

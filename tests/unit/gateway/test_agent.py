@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from structlog.testing import capture_logs
@@ -65,6 +65,20 @@ class Plane:
         return 0
 
 
+class News:
+    """Routes that are told before they are stored as views."""
+
+    def __init__(self) -> None:
+        self.heard: Callable[[bytes], None] = lambda view: None
+
+    async def tell(self, model: str, view: bytes) -> None:
+        self.heard(view)
+
+    async def listen(self, heard: Callable[[bytes], None]) -> Closed:
+        self.heard = heard
+        return Closed()
+
+
 class World:
     """The control plane: it accepts commands unless it is told otherwise, and shows the views that it is given."""
 
@@ -78,7 +92,10 @@ class World:
         self.beats = 0
         self.connected = True
         self.plane = Plane()
-        self.agent = GatewayAgent("g1", self.plane, self, self, self, SystemClock(), lambda: self.connected)  # type: ignore[arg-type]
+        self.news = News()
+        me: Any = self
+        plane: Any = self.plane
+        self.agent = GatewayAgent("g1", plane, me, me, me, self.news, SystemClock(), lambda: self.connected)
         self.ready: list[str] = []
 
     # Bus
@@ -190,6 +207,24 @@ def test_an_applied_revision_is_acknowledged_and_then_what_it_drained() -> None:
         assert w.bodies("gateway.drained") == [
             {"gateway": "g1", "model": "chat", "version": "v1", "revision": 2, "ended": 0}
         ]
+
+    play(scenario)
+
+
+def test_a_route_is_applied_when_it_is_told_and_its_stored_view_changes_nothing_more() -> None:
+    async def scenario(w: World) -> None:
+        await opened(w)
+        w.show(102, route(1, "v1"))
+        await wait(lambda: "gateway.applied" in w.verbs())
+        await w.news.tell("chat", msgspec.json.encode(route(2, "v2")))
+        await wait(lambda: "gateway.drained" in w.verbs())
+        w.show(103, route(2, "v2"))
+        await w.news.tell("chat", msgspec.json.encode(route(1, "v1")))  # late news of an older revision
+        await w.news.tell("chat", b"no route")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert w.plane.manager.applied() == {"chat": 2}
+        assert w.verbs() == ["gateway.join", "gateway.applied", "gateway.applied", "gateway.drained"]
 
     play(scenario)
 
