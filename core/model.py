@@ -12,6 +12,7 @@ from turnout.core import policy, rules
 from turnout.core.decider import Rejected
 from turnout.events.model import (
     ActiveVersionChanged,
+    Contents,
     EngineSpec,
     Inspection,
     KnownGoodMarked,
@@ -143,6 +144,7 @@ class ReportInspected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         settings: digest of the engine settings by which it looked: an answer about others is out of date.
         inspection: what the files say; None where they can't be served, and ``code``, ``reason``, ``hint`` say why.
+        contents: what a comparison reads, where they can.
     """
 
     model: str
@@ -153,6 +155,7 @@ class ReportInspected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     code: str = ""
     reason: str = ""
     hint: str = ""
+    contents: Contents = Contents()
 
 
 class NoteUnseen(msgspec.Struct, frozen=True):
@@ -338,7 +341,7 @@ def _inspected(state: ModelState, report: ReportInspected) -> tuple[ModelEvent, 
         refused = state.rejected.get(report.version)
         if refused is not None and refused.code not in UNSEEN:
             return ()
-        return (VersionValidated(state.model, report.version, report.worker, report.inspection),)
+        return (VersionValidated(state.model, report.version, report.worker, report.inspection, report.contents),)
     if not report.code or not report.reason:
         return Rejected("request_invalid", "a rejection without code and reason", "say why the files can't be served")
     if report.version in state.rejected:

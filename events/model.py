@@ -83,6 +83,24 @@ class Inspection(msgspec.Struct, frozen=True, omit_defaults=True):
     warnings: tuple[str, ...] = ()
 
 
+class Contents(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What tells two versions apart, part by part. Digests are the first 16 hex digits of SHA-256.
+
+    Attributes:
+        layers: layer, or module outside of the layers → digest of its tensors; an adapter's, where there is one.
+        config: setting of config.json → its value as JSON, cut where it is long.
+        sampling: the same of generation_config.json: the engine's sampling defaults.
+        tokenizer: digest of its files.
+        template: digest of the chat template; empty where there is none.
+    """
+
+    layers: dict[str, str] = {}
+    config: dict[str, str] = {}
+    sampling: dict[str, str] = {}
+    tokenizer: str = ""
+    template: str = ""
+
+
 class ModelRegistered(msgspec.Struct, frozen=True, gc=False):
     """A served name exists from now on."""
 
@@ -113,12 +131,16 @@ class VersionRegistered(msgspec.Struct, frozen=True):
 
 
 class VersionValidated(msgspec.Struct, frozen=True):
-    """A worker has read the version's files and found nothing that speaks against loading them."""
+    """A worker has read the version's files and found nothing that speaks against loading them.
+
+    Views carry ``inspection``; ``contents`` stays in the log, where a comparison reads it.
+    """
 
     model: str
     version: str
     worker: str
     inspection: Inspection
+    contents: Contents = Contents()
 
 
 class VersionRejected(msgspec.Struct, frozen=True):

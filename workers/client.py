@@ -69,6 +69,8 @@ if TYPE_CHECKING:
 
 #: Seconds that a command is retried for, where the caller names no deadline.
 DEADLINE_S = 10.0
+#: Seconds that a registration waits until a worker has read the version's files: some 100 GB.
+INSPECTED_S = 600.0
 #: For one answer, seconds; a controller that restarts is found again by the next try.
 _ANSWER_S = 2.0
 _RETRY_S = 0.1
@@ -232,6 +234,28 @@ class Client:
             raise CommandRejected(unknown_model(name))
         return view
 
+    async def inspected(self, model: str, version: str, *, timeout_s: float) -> VersionView:
+        """A version once a worker has looked at its files; as it is by then where none can, or none has in time.
+
+        Raises:
+            CommandRejected: model or version is unknown.
+            Unavailable: the views can't be read.
+        """
+        end = self._plane.clock.monotonic() + timeout_s
+        found = version_of(await self.model(model), version)
+        async with self.follow(_key("model", model), "worker.*") as following:
+            while True:
+                view = following.views.get(_key("model", model))
+                if isinstance(view, ModelView) and following.sequence >= self._written:
+                    found = version_of(view, version)
+                    workers = [one for one in following.views.values() if isinstance(one, WorkerView)]
+                    asked = any(one.state == "live" and f"{model}@{version}" in one.inspect for one in workers)
+                    if found.state != "checking" or not asked:
+                        return found
+                left_s = end - self._plane.clock.monotonic()
+                if left_s <= 0 or not await following.moved(left_s):
+                    return found
+
     async def switch(self, id: str) -> SwitchView:
         """One switch.
 
@@ -373,6 +397,25 @@ async def connect(url: str = "", *, actor: str = "") -> AsyncGenerator[Client]:
 
     async with wiring.control_plane(url) as plane:
         yield Client(plane, actor)
+
+
+def version_of(model: ModelView, version: str) -> VersionView:
+    """One version of a model.
+
+    Raises:
+        CommandRejected: there is none of this name.
+    """
+    view = model.versions.get(version)
+    if view is None:
+        known = ", ".join(model.versions) or "none"
+        raise CommandRejected(
+            Rejected(
+                "version_unknown",
+                f"{model.model} has no version {version!r} (registered: {known})",
+                f"register it first: turnout register {model.model} {version} --engine …",
+            )
+        )
+    return view
 
 
 def held(view: SwitchView) -> bool:
@@ -668,25 +711,39 @@ class DynamicModelRegistry:
         self._client = client
 
     async def register_model(
-        self, model: str, version: str, engine: EngineSpec, *, note: str = "", actor: str = "", check: bool = True
+        self,
+        model: str,
+        version: str,
+        engine: EngineSpec,
+        *,
+        note: str = "",
+        tags: tuple[str, ...] = (),
+        metrics: Mapping[str, float] | None = None,
+        parent: str = "",
+        actor: str = "",
+        trust_architecture: bool = False,
     ) -> VersionView:
-        """Add an immutable version; the first one makes the model.
+        """Add an immutable version; the first one makes the model. A worker looks at its files afterwards.
 
         Args:
             model: the served name.
             version: its name under the model.
             engine: how it is run.
-            note: for the log.
+            note: why, for the log.
+            tags: words to find it by.
+            metrics: what was measured before, e.g. ``{"accuracy": 0.71}``.
+            parent: version that it was made from.
             actor: who asks, where it is not the client's actor.
-            check: whether an architecture that the engine does not name is refused.
+            trust_architecture: what the engine does not name, or looks incomplete, is tried all the same.
 
         Raises:
             CommandRejected: the settings can't be meant, or the name is taken by other settings.
         """
-        if check and (problem := self._base.problem(engine)):
+        if not trust_architecture and (problem := self._base.problem(engine)):
             raise CommandRejected(problem)
-        await self._client.send("version.register", RegisterVersion(model, version, engine, note), actor=actor)
-        return (await self._client.model(model)).versions[version]
+        body = RegisterVersion(model, version, engine, note, tags, dict(metrics or {}), parent, trust_architecture)
+        await self._client.send("version.register", body, actor=actor)
+        return version_of(await self._client.model(model), version)
 
     async def deregister_model(self, model: str, version: str, *, actor: str = "") -> None:
         """Take a version away that nothing uses. True already where there is none of this name.
@@ -711,17 +768,33 @@ class DynamicModelRegistry:
 
 
 class ModelVersionManager:
-    """The versions of models: made, read, returned to."""
+    """The versions of models: made, read, compared, returned to."""
 
     def __init__(self, registry: DynamicModelRegistry, client: Client) -> None:
         self._registry = registry
         self._client = client
 
     async def create_version(
-        self, model: str, version: str, engine: EngineSpec, *, note: str = "", actor: str = "", check: bool = True
+        self, model: str, version: str, engine: EngineSpec, *, wait_s: float = INSPECTED_S, **about: Any
     ) -> VersionView:
-        """As :meth:`DynamicModelRegistry.register_model`."""
-        return await self._registry.register_model(model, version, engine, note=note, actor=actor, check=check)
+        """Register a version, and wait until a worker has looked at its files.
+
+        Args:
+            model: the served name.
+            version: its name under the model.
+            engine: how it is run.
+            wait_s: seconds to wait at most; 0 for not at all. What no live worker can look at is not waited for.
+            **about: as for :meth:`DynamicModelRegistry.register_model`.
+
+        Raises:
+            CommandRejected: the settings can't be meant, the name is taken, or the files can't be served.
+        """
+        view = await self._registry.register_model(model, version, engine, **about)
+        if wait_s > 0:
+            view = await self._client.inspected(model, version, timeout_s=wait_s)
+        if view.state == "rejected":
+            raise CommandRejected(Rejected(view.code, view.reason, view.hint))
+        return view
 
     async def get_version(self, model: str, version: str) -> VersionView:
         """One version as it was registered.
@@ -729,18 +802,7 @@ class ModelVersionManager:
         Raises:
             CommandRejected: model or version is unknown.
         """
-        view = await self._client.model(model)
-        try:
-            return view.versions[version]
-        except KeyError:
-            known = ", ".join(view.versions) or "none"
-            raise CommandRejected(
-                Rejected(
-                    "version_unknown",
-                    f"{model} has no version {version!r} (registered: {known})",
-                    f"register it first: turnout register {model} {version} --engine …",
-                )
-            ) from None
+        return version_of(await self._client.model(model), version)
 
     async def rollback_to_version(
         self, model: str, version: str, *, reason: str = "", actor: str = ""

@@ -87,13 +87,15 @@ async def run_worker(settings: Settings, ready: Callable[[dict[str, object]], No
     Never ends for want of NATS once it runs.
     """
     from turnout.workers.inference.host import HostRunner, engines
+    from turnout.workers.inference.looking import Looking
     from turnout.workers.inference.worker import InferenceWorker
 
     clock, own = SystemClock(), settings.worker
     async with control_plane(settings.nats.url, f"turnout worker {os.getpid()}", clock=clock) as plane:
         check_s = settings.switching.health_check_interval if settings.switching.enable_health_checks else None
         own = msgspec.structs.replace(own, policy=_own_policy(settings))
-        runner = HostRunner(own, engines(own), clock, check_s)
+        looking = Looking(own)
+        runner = HostRunner(own, engines(own), clock, check_s, looking.inspector)
         worker = InferenceWorker(
             own,
             bus=plane.bus,
@@ -102,6 +104,7 @@ async def run_worker(settings: Settings, ready: Callable[[dict[str, object]], No
             clock=clock,
             runner=runner,
             health=plane.health_writer,
+            look=looking.look,
         )
         runner.on_probed(worker.probed)
         metrics = _metrics(settings, settings.metrics.worker, lambda: _worker_gauges(worker, plane))
@@ -111,6 +114,7 @@ async def run_worker(settings: Settings, ready: Callable[[dict[str, object]], No
                 worker.run(), stop=lambda number: worker.stop(stop_engines=number == signal.SIGINT)
             )
         finally:
+            looking.stop()
             if metrics is not None:
                 metrics.close()
 

@@ -70,8 +70,8 @@ class BaseRegistry:
         return Rejected(
             "architecture_unknown",
             f"{engine.path} is a {name}, which the installed vLLM does not name{like}",
-            "check the folder's config.json, or register it all the same with --no-check "
-            "(vLLM can run some by Transformers)",
+            "check the folder's config.json, or register it all the same with --trust-architecture "
+            "(vLLM runs some by Transformers)",
         )
 
 

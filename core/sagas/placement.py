@@ -62,6 +62,14 @@ def request(world: World, model: str, version: str, *, cause: str, attempt: int 
     return Write("instance", instance, RequestInstance(instance, model, version, worker, engine, cause, attempt))
 
 
+def awaits_inspection(world: World, model: str, version: str) -> bool:
+    """Whether a load must wait until a worker has looked at the version's files.
+
+    What was loaded before is not held up: it was registered before files were looked at, and may be needed at once.
+    """
+    return world.models[model].awaits_inspection(version) and (model, version) not in world.loads
+
+
 def no_room(world: World, kind: str) -> str:
     """Why no worker can take an instance of this engine kind, with the numbers."""
     live = [w for w in world.workers.values() if w.live]
@@ -102,6 +110,8 @@ def _restore(world: World, model: str, version: str, now: datetime) -> Owed | da
     switch = world.state("switch", state.switch) if state.switch else None
     if switch is not None and version == switch.target and (switch.source or switch.step == 0):
         return None  # the switch loads its target itself, and rolls back where it dies
+    if state.rejection(version) is not None or awaits_inspection(world, model, version):
+        return None
     homes = {w.worker for w in world.workers.values() if w.live}
     here = world.instances_of(model, version, "requested", "loading", "ready")
     if any(i.worker in homes or not homes for i in here):

@@ -171,11 +171,16 @@ def _load_trouble(world: World, state: SwitchState, late: bool, limit: float) ->
         command = FailSwitch(
             state.switch, stopped.stage or "starting", f"{stopped.instance} was stopped while it loaded"
         )
+    elif refused := world.models[state.model].rejection(state.target):
+        command = FailSwitch(state.switch, "checking", f"{state.target} can't be served: {refused.reason}")
     elif late:
         loading = world.instances_of(state.model, state.target, "requested", "loading")
-        stage = (loading[0].stage or "starting") if loading else "placement"
+        unseen = not loading and placement.awaits_inspection(world, state.model, state.target)
+        stage = (loading[0].stage or "starting") if loading else "checking" if unseen else "placement"
         why = f"not ready within {limit:g} s (max_transition_time)"
-        if not loading:
+        if unseen:
+            why += f"; no worker has said yet what is in the files of {state.target}"
+        elif not loading:
             why += "; " + placement.no_room(world, world.models[state.model].versions[state.target].kind)
         command = FailSwitch(state.switch, stage, why)
     else:
@@ -206,6 +211,8 @@ def _make_ready(world: World, state: SwitchState, now: datetime) -> Agenda:
     if under_way:
         record = RecordInstancesRequested(state.switch, under_way)
         return Agenda((_owe(state, "load", Write("switch", state.switch, record)),))
+    if placement.awaits_inspection(world, state.model, state.target):
+        return wait  # a worker looks at its files
     request = placement.request(world, state.model, state.target, cause=state.switch)
     if request is None:
         return wait  # no room yet: placement makes some, or the deadline ends it

@@ -1,7 +1,7 @@
 """Rollouts with real vLLM engines: a good version is promoted, a bad one never gets a user's request.
 
 One ``turnout up`` and its story for all tests, as each engine takes most of a minute to load: v1 serves, nonsense is
-tried, weights that can't be loaded are tried, then v2 comes by a canary. Clients ask all the time.
+tried, weights that are not whole are refused, then v2 comes by a canary. Clients ask all the time.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from turnout.core.decider import Rejected
 from turnout.events.model import EngineSpec, Probe
 from turnout.projections.switches import SwitchView
+from turnout.workers.answers import CommandRejected
 from turnout.workers.client import Client, DynamicModelRegistry, ModelSwitcher, connect
 from turnout.workers.demo import turnout_up, worker_joins
 from turnout.workers.load import Answer, Clients
@@ -64,7 +66,7 @@ class Seen(msgspec.Struct):
     """What the story has shown. ``before``: answers up to the canary; ``after``: from there on."""
 
     nonsense: SwitchView
-    truncated: SwitchView
+    truncated: Rejected
     good: SwitchView
     before: list[Answer]
     after: list[Answer]
@@ -121,13 +123,13 @@ async def play(folder: Path) -> Seen:
             ("v2", MODELS / "smollm2-v2", proof),
         ):
             spec = EngineSpec("vllm", path=str(source), args=ARGS, probe=probe)
-            await registry.register_model("chat", version, spec, check=False)
+            await registry.register_model("chat", version, spec, trust_architecture=True)
         first = await switched(client, "v1")
         assert first.phase == "completed", first
         load = Clients(gateway, "chat", RATE, client.clock, prompt="Say hello.", max_tokens=TOKENS)
         load.start()
         try:
-            nonsense, truncated = await switched(client, "nonsense"), await switched(client, "truncated")
+            nonsense, truncated = await switched(client, "nonsense"), await refused(client, "truncated")
             tried = client.clock.now()
             good = await switched(client, "v2")
         finally:
@@ -151,16 +153,21 @@ async def switched(client: Client, version: str) -> SwitchView:
     return await operation.wait(LIMIT_S)
 
 
+async def refused(client: Client, version: str) -> Rejected:
+    with pytest.raises(CommandRejected) as caught:
+        await switched(client, version)
+    return caught.value.answer
+
+
 def test_weights_that_load_and_answer_nonsense_are_stopped_by_the_golden_probe(seen: Seen) -> None:
     assert (seen.nonsense.phase, seen.nonsense.stage) == ("failed", "proving"), seen.nonsense
     assert "golden probe" in seen.nonsense.reason
     assert seen.nonsense.step == 0
 
 
-def test_weights_that_can_not_be_loaded_leave_what_serves(seen: Seen) -> None:
-    assert (seen.truncated.phase, seen.truncated.stage) == ("failed", "loading"), seen.truncated
-    assert "incomplete metadata" in seen.truncated.reason
-    assert seen.truncated.step == 0
+def test_weights_that_are_not_whole_are_never_loaded(seen: Seen) -> None:
+    assert seen.truncated.code == "version_rejected"
+    assert "model.safetensors ends after" in seen.truncated.reason
 
 
 def test_no_client_notices_what_was_tried(seen: Seen) -> None:

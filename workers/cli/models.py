@@ -11,19 +11,22 @@ import click
 import msgspec
 from rich.text import Text
 
-from turnout.core.decider import Accepted
+from turnout.core.decider import Accepted, Rejected
 from turnout.core.model import ENGINE_KINDS, DeregisterVersion, RegisterVersion
 from turnout.events import subjects
 from turnout.events.model import EngineSpec, Probe
+from turnout.projections.audit import size
 from turnout.projections.registry import ModelView
 from turnout.projections.routing import RouteView
 from turnout.projections.switches import SwitchView
 from turnout.workers.answers import CommandRejected
 from turnout.workers.cli.terminal import DONE, Terminal, common, rows, table
 from turnout.workers.cli.words import phase_text
-from turnout.workers.registry import BaseRegistry, find_engines
+from turnout.workers.client import INSPECTED_S
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from turnout.projections.registry import VersionView
     from turnout.workers.client import Client
 
@@ -36,6 +39,37 @@ def _probe(path: str, body: str, expect: str) -> Probe:
     except msgspec.MsgspecError as e:
         raise click.BadParameter(f"is no JSON object: {e}", param_hint="--probe-body") from e
     return Probe(path, decoded, expect)
+
+
+def _metrics(given: tuple[str, ...]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for one in given:
+        name, _, value = one.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError as e:
+            raise click.BadParameter(f"is no NAME=NUMBER: {one}", param_hint="--metric") from e
+    return found
+
+
+def _checked(view: VersionView) -> Iterator[str]:
+    """What a worker has found in the files, in lines."""
+    if view.state == "checking":
+        yield "no worker has looked at its files yet; it is loaded once one has"
+        return
+    seen = view.inspection
+    if seen is None:
+        return
+    what = [word for word in (seen.architecture, seen.dtype) if word]
+    if seen.tensors:
+        what.append(f"{seen.tensors} tensors, {size(seen.weight_bytes)}")
+    if seen.adapter_rank:
+        what.append(f"adapter of rank {seen.adapter_rank}, {size(seen.adapter_bytes)}")
+    yield f"validated by {view.checked_by}: {', '.join((*what, f'content {seen.digest[:12]}'))}"
+    if seen.host_bytes:
+        cache = f", {size(seen.kv_bytes)} of it for the KV cache" if seen.kv_bytes else ""
+        yield f"an engine of it will take about {size(seen.host_bytes)} of host memory{cache}"
+    yield from (f"note: {warning}" for warning in seen.warnings)
 
 
 def _source(source: str) -> str:
@@ -52,12 +86,16 @@ def _source(source: str) -> str:
 @click.option("--url", default="", help="openai: address of a server that runs already.")
 @click.option("--command", default="", help="openai: a server to start; {socket}, {port} and {model} are filled in.")
 @click.option("--arg", "args", multiple=True, metavar="ARG", help="A further flag for the engine, e.g. --arg=--seed=1.")
+@click.option("--adapter", metavar="PATH", default="", help="Folder of a LoRA adapter; --source is its base.")
 @click.option("--note", default="", help="For the log, e.g. what is new.")
+@click.option("--tag", "tags", multiple=True, metavar="WORD", help="A word to find it by. Repeatable.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="What was measured before. Repeatable.")
+@click.option("--parent", default="", metavar="VERSION", help="Version that it was made from.")
 @click.option("--probe-path", default="", metavar="PATH", help="Where the golden request goes, e.g. /v1/embeddings.")
 @click.option("--probe-body", default="", metavar="JSON", help="The golden request.")
 @click.option("--expect", default="", metavar="TEXT", help="What the golden answer must contain.")
-@click.option("--vllm-python", default="", metavar="PATH", help="Interpreter whose vLLM names the architectures.")
-@click.option("--no-check", is_flag=True, help="Register a vllm version whose architecture is not known.")
+@click.option("--trust-architecture", is_flag=True, help="Try what vLLM does not name, or what looks incomplete.")
+@click.option("--no-wait", is_flag=True, help="Don't wait until a worker has looked at its files.")
 @common
 def register(
     io: Terminal,
@@ -68,41 +106,51 @@ def register(
     url: str,
     command: str,
     args: tuple[str, ...],
+    adapter: str,
     note: str,
+    tags: tuple[str, ...],
+    metrics: tuple[str, ...],
+    parent: str,
     probe_path: str,
     probe_body: str,
     expect: str,
-    vllm_python: str,
-    no_check: bool,
+    trust_architecture: bool,
+    no_wait: bool,
 ) -> None:
     """Add VERSION of MODEL. A version never changes: new settings are a new version.
+
+    A worker then looks at its files, before anything is loaded: whether they are whole and can be served, and what they
+    need. Exits with 1 where they can't.
 
     \b
     turnout register chat v1 --engine fake
     turnout register chat v2 --engine vllm --source models/chat-v2 --arg=--max-model-len=4096
     turnout register chat v3 --engine openai --url http://127.0.0.1:8000
+    turnout register chat v4 --engine vllm --source models/chat-v2 --adapter models/tickets-lora --parent v2
     """  # noqa: D301  click reads the backspace
     try:
         words = tuple(shlex.split(command))
     except ValueError as e:
         raise click.BadParameter(f"has an open quote: {command}", param_hint="--command") from e
-    spec = EngineSpec(engine, _source(source), url, words, args, _probe(probe_path, probe_body, expect))
+    probe = _probe(probe_path, probe_body, expect)
+    spec = EngineSpec(engine, _source(source), url, words, args, probe, _source(adapter))
+    body = RegisterVersion(model, version, spec, note, tags, _metrics(metrics), parent, trust_architecture)
 
     async def work(client: Client) -> int:
-        problem = None if no_check else BaseRegistry({}, find_engines(vllm_python)).problem(spec)
-        if problem:
-            raise CommandRejected(problem)
-        answer = await client.send("version.register", RegisterVersion(model, version, spec, note))
-        view = await client.model(model)
+        answer = await client.send("version.register", body)
         new = isinstance(answer, Accepted) and bool(answer.events)
+        if not io.json:
+            done = f"registered {model} {version} ({engine})"
+            io.say(done if new else f"{model} {version} is registered already with these settings")
+        view = await client.inspected(model, version, timeout_s=0.0 if no_wait else INSPECTED_S)
+        if view.state == "rejected":
+            raise CommandRejected(Rejected(view.code, f"{version} can't be served: {view.reason}", view.hint))
         if io.json:
-            io.emit({"status": "accepted", "model": model, "new": new, **_builtins(view.versions[version])})
+            io.emit({"status": "accepted", "model": model, "new": new, **_builtins(view)})
             return DONE
-        if new:
-            io.say(f"registered {model} {version} ({engine})")
-        else:
-            io.say(f"{model} {version} is registered already with these settings")
-        if view.active != version:
+        for line in _checked(view):
+            io.say(line)
+        if (await client.model(model)).active != version:
             io.next(f"turnout switch {model} {version} --wait")
         return DONE
 

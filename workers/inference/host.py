@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from turnout.workers.clock import Clock
     from turnout.workers.inference.engines.base import Engine
+    from turnout.workers.inference.inspector import Inspector
     from turnout.workers.inference.settings import WorkerSettings
 
 log = structlog.get_logger()
@@ -85,15 +86,25 @@ class _Running(msgspec.Struct):
 
 
 class HostRunner:
-    """Engines of this host. ``health_checks``: seconds between two golden questions, None for none."""
+    """Engines of this host.
+
+    ``health_check_s``: seconds between two golden questions, None for none. ``inspector``: tells whether files are
+    still those that were registered.
+    """
 
     def __init__(
-        self, settings: WorkerSettings, engines: Mapping[str, Engine], clock: Clock, health_check_s: float | None
+        self,
+        settings: WorkerSettings,
+        engines: Mapping[str, Engine],
+        clock: Clock,
+        health_check_s: float | None,
+        inspector: Inspector | None = None,
     ) -> None:
         self._settings = settings
         self._engines = engines
         self._clock = clock
         self._health_check_s = health_check_s
+        self._inspector = inspector
         self._folder = RunFolder(Path(settings.run_folder))
         self._running: dict[str, _Running] = {}
         self._probed: Probed | None = None
@@ -142,6 +153,8 @@ class HostRunner:
         running = self._running.get(order.instance)
         began = self._clock.monotonic()
         if running is None:
+            if changed := await self._changed(order, progress):
+                return changed
             started = self._start(order)
             if isinstance(started, Failure):
                 return started
@@ -168,6 +181,21 @@ class HostRunner:
             )
             self._folder.write(running.process.record)
         return Loaded(running.launch.address, load_s, probe_s, size, verdict.fingerprint)
+
+    async def _changed(self, order: Order, progress: Callable[[str, str], None]) -> Failure | None:
+        """A failure where the files are not those that were inspected when the version was registered."""
+        if self._inspector is None or order.inspection is None:
+            return None
+        spec = self._settings.policy.admit(order.engine, order.model, order.version)
+        if isinstance(spec, Refusal):
+            return None  # said when it is started
+        progress("checking", "")
+        reason = await asyncio.to_thread(self._inspector.changed, spec, order.inspection)
+        if not reason:
+            return None
+        log.warning("files_changed", instance=order.instance, reason=reason)
+        hint = "put the old files back, or register these as a new version"
+        return Failure("checking", Refusal("files_changed", reason, hint).sentence)
 
     def _start(self, order: Order) -> _Running | Failure:
         settings = self._settings

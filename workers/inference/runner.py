@@ -9,7 +9,13 @@ import msgspec
 from turnout.events.model import EngineSpec, Inspection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from turnout.core.model import ReportInspected
+    from turnout.projections.fleet import CheckView
+
+    #: Looks at a version's files: fills in the report.
+    Look = Callable[[CheckView, ReportInspected], Awaitable[ReportInspected]]
 
 
 class Order(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ import structlog
 
 from turnout.core.decider import Accepted, Rejected
 from turnout.core.instance import ReportFailed, ReportLoading, ReportProbed, ReportReady, ReportStopped
+from turnout.core.model import ReportInspected
 from turnout.core.worker import JoinWorker, LeaveWorker
 from turnout.events import subjects
 from turnout.events.health import ProbeFailed, ProbePassed
@@ -28,8 +29,9 @@ from turnout.workers.ports import Request
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from turnout.projections.fleet import CheckView
     from turnout.workers.clock import Clock
-    from turnout.workers.inference.runner import EngineRunner
+    from turnout.workers.inference.runner import EngineRunner, Look
     from turnout.workers.inference.settings import WorkerSettings
     from turnout.workers.ports import Beats, Bus, Closeable, HealthWriter, ViewEntry, ViewReader
 
@@ -97,8 +99,20 @@ class InferenceWorker:
         clock: Clock,
         runner: EngineRunner,
         health: HealthWriter | None = None,
+        look: Look | None = None,
     ) -> None:
-        """``health``: where the answers to golden questions are published; None for nowhere."""
+        """Make it; nothing runs yet.
+
+        Args:
+            settings: who it is, and how patient.
+            bus: for reports.
+            beats: for signs of life.
+            views: what it shall do.
+            clock: of this process.
+            runner: runs the engines.
+            health: where the answers to golden questions are published; None for nowhere.
+            look: looks at the files of versions; None where this worker can't.
+        """
         self.id = settings.id or socket.gethostname()
         self._settings = settings
         self._bus = bus
@@ -107,6 +121,8 @@ class InferenceWorker:
         self._clock = clock
         self._runner = runner
         self._health = health
+        self._look = look
+        self._checks: dict[str, tuple[str, asyncio.Task[None]]] = {}  # by name: digest of the settings, and who looks
         self._lives: dict[str, _Life] = {}
         self._ended: set[str] = set()  # ended here, and perhaps still in a view that lags behind
         self._key = subjects.view_key("worker", self.id)
@@ -163,7 +179,8 @@ class InferenceWorker:
         finally:
             if watching is not None:
                 await watching.close()
-            tasks = (beating, self._joining, *(life.task for life in self._lives.values()))
+            looking = (task for _, task in self._checks.values())
+            tasks = (beating, self._joining, *looking, *(life.task for life in self._lives.values()))
             await _cancelled(*(task for task in tasks if task is not None))
             self._runner.release()
             log.info("worker_stopped", engines_left=len(self._lives))
@@ -236,6 +253,7 @@ class InferenceWorker:
                 self._begin(wanted, sequence, None)
         if not fresh:
             return
+        self._check_files(view.inspect)
         for instance, life in self._lives.items():
             # A view that is being built anew is older than the instance: it does not know it yet, and proves nothing.
             if instance not in view.instances and sequence >= life.sequence:
@@ -243,6 +261,41 @@ class InferenceWorker:
                     log.info("instance_not_wanted", instance=instance)
                 life.silent = True
                 life.drain.set()
+
+    def _check_files(self, wanted: Mapping[str, CheckView]) -> None:
+        """Look at each version's files once; one that is shown again later is looked at again."""
+        for name, (settings, task) in tuple(self._checks.items()):
+            if name not in wanted or wanted[name].settings != settings:
+                task.cancel()
+                del self._checks[name]
+        if self._look is None:
+            return
+        for name, check in wanted.items():
+            if name not in self._checks:
+                task = asyncio.create_task(self._check(check, self._look))
+                task.add_done_callback(_loud)
+                self._checks[name] = (check.settings, task)
+
+    async def _check(self, check: CheckView, look: Look) -> None:
+        report = ReportInspected(check.model, check.version, self.id, check.settings)
+        begun = self._clock.monotonic()
+        try:
+            report = await look(check, report)
+        except Exception as e:  # a fault in reading files that may be hostile must not take the worker down
+            log.exception("inspection_failed", model=check.model, version=check.version)
+            why = f"turnout failed to read its files: {type(e).__name__}: {e}"
+            hint = "this is a fault of turnout: report it with the worker's log"
+            report = msgspec.structs.replace(report, code="bug", reason=why, hint=hint)
+        seconds = round(self._clock.monotonic() - begun, 2)
+        log.info(
+            "version_inspected",
+            model=check.model,
+            version=check.version,
+            code=report.code,
+            reason=report.reason,
+            seconds=seconds,
+        )
+        await self._report("version.inspected", report)
 
     def _begin(self, view: InstanceView, sequence: int, found: Found | None) -> None:
         life = _Life(view, sequence, found)

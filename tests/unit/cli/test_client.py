@@ -241,7 +241,7 @@ def test_an_architecture_that_the_engine_does_not_name_is_refused(
                 await registry.register_model("chat", "v1", engine)
             assert caught.value.answer.code == "architecture_unknown"
             assert "the nearest that it names: LlamaForCausalLM" in caught.value.answer.reason
-            await registry.register_model("chat", "v1", engine, check=False)
+            await registry.register_model("chat", "v1", engine, trust_architecture=True)
 
     runner.run(story())
 

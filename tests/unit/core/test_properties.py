@@ -50,7 +50,8 @@ def values(type_: Any) -> st.SearchStrategy[Any]:
     if origin is tuple:
         return st.lists(values(get_args(type_)[0]), max_size=2).map(tuple)
     if origin is dict:
-        return st.dictionaries(NAMES, st.integers(0, 3), max_size=2)
+        inner = get_args(type_)[1]
+        return st.dictionaries(NAMES, st.integers(0, 3) if inner is object else values(inner), max_size=2)
     if origin in (typing.Union, types.UnionType):
         return st.one_of([values(t) for t in get_args(type_)])
     known: dict[Any, st.SearchStrategy[Any]] = {
@@ -182,8 +183,9 @@ def test_no_saga_raises_whatever_has_happened_to_registered_models(events: list[
             builder.happens(event)
     world = builder.world
     for one in world.models.values():
-        if any(v and v not in one.versions for v in (one.active, one.target)):
-            return  # no decider writes these: what is active or a target is registered
+        named = (one.active, one.target, *(rule.version for rule in one.rules))
+        if any(v and v not in one.versions for v in named):
+            return  # no decider writes these: what is active, a target or named by a rule is registered
     for running in world.switches.values():
         held = world.models.get(running.model)
         if held is None or running.target not in held.versions or running.strategy != "immediate":

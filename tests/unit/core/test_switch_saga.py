@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
 
+from turnout.core import model
 from turnout.core.sagas import placement
 from turnout.core.sagas import switch as saga
 from turnout.core.switch import ENDED
 from turnout.core.world import DECIDERS, World
 from turnout.events.gateway import GatewayJoined, GatewayLost, RouteApplied, VersionDrained
 from turnout.events.instance import InstanceFailed, InstanceLoading, InstanceReady, InstanceRequested, InstanceStopped
-from turnout.events.model import ActiveVersionChanged, KnownGoodMarked, KnownGoodRevoked, SwitchClosed
+from turnout.events.model import (
+    ActiveVersionChanged,
+    EngineSpec,
+    Inspection,
+    KnownGoodMarked,
+    KnownGoodRevoked,
+    SwitchClosed,
+    VersionRegistered,
+    VersionRejected,
+    VersionValidated,
+)
 from turnout.events.route import Endpoint, RouteChanged, Split
 from turnout.events.switch import (
     BakeStarted,
@@ -356,3 +367,37 @@ def test_a_ready_instance_at_another_address_is_in_the_next_route() -> None:
     _, _, route = story.carry()
     assert isinstance(route, RouteChanged)
     assert route.splits[1].endpoints == (Endpoint("i2", "unix:/run/new"),)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+FILES = EngineSpec("fake", path="/models/v3")
+UNCHECKED = VersionRegistered("chat", "v3", FILES, model.digest(FILES))
+SEEN = VersionValidated("chat", "v3", "w1", Inspection("c0ffee"))
+REFUSED = VersionRejected("chat", "v3", "w1", "weights_truncated", "it ends too early", "copy it again")
+
+
+def test_a_switch_waits_until_a_worker_has_looked_at_the_targets_files() -> None:
+    story = serving().happens(UNCHECKED).asked("v3")
+    assert story.owes().owed == ()
+    assert story.owes().wake == story.world.switches["sw-1"].deadline
+    story.happens(SEEN)
+    assert [type(e).__name__ for e in story.carry()] == ["InstancesRequested", "InstanceRequested"]
+
+
+def test_a_switch_to_files_that_can_not_be_served_fails_with_the_reason() -> None:
+    story = serving().happens(UNCHECKED).asked("v3").happens(REFUSED)
+    events = story.carry()
+    assert SwitchFailed("sw-1", "checking", "v3 can't be served: it ends too early") in events
+
+
+def test_a_switch_says_that_nobody_has_looked_at_the_files_in_time() -> None:
+    story = serving().happens(UNCHECKED).asked("v3").later(301.0)
+    (failed,) = (event for event in story.carry() if isinstance(event, SwitchFailed))
+    assert failed.stage == "checking"
+    assert "no worker has said yet what is in the files of v3" in failed.reason
+
+
+def test_what_was_loaded_before_is_not_held_up_by_a_look_at_its_files() -> None:
+    story = serving().happens(UNCHECKED).instance("i2", "v3").happens(InstanceStopped("i2", 1.0)).asked("v3")
+    assert [type(e).__name__ for e in story.carry()] == ["InstancesRequested", "InstanceRequested"]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from turnout.core import instance, worker
+from turnout.core import instance, model, worker
 from turnout.core.decider import Accepted, Answer, Rejected
 from turnout.events.envelope import Envelope, Recorded
 from turnout.events.instance import InstanceDraining, InstanceRequested
-from turnout.events.model import EngineSpec
+from turnout.events.model import EngineSpec, Inspection, VersionRegistered
 from turnout.events.store import Unavailable
 from turnout.projections.fleet import Workers
 from turnout.workers.inference.runner import Failure, Found, Loaded, Order
@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import ModuleType
 
+    from turnout.projections.fleet import CheckView
+
 COMMANDS: dict[str, tuple[ModuleType, type[msgspec.Struct]]] = {
     "worker.join": (worker, worker.JoinWorker),
     "worker.leave": (worker, worker.LeaveWorker),
+    "version.inspected": (model, model.ReportInspected),
     "instance.loading": (instance, instance.ReportLoading),
     "instance.ready": (instance, instance.ReportReady),
     "instance.probed": (instance, instance.ReportProbed),
@@ -62,7 +65,8 @@ class Plane:
             return self._done[request.id]
         module, kind = COMMANDS[verb]
         command: Any = msgspec.json.decode(request.body, type=kind)
-        id = command.worker if module is worker else command.instance
+        id = {worker: "worker", model: "model"}.get(module, "instance")
+        id = str(getattr(command, id))
         state = self._states.get((module, id), module.initial)
         decided = module.decide(state, command)
         if isinstance(decided, Rejected):
@@ -100,7 +104,11 @@ class Plane:
 
     def record(self, event: Any) -> None:
         """Append an event and project it."""
-        module, id = (worker, event.worker) if type(event).__name__.startswith("Worker") else (instance, event.instance)
+        kind = type(event).__name__
+        if kind.startswith(("Model", "Version")):
+            module, id = model, event.model
+        else:
+            module, id = (worker, event.worker) if kind.startswith("Worker") else (instance, event.instance)
         state = self._states.get((module, id), module.initial)
         self._states[module, id] = module.evolve(state, event)
         self.log.append(event)
@@ -119,6 +127,15 @@ class Plane:
 
     def request(self, id: str = "i-1", engine: EngineSpec = FAKE) -> None:
         self.record(InstanceRequested(id, "chat", "v1", "w1", engine, "sw-1"))
+
+    def register(self, version: str = "v1", path: str = "/models/v1") -> None:
+        engine = EngineSpec("fake", path=path)
+        self.record(VersionRegistered("chat", version, engine, model.digest(engine)))
+
+    def versions(self) -> model.ModelState:
+        state = self._states.get((model, "chat"), model.initial)
+        assert isinstance(state, model.ModelState)
+        return state
 
     def drain(self, id: str = "i-1", forced_by: str = "") -> None:
         self.record(InstanceDraining(id, "left the route", forced_by))
@@ -236,10 +253,22 @@ class Rig:
         self.host = Host()
         self.clock = Clock()
         settings = WorkerSettings(id="w1", beat_s=0.005, capacity=4)
+        self.looked: list[CheckView] = []
+        self.finds: dict[str, object] = {"inspection": Inspection("c0ffee")}  # what a look comes to
         self.worker = InferenceWorker(
-            settings, bus=self.plane, beats=self.plane, views=self.plane, clock=self.clock, runner=self.host
+            settings,
+            bus=self.plane,
+            beats=self.plane,
+            views=self.plane,
+            clock=self.clock,
+            runner=self.host,
+            look=self._look,
         )
         self._task: asyncio.Task[None] | None = None
+
+    async def _look(self, check: CheckView, report: model.ReportInspected) -> model.ReportInspected:
+        self.looked.append(check)
+        return msgspec.structs.replace(report, **self.finds)
 
     async def __aenter__(self) -> Rig:
         self._task = asyncio.create_task(self.worker.run())

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from turnout.events.instance import InstanceFailed, InstanceLoading, InstanceProbeRequested, InstanceReady
-from turnout.events.model import EngineSpec
+from turnout.events.model import EngineSpec, Inspection
 from turnout.events.worker import WorkerLost
 from turnout.projections.fleet import WorkerView
 from turnout.workers.inference.runner import Failure, Found, Loaded
@@ -427,5 +427,61 @@ def test_a_bug_in_one_life_is_reported_and_the_others_live_on(
             await until(lambda: rig.plane.phase("i-1") == "failed")
             assert "ZeroDivisionError" in rig.plane.state("i-1").reason
             assert rig.worker.instances == ("i-2",)
+
+    runner.run(test())
+
+
+def test_a_version_that_nobody_has_looked_at_is_looked_at_once(runner: asyncio.Runner, rig: Any, until: Any) -> None:
+    async def test() -> None:
+        async with rig:
+            rig.plane.register()
+            await until(lambda: "v1" in rig.plane.versions().validated)
+            rig.plane.show()
+            rig.plane.register("v2")
+            await until(lambda: "v2" in rig.plane.versions().validated)
+            assert [check.version for check in rig.looked] == ["v1", "v2"]
+            assert rig.plane.verbs().count("version.inspected") == 2
+
+    runner.run(test())
+
+
+def test_a_version_whose_files_can_not_be_served_is_reported_with_the_reason(
+    runner: asyncio.Runner, rig: Any, until: Any
+) -> None:
+    async def test() -> None:
+        rig.finds = {"code": "weights_truncated", "reason": "it ends too early", "hint": "copy it again"}
+        async with rig:
+            rig.plane.register()
+            await until(lambda: "v1" in rig.plane.versions().rejected)
+            rig.finds = {"inspection": Inspection("c0ffee")}
+            rig.plane.register(path="/models/mended")
+            await until(lambda: "v1" in rig.plane.versions().validated)
+            assert [check.engine.path for check in rig.looked] == ["/models/v1", "/models/mended"]
+
+    runner.run(test())
+
+
+def test_a_fault_in_looking_is_a_rejection_and_the_worker_lives_on(
+    runner: asyncio.Runner, rig: Any, until: Any
+) -> None:
+    async def test() -> None:
+        rig.finds = {"no_such_field": 1}
+        async with rig:
+            rig.plane.register()
+            await until(lambda: "v1" in rig.plane.versions().rejected)
+            assert rig.plane.versions().rejected["v1"].code == "bug"
+            await ready(rig, until)
+
+    runner.run(test())
+
+
+def test_an_instance_is_ordered_with_what_its_files_said(runner: asyncio.Runner, rig: Any, until: Any) -> None:
+    async def test() -> None:
+        async with rig:
+            rig.plane.register()
+            await until(lambda: "v1" in rig.plane.versions().validated)
+            rig.plane.request()
+            await until(lambda: "i-1" in rig.host.orders)
+            assert rig.host.orders["i-1"].inspection == Inspection("c0ffee")
 
     runner.run(test())
