@@ -36,6 +36,9 @@ class Clock(Protocol):
 class SystemClock:
     """The clock of the machine."""
 
+    #: Seconds, never going back. The function itself, because a gateway asks it several times for each request.
+    monotonic = staticmethod(time.monotonic)
+
     def __init__(self) -> None:
         self._wall = datetime.now(UTC)
         self._mono = time.monotonic()
@@ -43,10 +46,6 @@ class SystemClock:
     def now(self) -> datetime:
         """UTC, free of jumps for the life of the process."""
         return self._wall + timedelta(seconds=time.monotonic() - self._mono)
-
-    def monotonic(self) -> float:
-        """Seconds, never going back."""
-        return time.monotonic()
 
     def id(self, prefix: str = "") -> str:
         """48 random bits in hex after the prefix, e.g. ``sw-3f9a0c12b7de``: short enough to type."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain, count
+from operator import add
 from typing import TYPE_CHECKING
 
 from turnout.workers.gateway.health import HealthCollector
@@ -12,7 +14,7 @@ from turnout.workers.gateway.upstream import Pool
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from turnout.workers.clock import Clock
     from turnout.workers.gateway.metrics import VersionNumbers
@@ -38,6 +40,7 @@ class GatewayContext:
     Attributes:
         now: seconds, as old as the last sweep: good enough for limits, and free to read.
         stopping: no connection is kept alive any more.
+        request_id: makes a new id.
         local: the gateway's own paths, none of them under /v1.
         report_drained: called when the last request of a version that has left has ended.
     """
@@ -57,13 +60,7 @@ class GatewayContext:
         self.metrics = MetricsCollector()
         self.local: dict[bytes, Callable[[Request], Local]] = {}
         self.report_drained: Callable[[Drained], None] = _nobody
-        self._id_prefix = clock.id("req-").encode() + b"-"
-        self._ids = 0
-
-    def request_id(self) -> bytes:
-        """A new id: random once for each process, then counted, because that costs next to nothing."""
-        self._ids += 1
-        return b"%b%x" % (self._id_prefix, self._ids)
+        self.request_id: Callable[[], bytes] = _ids(clock.id("req-")).__next__
 
     def numbers(self, choice: Choice) -> VersionNumbers:
         """Where to count what a request's version does."""
@@ -77,6 +74,18 @@ class GatewayContext:
         drained = self.manager.request_ended(request, cut)
         if drained is not None:
             self.report_drained(drained)
+
+    def left(self, choice: Choice) -> None:
+        """The last request of a version that has left the route has ended."""
+        drained = self.manager.complete_transition(choice.lane.model, choice.lane.version)
+        if drained is not None:
+            self.report_drained(drained)
+
+
+def _ids(prefix: str) -> Iterator[bytes]:
+    """Ids of requests: random once for each process, then counted, by blocks because that costs next to nothing."""
+    ends = [b"%02x" % n for n in range(256)]
+    return chain.from_iterable(map(add, [f"{prefix}-{block:x}".encode()] * 256, ends) for block in count())
 
 
 def _nobody(_: Drained) -> None:

@@ -66,10 +66,13 @@ class Histogram:
 class VersionNumbers:
     """What one version has done through this gateway.
 
-    ``statuses``: answers by the first digit of their status. ``tally``: the window that its next request counts in.
+    Attributes:
+        statuses: answers by the first digit of their status.
+        tally: the window that its next request counts in.
+        whole: takes the seconds of an answer with status 2xx that came whole; many are counted at once, by ``digest``.
     """
 
-    __slots__ = ("failures", "first_byte", "retries", "statuses", "tally", "total")
+    __slots__ = ("_whole", "failures", "first_byte", "retries", "statuses", "tally", "total", "whole")
 
     def __init__(self) -> None:
         self.statuses = [0] * 6
@@ -78,6 +81,17 @@ class VersionNumbers:
         self.tally: Tally | None = None
         self.first_byte = Histogram()
         self.total = Histogram()
+        self._whole: list[float] = []
+        self.whole: Callable[[float], None] = self._whole.append
+
+    def digest(self) -> None:
+        """Count what stands on the list."""
+        if self._whole:
+            self.statuses[2] += len(self._whole)
+            for seconds in self._whole:
+                self.first_byte.observe(seconds)
+                self.total.observe(seconds)
+            self._whole.clear()
 
     def began(self, status: int, seconds: float, complete: bool) -> None:
         """Count an answer whose first byte came after so many seconds, and its last one with it if it is complete."""
@@ -141,6 +155,11 @@ class MetricsCollector:
             numbers = self.versions[model, version] = VersionNumbers()
         return numbers
 
+    def digest(self) -> None:
+        """Count what has come since the last time; to be called several times a second."""
+        for numbers in self.versions.values():
+            numbers.digest()
+
     def refuse(self, status: int) -> None:
         """The gateway answered with an error of its own."""
         self.refused[status] = self.refused.get(status, 0) + 1
@@ -151,6 +170,7 @@ class MetricsCollector:
 
     def collect(self) -> Iterator[Metric]:
         """All series, as prometheus_client asks for them."""
+        self.digest()
         labels = ["model", "version"]
         answers = CounterMetricFamily(
             "turnout_gateway_answers", "Answers passed on, by status class.", labels=[*labels, "status"]

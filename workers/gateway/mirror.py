@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from turnout.core.split import BUCKETS, Spread
 from turnout.workers.gateway.reading import Reading, readable
 from turnout.workers.gateway.request import is_form
-from turnout.workers.gateway.upstream import Pool, Shape
+from turnout.workers.gateway.upstream import Pool
 
 if TYPE_CHECKING:
     import asyncio
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from turnout.events.route import Endpoint, Mirror
     from turnout.projections.routing import RouteView
+    from turnout.workers.gateway.answer import Shape
     from turnout.workers.gateway.health import ShadowTally
     from turnout.workers.gateway.request import Head, Request
     from turnout.workers.gateway.settings import GatewaySettings
@@ -31,7 +32,6 @@ MOST = 16
 BODY_MOST_BYTES = 1024 * 1024
 #: Seconds from a copy's start to its last byte.
 LIMIT_S = 60.0
-_HEAD_MOST_BYTES = 64 * 1024
 #: Not asked twice: each call leaves something behind at the engine.
 _LEAVES_SOMETHING = (b"/v1/videos", b"/v1/responses/", b"/v1/audio/voices")
 
@@ -40,22 +40,20 @@ class Copy:
     """One copy on its way, and its primary's end: the two make a pair when both have ended."""
 
     __slots__ = (
-        "_answering",
         "_body",
         "_connection",
         "_copies",
         "_ended",
         "_head",
-        "_held",
         "_id",
         "_limit",
         "_outcome",
         "_primary",
         "_reading",
         "_seconds",
+        "_shape",
         "_signs",
         "_started",
-        "_status",
         "address",
         "tally",
     )
@@ -70,9 +68,7 @@ class Copy:
         self._connection: UpstreamConnection | None = None
         self._limit: asyncio.TimerHandle | None = None
         self._reading: Reading | None = None
-        self._held = b""
-        self._answering = False
-        self._status = 0
+        self._shape: Shape | None = None
         self._started = 0.0
         self._ended = False
         self._outcome = ""
@@ -110,12 +106,21 @@ class Copy:
             connection.transport.abort()
             return
         self._connection = connection
-        body = self._body
-        connection.send(self, self._head.for_engine(connection.target, self._id, len(body)), body)
+        connection.send(self, self._head, self._id, self._body)
 
     def connect_failed(self, reason: str) -> None:
         """There is nobody."""
         self._end("refused")
+
+    def upstream_answer(self, shape: Shape, data: bytes, at: int) -> None:
+        """The answer begins."""
+        if self._ended:
+            return
+        self._body = b""
+        self._shape = shape
+        if shape.status < 400 and (shape.stream or (readable(self._head.path) and self.tally.looks.take())):
+            self._reading = Reading(shape.stream)
+        self.upstream_data(data)
 
     def upstream_data(self, data: bytes) -> None:
         """A part of the answer."""
@@ -123,8 +128,6 @@ class Copy:
             return
         if self._reading is not None:
             self._reading.add(data)
-        elif not self._answering and not self._begin(self._held + data):
-            return
         connection = self._connection
         if connection is not None and connection.complete:
             self._complete()
@@ -132,42 +135,23 @@ class Copy:
     def upstream_lost(self, reason: str) -> None:
         """The connection is gone: in order only where that is what ends the answer."""
         connection, self._connection = self._connection, None
-        shape = connection.shape if connection is not None else None
-        if not self._answering:
-            if connection is not None and connection.uses > 1 and not self._held:
+        shape = self._shape
+        if shape is None:
+            if connection is not None and connection.uses > 1 and not connection.heard:
                 # A kept connection that the engine closed meanwhile says nothing about it.
                 self._copies.pool.connect(self.address, self)
             else:
                 self._end("refused")
-        elif not reason and shape is not None and not (shape.chunked or shape.sized):
+        elif not reason and not (shape.chunked or shape.sized):
             self._complete()
         else:
             self._end("cut")
 
-    def _begin(self, data: bytes) -> bool:
-        """Read the answer's head; False where it is not whole."""
-        end = data.find(b"\r\n\r\n")
-        while end >= 0 and data[9:10] == b"1":  # an interim answer
-            data = data[end + 4 :]
-            end = data.find(b"\r\n\r\n")
-        connection = self._connection
-        if end < 0 or connection is None:
-            self._held = data
-            if len(data) > _HEAD_MOST_BYTES:
-                self._end("refused")
-            return False
-        shape = connection.shape = Shape(data[:end])
-        self._held = self._body = b""
-        self._status, self._answering = shape.status, True
-        if shape.status < 400 and (shape.stream or (readable(self._head.path) and self.tally.looks.take())):
-            reading = self._reading = Reading(shape.stream)
-            reading.add(data)
-        return True
-
     def _complete(self) -> None:
         """The last byte is there."""
-        if self._status >= 400:
-            self._end("http_error" if self._status == 429 or self._status >= 500 else "bad_request")
+        status = self._shape.status if self._shape is not None else 0
+        if status >= 400:
+            self._end("http_error" if status == 429 or status >= 500 else "bad_request")
         elif self._reading is None:
             self._end("ok")
         else:

@@ -187,6 +187,7 @@ class DataPlane:
                 connection.check(now)
             context.pool.sweep(now)
             context.copies.sweep(now)
+        context.metrics.digest()
         self._sample(now)
         self._quiet.set()
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)

@@ -76,12 +76,13 @@ class Reading:
     Attributes:
         kept: its last reads; of an answer that is no stream all of them, where it is not too long.
         events: of a stream.
+        stream: it is one.
     """
 
-    __slots__ = ("_most", "_size", "_stream", "_whole", "events", "kept")
+    __slots__ = ("_most", "_size", "_whole", "events", "kept", "stream")
 
     def __init__(self, stream: bool) -> None:
-        self._stream = stream
+        self.stream = stream
         self._most = STREAM_KEPT_BYTES if stream else WHOLE_MOST_BYTES
         self._size = 0
         self._whole = True
@@ -109,11 +110,11 @@ class Reading:
         """Look at an answer that has come to its end."""
         raw = b"".join(self.kept)
         end = raw[-END_BYTES:]
-        outcome = stream_outcome(path, end) if self._stream else whole_outcome(end)
+        outcome = stream_outcome(path, end) if self.stream else whole_outcome(end)
         fields = _TEXTS.get(path)
-        if outcome != "ok" or fields is None or not (self._stream or self._whole):
+        if outcome != "ok" or fields is None or not (self.stream or self._whole):
             return Seen(outcome)
-        said = _texts(raw, fields[self._stream])
+        said = _texts(raw, fields[self.stream])
         signs: tuple[str, ...] = ()
         if (b'"length"' in end or b'"max_' in end) and _LENGTH.search(end) is not None:
             signs = ("length",)

@@ -97,6 +97,8 @@ def from_json(body: bytes) -> Routing | Refusal:
         return Refusal(400, "json_invalid", "the body is nested too deeply")
     if not fields.model:
         return NO_MODEL
+    if fields.user is _ABSENT and fields.prompt_cache_key is _ABSENT and fields.safety_identifier is _ABSENT:
+        return Routing(fields.model)
     for raw in (fields.user, fields.prompt_cache_key, fields.safety_identifier):
         if raw is not _ABSENT and (key := bytes(raw)) not in _NO_KEY:
             return Routing(fields.model, key)
@@ -278,16 +280,15 @@ class Head:
         """What stands behind the question mark."""
         return self.target.partition(b"?")[2]
 
-    def for_engine(self, target: Target, id: bytes, length: int) -> bytes:
-        """The head as an engine gets it. ``length``: bytes of the body, which is whole by now however it came."""
+    def for_engine(self, target: Target, id: bytes, body: bytes, alone: bool = False) -> bytes:
+        """The request as an engine gets it, or its head ``alone``; the body is whole by now however it came."""
         known, start, lines = self._for
         if known is not target:
             start = b"%b %b%b%bx-request-id: " % (self.method, target.base, self.target, target.host_line)
             lines = b"".join((b"\r\n", *self._lines))
             self._for = (target, start, lines)
-        if length or self.method == b"POST":
-            return b"%b%b%bcontent-length: %d\r\n\r\n" % (start, id, lines, length)
-        return b"%b%b%b\r\n" % (start, id, lines)
+        length = b"content-length: %d\r\n\r\n" % len(body) if body or self.method == b"POST" else b"\r\n"
+        return b"".join((start, id, lines, length, b"" if alone else body))
 
     def check(self, parser: httptools.HttpRequestParser, head: bytes, sticky_header: bytes) -> None:
         """Finish a head that the parser has accepted.
@@ -428,12 +429,13 @@ class Repeat:
     It compares all bytes, so what it knows again was checked. Made for one connection: nobody else's key is kept.
     """
 
-    __slots__ = ("_after", "_before", "_most_bytes", "_start", "head")
+    __slots__ = ("_after", "_after_bytes", "_before", "_most_bytes", "_start", "head")
 
     def __init__(self, before: bytes, after: bytes, head: Head, most_bytes: int) -> None:
         self._before = before
         self._start = len(before)
         self._after = after
+        self._after_bytes = len(after)
         self._most_bytes = most_bytes
         self.head = head
 
@@ -455,12 +457,12 @@ class Repeat:
         """The body, where the bytes are this head again, one whole body and nothing else."""
         start = self._start
         end = data.find(b"\r", start, start + 12)
-        digits = data[start:end]
-        if not (digits.isdigit() and data.startswith(self._before) and data.startswith(self._after, end)):
-            return None
-        body = data[end + len(self._after) :]
-        length = int(digits)
-        return body if len(body) == length <= self._most_bytes else None
+        at = end + self._after_bytes
+        if data[:start] == self._before and data[end:at] == self._after:  # slices cost less than startswith()
+            digits = data[start:end]
+            if digits.isdigit() and len(data) - at == int(digits) <= self._most_bytes:
+                return data[at:]
+        return None
 
 
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ ]*([0-9]+)\r\n", re.IGNORECASE)

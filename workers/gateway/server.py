@@ -145,8 +145,10 @@ class ClientConnection(asyncio.Protocol):
         if self.paused:
             # Whoever sends requests ahead and takes no answers gets no further one: they would pile up here.
             self.deadline = self._ctx.now + self._ctx.settings.stalled_s
-        else:
+        elif self._buffer or self._deaf:
             self._wake()
+        else:
+            self.deadline = self._ctx.now + self._ctx.settings.keep_alive_s
 
     def answer_broken(self) -> None:
         """The answer can't be completed."""
@@ -293,7 +295,7 @@ class ClientConnection(asyncio.Protocol):
             routing = self._routing(request)
             if head.pin and ctx.settings.allow_pin:
                 request.pin, request.apart = head.pin.decode("latin-1"), True
-        if isinstance(routing, Refusal):
+        if not isinstance(routing, Routing):  # the usual class first: that is the cheap question
             self._refuse(routing, request)
             return
         key = request.key = head.sticky or routing.key or head.authorization
@@ -301,7 +303,7 @@ class ClientConnection(asyncio.Protocol):
             choice = self._by_rules(request, routing.model)
         else:
             choice = ctx.manager.handle_request_routing(routing.model, key, ctx.now, request.pin)
-        if isinstance(choice, NoRoute):
+        if not isinstance(choice, Choice):
             self._refuse(self._no_route(choice, routing.model, request.pin), request)
             return
         self.deadline = _NEVER

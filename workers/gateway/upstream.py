@@ -7,16 +7,21 @@ of the libraries below end here: an exchange hears ``connect_failed`` or ``upstr
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import TYPE_CHECKING, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine
+from turnout.workers.gateway.answer import HEAD_MOST_BYTES, BadAnswer, Chunks, Shape
 
+if TYPE_CHECKING:
+    from collections.abc import Collection, Coroutine
+
+    from turnout.workers.gateway.request import Head
     from turnout.workers.gateway.settings import GatewaySettings
+
+#: A larger body is written by itself and not copied behind its head.
+_JOINED_MOST_BYTES = 65536
 
 
 class Exchange(Protocol):
@@ -30,8 +35,12 @@ class Exchange(Protocol):
         """There is none to be had."""
         ...
 
+    def upstream_answer(self, shape: Shape, data: bytes, at: int) -> None:
+        """The head of the answer, as ``shape`` says; its body begins at ``data[at]``, as far as it has come."""
+        ...
+
     def upstream_data(self, data: bytes) -> None:
-        """Bytes of the answer, already seen by the connection's parser."""
+        """More of its body."""
         ...
 
     def upstream_lost(self, reason: str) -> None:
@@ -43,10 +52,11 @@ class Target:
     """Where an address leads: ``unix:/run/i.sock``, or ``http://host:port`` with an optional base path.
 
     ``live``: a route leads there. ``idle``: unused connections, the newest last. ``held``: a connection that never
-    carries a request: by it the engine's worker sees that somebody routes there (see ``Pool.keep``).
+    carries a request: by it the engine's worker sees that somebody routes there (see ``Pool.keep``). ``sized`` and
+    ``other``: the newest heads of answers with a length and without, to know them again.
     """
 
-    __slots__ = ("base", "held", "holding", "host", "host_line", "idle", "live", "path", "port")
+    __slots__ = ("base", "held", "holding", "host", "host_line", "idle", "live", "other", "path", "port", "sized")
 
     def __init__(self, address: str) -> None:
         """Read an address.
@@ -58,6 +68,8 @@ class Target:
         self.held: UpstreamConnection | None = None
         self.holding = False
         self.live = False
+        self.sized: Shape | None = None
+        self.other: Shape | None = None
         self.path = ""
         self.host, self.port, self.base = "localhost", 0, b""
         if address.startswith("unix:"):
@@ -73,65 +85,25 @@ class Target:
         self.host_line = b" HTTP/1.1\r\nhost: %b\r\n" % url.netloc.rpartition("@")[2].encode()
 
 
-class Shape:
-    """The head of an answer, read: engines send the same one again and again but for date and length.
-
-    Attributes:
-        raw: as it came, without its empty line.
-        clean: as it goes on: HTTP/1.1, without what is meant for the engine's connection only.
-        status: of the answer.
-        chunked: its body comes in chunks; ``sized``: it has a Content-Length. With neither it ends with the connection.
-        stream: it is a stream of events.
-    """
-
-    __slots__ = ("chunked", "clean", "raw", "sized", "status", "stream")
-
-    def __init__(self, raw: bytes) -> None:
-        self.raw = raw
-        self.status = int(raw[9:12])
-        clean = _HOP.sub(b"", raw)
-        self.clean = b"HTTP/1.1" + clean[8:]
-        lower = clean.lower()
-        self.chunked = b"\r\ntransfer-encoding:" in lower
-        self.sized = b"\r\ncontent-length:" in lower or self.status in (204, 304)
-        self.stream = b"\r\ncontent-type: text/event-stream" in lower
-
-    def without_chunks(self) -> bytes:
-        """``clean`` for a client that knows no chunks."""
-        return _TRANSFER_ENCODING.sub(b"", self.clean)
-
-
-# Hop-by-hop headers of the engine's connection, and names that only the gateway may set.
-_HOP = re.compile(
-    rb"\r\n(?:connection|keep-alive|proxy-connection|proxy-authenticate|te|trailer|upgrade|x-request-id|x-turnout-[^:\r]*)"
-    rb"[ \t]*:[^\r]*",
-    re.IGNORECASE,
-)
-_TRANSFER_ENCODING = re.compile(rb"\r\ntransfer-encoding[ \t]*:[^\r]*", re.IGNORECASE)
-
-
 class UpstreamConnection(asyncio.Protocol):
-    """One connection to an engine. The parser finds the end of the answer; the bytes go on as they came.
+    """One connection to an engine. It finds the end of the answer; the bytes go on as they came.
 
     Attributes:
         complete: the answer has ended.
-        keep: the engine lets the connection stand after the answer that has ended.
-        in_chunk: between a chunk's size line and its end.
+        keep: the engine lets the connection stand after the answer.
         uses: requests that it has carried, the current one included.
-        shape: the newest answer's head, to know it again.
     """
 
     __slots__ = (
-        "_extra",
-        "_feed",
-        "_parser",
+        "_chunks",
+        "_left",
+        "_part",
         "_pool",
+        "_shape",
         "complete",
         "exchange",
         "idle_since",
-        "in_chunk",
         "keep",
-        "shape",
         "target",
         "transport",
         "uses",
@@ -143,25 +115,35 @@ class UpstreamConnection(asyncio.Protocol):
         self._pool = pool
         self.target = target
         self.exchange: Exchange | None = None
-        self.shape: Shape | None = None
         self.uses = 0
         self.idle_since = 0.0
         self.complete = False
         self.keep = False
-        self.in_chunk = False
-        self._extra = False
-        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
-        self._feed: Callable[[bytes], object] = self._parser.feed_data
+        self._shape: Shape | None = None  # of the current answer, once its head is there
+        self._part = b""  # of a head that is not
+        self._left = 0  # bytes of a body with a length that have not come
+        self._chunks: Chunks | None = None  # made for the first answer that comes in chunks
 
-    def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
+    @property
+    def heard(self) -> bool:
+        """Whether anything of the current answer has come."""
+        return self._shape is not None or bool(self._part)
+
+    def between_chunks(self) -> bool:
+        """Whether the answer comes in chunks, and the next one could begin here; it must be given up then."""
+        chunks = self._chunks
+        return self._shape is not None and self._shape.chunked and chunks is not None and chunks.between()
+
+    def send(self, exchange: Exchange, head: Head, id: bytes, body: bytes) -> None:
         """Send a request; the exchange hears of the answer."""
         self.exchange = exchange
         self.uses += 1
         self.complete = False
-        if len(body) < 65536:
-            self.transport.write(head + body)
+        self._shape = None
+        if len(body) < _JOINED_MOST_BYTES:
+            self.transport.write(head.for_engine(self.target, id, body))
         else:
-            self.transport.write(head)
+            self.transport.write(head.for_engine(self.target, id, body, alone=True))
             self.transport.write(body)
 
     def discard(self) -> None:
@@ -183,17 +165,40 @@ class UpstreamConnection(asyncio.Protocol):
             self.discard()
             return
         try:
-            self._feed(data)
+            shape = self._shape
+            if shape is not None:
+                if shape.chunked:
+                    self._feed(data)
+                elif shape.sized:
+                    self._left -= len(data)
+                    self._count()
+                exchange.upstream_data(data)
+                return
+            known = self.target.sized
+            if known is not None and not self._part:
+                start = known.start
+                end = data.find(b"\r", start, start + 20)
+                at = end + known.after_bytes
+                # Slices, because they cost less than startswith().
+                if data[:start] == known.before and data[end:at] == known.after:
+                    digits = data[start:end]
+                    if digits.isdigit():
+                        self._shape = known
+                        self.keep = known.keep
+                        left = self._left = int(digits) + at - len(data)
+                        if left == 0:
+                            self.complete = True
+                        else:
+                            self._count()
+                        exchange.upstream_answer(known, data, at)
+                        return
+            self._read_head(exchange, self._part + data)
+        except BadAnswer as e:
+            self.discard()
+            exchange.upstream_lost(str(e))
         except httptools.HttpParserError as e:
             self.discard()
             exchange.upstream_lost(f"the engine's answer is not HTTP: {e}")
-            return
-        if self._extra:
-            # More than one answer to one request: what is behind the end must not reach the client.
-            self.discard()
-            exchange.upstream_lost("the engine sent more than its answer")
-            return
-        exchange.upstream_data(data)
 
     def eof_received(self) -> None:
         """The engine will send no more: close."""
@@ -202,31 +207,57 @@ class UpstreamConnection(asyncio.Protocol):
         """The connection is gone."""
         self._pool.forget(self)
         exchange, self.exchange = self.exchange, None
-        self._parser = None  # parser and connection refer to each other
-        self._feed = _nothing
         if exchange is not None:
             exchange.upstream_lost("" if exc is None else f"{type(exc).__name__}: {exc}")
+        if self._chunks is not None:
+            self._chunks.close()
 
-    # httptools
+    def _read_head(self, exchange: Exchange, data: bytes) -> None:
+        """Read a head that is not known yet, or not whole; interim ones (1xx) are for this connection only."""
+        while (end := data.find(b"\r\n\r\n")) >= 0:
+            target, raw, at = self.target, data[:end], end + 4
+            shape = target.other
+            if shape is None or shape.raw != raw:
+                shape = Shape(raw)
+            if shape.status < 200:
+                data = data[at:]
+                continue
+            self._part = b""
+            if shape.before:
+                target.sized = shape
+            else:
+                target.other = shape
+            self._shape, self.keep = shape, shape.keep
+            if shape.sized:
+                self._left = shape.length + at - len(data)
+                self._count()
+            elif shape.chunked:
+                if self._chunks is None:
+                    self._chunks = Chunks()
+                self._chunks.ended = False
+                self._feed(data)
+            exchange.upstream_answer(shape, data, at)
+            return
+        if len(data) > HEAD_MOST_BYTES:
+            raise BadAnswer("the engine's answer has no end of its head")
+        self._part = data
 
-    def on_message_begin(self) -> None:
-        """An answer begins; after the end of one there must be none."""
-        if self.complete:
-            self._extra = True
+    def _feed(self, data: bytes) -> None:
+        """Follow chunks."""
+        chunks = self._chunks
+        if chunks is not None:
+            chunks.feed(data)
+            if chunks.ended:
+                if chunks.extra or self.complete:
+                    raise BadAnswer("the engine sent more than its answer")
+                self.complete = True
 
-    def on_chunk_header(self) -> None:
-        """A chunk begins."""
-        self.in_chunk = True
-
-    def on_chunk_complete(self) -> None:
-        """A chunk has ended."""
-        self.in_chunk = False
-
-    def on_message_complete(self) -> None:
-        """The answer has ended; an interim one (1xx) is followed by another."""
-        parser = self._parser
-        if parser is not None and parser.get_status_code() >= 200:
-            self.keep = parser.should_keep_alive()
+    def _count(self) -> None:
+        """See whether the last byte of a body with a length has come."""
+        if self._left <= 0:
+            # More than one answer to one request: what is behind the end must not reach the client.
+            if self._left or self.complete:
+                raise BadAnswer("the engine sent more than its answer")
             self.complete = True
 
 
@@ -235,6 +266,7 @@ class Pool:
 
     def __init__(self, settings: GatewaySettings, loop: asyncio.AbstractEventLoop) -> None:
         self._settings = settings
+        self._most = settings.pool_most
         self._loop = loop
         self._targets: dict[str, Target] = {}
         self._live: Collection[str] = frozenset[str]()
@@ -264,18 +296,18 @@ class Pool:
     def give_back(self, connection: UpstreamConnection, now: float) -> None:
         """The exchange is over. Kept if the engine allows it and a route still leads there, else closed."""
         connection.exchange = None
-        target, transport = connection.target, connection.transport
+        target = connection.target
+        idle = target.idle
         if (
             connection.keep
             and target.live
-            and len(target.idle) < self._settings.pool_most
-            and not transport.is_closing()
-            and not transport.get_write_buffer_size()  # else it answered before it had read the request
+            and len(idle) < self._most
+            and not connection.transport.get_write_buffer_size()  # else it answered before it had read the request
         ):
             connection.idle_since = now
-            target.idle[connection] = None
+            idle[connection] = None
         else:
-            transport.close()
+            connection.transport.close()
 
     def forget(self, connection: UpstreamConnection) -> None:
         """It is closing or closed."""
@@ -376,7 +408,3 @@ class Pool:
                     lambda: UpstreamConnection(self, target), target.host, target.port
                 )
         return connection
-
-
-def _nothing(_: bytes) -> None:
-    """What a closed connection does with bytes."""
