@@ -17,11 +17,18 @@ from turnout.workers.gateway.answer import HEAD_MOST_BYTES, BadAnswer, Chunks, S
 if TYPE_CHECKING:
     from collections.abc import Collection, Coroutine
 
-    from turnout.workers.gateway.request import Head
     from turnout.workers.gateway.settings import GatewaySettings
 
 #: A larger body is written by itself and not copied behind its head.
 _JOINED_MOST_BYTES = 65536
+
+
+class RequestHead(Protocol):
+    """A request's head, as a client has sent it."""
+
+    def for_engine(self, target: Target, id: bytes, body: bytes, alone: bool = False) -> bytes:
+        """The request as an engine gets it, or its head ``alone``."""
+        ...
 
 
 class Exchange(Protocol):
@@ -134,7 +141,7 @@ class UpstreamConnection(asyncio.Protocol):
         chunks = self._chunks
         return self._shape is not None and self._shape.chunked and chunks is not None and chunks.between()
 
-    def send(self, exchange: Exchange, head: Head, id: bytes, body: bytes) -> None:
+    def send(self, exchange: Exchange, head: RequestHead, id: bytes, body: bytes) -> None:
         """Send a request; the exchange hears of the answer."""
         self.exchange = exchange
         self.uses += 1
