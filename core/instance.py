@@ -1,4 +1,7 @@
-"""Decisions of one instance's life: requested → loading → ready → draining → stopped, or failed."""
+"""Decisions of one instance's life: requested → loading → ready → draining → stopped, or failed.
+
+A ready one may be put to sleep and woken: ready → sleeping → asleep → waking → ready.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,12 @@ from turnout.events.instance import (
     InstanceProbeRequested,
     InstanceReady,
     InstanceRequested,
+    InstanceSleepRequested,
+    InstanceSlept,
     InstanceStopped,
+    InstanceWakeRequested,
+    InstanceWoken,
+    TierFailed,
 )
 from turnout.events.model import EngineSpec
 
@@ -27,7 +35,12 @@ class InstanceState(msgspec.Struct, frozen=True):
     """One instance.
 
     Attributes:
-        phase: unknown, requested, loading, ready, draining, stopped or failed.
+        phase: unknown, requested, loading, ready, sleeping, asleep, waking, draining, stopped or failed.
+        bytes: host memory, as reported last; ``device_bytes`` on its devices.
+        tier: how it was made ready the last time: cold, spare, adapter or wake.
+        served: name that its requests must carry upstream; empty for the model's own.
+        level: of the sleep that was asked for last.
+        struck: tiers that have failed for it.
         probe: cause of the newest probe that was asked for since it was ready, at ``probe_at`` (UTC).
         probed: cause of the newest one that was answered; ``sound`` where it was answered well.
     """
@@ -50,6 +63,11 @@ class InstanceState(msgspec.Struct, frozen=True):
     probe_at: datetime | None = None
     probed: str = ""
     sound: bool = True
+    tier: str = ""
+    device_bytes: int = 0
+    served: str = ""
+    level: int = 0
+    struck: tuple[str, ...] = ()
 
 
 initial = InstanceState()
@@ -61,7 +79,16 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
         case InstanceLoading():
             return msgspec.structs.replace(state, phase="loading", stage=event.stage)
         case InstanceReady():
-            return msgspec.structs.replace(state, phase="ready", stage="", address=event.address, bytes=event.bytes)
+            return msgspec.structs.replace(
+                state,
+                phase="ready",
+                stage="",
+                address=event.address,
+                bytes=event.bytes,
+                tier=event.tier,
+                device_bytes=event.device_bytes,
+                served=event.served,
+            )
         case InstanceRequested():
             return InstanceState(
                 event.instance,
@@ -87,6 +114,20 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
         case InstanceFailed():
             return msgspec.structs.replace(
                 state, phase="failed", stage=event.stage, reason=event.reason, log_tail=event.log_tail
+            )
+        case TierFailed():
+            return msgspec.structs.replace(state, struck=(*state.struck, event.tier))
+        case InstanceSleepRequested():
+            return msgspec.structs.replace(state, phase="sleeping", level=event.level)
+        case InstanceSlept():
+            return msgspec.structs.replace(
+                state, phase="asleep", level=event.level, bytes=event.bytes, device_bytes=event.device_bytes
+            )
+        case InstanceWakeRequested():
+            return msgspec.structs.replace(state, phase="waking", cause=event.cause)
+        case InstanceWoken():
+            return msgspec.structs.replace(
+                state, phase="ready", tier="wake", bytes=event.bytes, device_bytes=event.device_bytes
             )
 
 
@@ -120,6 +161,53 @@ class ReportReady(msgspec.Struct, frozen=True):
     probe_s: float
     bytes: int = 0
     fingerprint: str = ""
+    tier: str = "cold"
+    device_bytes: int = 0
+    served: str = ""
+
+
+class ReportTierFailed(msgspec.Struct, frozen=True):
+    """A faster way has failed, and the worker goes on with the next one; fields as in the event."""
+
+    instance: str
+    tier: str
+    source: str
+    reason: str
+
+
+class SleepInstance(msgspec.Struct, frozen=True):
+    """Ask the worker to put a ready instance to sleep. Only sent when no gateway routes to it. ``level``: 1 or 2."""
+
+    instance: str
+    level: int
+    reason: str
+
+
+class ReportSlept(msgspec.Struct, frozen=True):
+    """It sleeps, and holds so much memory still."""
+
+    instance: str
+    level: int
+    seconds: float
+    bytes: int = 0
+    device_bytes: int = 0
+
+
+class WakeInstance(msgspec.Struct, frozen=True):
+    """Ask the worker to wake a sleeping instance. ``cause``: switch id, or ``restore``."""
+
+    instance: str
+    cause: str
+
+
+class ReportWoken(msgspec.Struct, frozen=True):
+    """It is awake and proven again."""
+
+    instance: str
+    seconds: float
+    probe_s: float
+    bytes: int = 0
+    device_bytes: int = 0
 
 
 class RequestProbe(msgspec.Struct, frozen=True):
@@ -174,6 +262,11 @@ InstanceCommand = (
     | DrainInstance
     | ReportStopped
     | ReportFailed
+    | ReportTierFailed
+    | SleepInstance
+    | ReportSlept
+    | WakeInstance
+    | ReportWoken
 )
 
 
@@ -209,16 +302,30 @@ def decide(state: InstanceState, command: InstanceCommand) -> tuple[InstanceEven
         case ReportFailed(instance, stage, reason, log_tail, exit_code):
             return (InstanceFailed(instance, stage, reason, log_tail, exit_code),)
         case ReportLoading(instance, stage, seconds, detail):
-            if state.phase in ("ready", "draining") or state.stage == stage:
+            if state.phase not in ("requested", "loading") or state.stage == stage:
                 return ()
             return (InstanceLoading(instance, stage, seconds, detail),)
-        case ReportReady(instance, address, load_s, probe_s, bytes, fingerprint):
-            if state.phase == "draining":
-                return Rejected(
-                    "instance_draining",
-                    f"instance {instance} was asked to stop ({state.reason}) while it was loading",
-                    "stop it",
-                )
-            if state.phase == "ready" and state.address == address:
+        case ReportTierFailed(instance, tier, source, reason):
+            return () if tier in state.struck else (TierFailed(instance, tier, source, reason),)
+        case SleepInstance(instance, level, reason):
+            return (InstanceSleepRequested(instance, level, reason),) if state.phase == "ready" else ()
+        case ReportSlept(instance, level, seconds, bytes, device_bytes):
+            if state.phase != "sleeping":
                 return ()
-            return (InstanceReady(instance, address, load_s, probe_s, bytes, fingerprint),)
+            return (InstanceSlept(instance, level, seconds, bytes, device_bytes),)
+        case WakeInstance(instance, cause):
+            return (InstanceWakeRequested(instance, cause),) if state.phase == "asleep" else ()
+        case ReportReady() | ReportWoken() if state.phase == "draining":
+            return Rejected(
+                "instance_draining",
+                f"instance {command.instance} was asked to stop ({state.reason}) before it was ready",
+                "stop it",
+            )
+        case ReportWoken(instance, seconds, probe_s, bytes, device_bytes):
+            if state.phase != "waking":
+                return ()
+            return (InstanceWoken(instance, seconds, probe_s, bytes, device_bytes),)
+        case ReportReady(instance, address, load_s, probe_s, bytes, fingerprint, tier, device_bytes, served):
+            if state.phase in ("sleeping", "asleep", "waking") or (state.phase == "ready" and state.address == address):
+                return ()
+            return (InstanceReady(instance, address, load_s, probe_s, bytes, fingerprint, tier, device_bytes, served),)

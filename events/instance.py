@@ -40,6 +40,9 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
         probe_s: seconds that the proof took.
         bytes: resident host memory of the engine's process group.
         fingerprint: what the engine calls itself (``system_fingerprint``), empty where it does not say.
+        tier: how it was made ready: cold (a new process), spare, adapter.
+        device_bytes: memory that the engine holds on its devices; 0 where it has none of its own.
+        served: name that its requests must carry upstream; empty where the engine knows the model's own.
     """
 
     instance: str
@@ -48,6 +51,9 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
     probe_s: float
     bytes: int
     fingerprint: str
+    tier: str = "cold"
+    device_bytes: int = 0
+    served: str = ""
 
 
 class InstanceDraining(msgspec.Struct, frozen=True, gc=False):
@@ -66,7 +72,10 @@ class InstanceStopped(msgspec.Struct, frozen=True, gc=False):
 
 
 class InstanceFailed(msgspec.Struct, frozen=True, gc=False):
-    """The engine could not be loaded, died or hung. ``stage`` as in InstanceLoading, or ``serving``."""
+    """The engine could not be loaded, died or hung.
+
+    ``stage`` as in InstanceLoading, or ``serving``, ``sleeping``, ``waking``.
+    """
 
     instance: str
     stage: str
@@ -93,6 +102,56 @@ class InstanceProbed(msgspec.Struct, frozen=True, gc=False):
     reason: str = ""
 
 
+class TierFailed(msgspec.Struct, frozen=True, gc=False):
+    """A faster way to make the instance ready has failed; the worker takes the next one.
+
+    ``source``: the version that the engine had loaded before, or the kind of engine that it is; empty for none.
+    """
+
+    instance: str
+    tier: str
+    source: str
+    reason: str
+
+
+class InstanceSleepRequested(msgspec.Struct, frozen=True, gc=False):
+    """A worker was asked to put a ready instance to sleep: no gateway routes to it.
+
+    ``level`` 1 keeps the weights in host memory, 2 drops them (waking reads them again).
+    """
+
+    instance: str
+    level: int
+    reason: str
+
+
+class InstanceSlept(msgspec.Struct, frozen=True, gc=False):
+    """It sleeps. ``bytes`` and ``device_bytes``: memory that it still holds on the host and on its devices."""
+
+    instance: str
+    level: int
+    seconds: float
+    bytes: int
+    device_bytes: int = 0
+
+
+class InstanceWakeRequested(msgspec.Struct, frozen=True, gc=False):
+    """A worker was asked to wake a sleeping instance. ``cause``: switch id, or ``restore``."""
+
+    instance: str
+    cause: str
+
+
+class InstanceWoken(msgspec.Struct, frozen=True, gc=False):
+    """It is awake and has answered its golden probe again. ``seconds``: the waking; ``probe_s``: the proof."""
+
+    instance: str
+    seconds: float
+    probe_s: float
+    bytes: int
+    device_bytes: int = 0
+
+
 InstanceEvent = (
     InstanceRequested
     | InstanceLoading
@@ -102,4 +161,9 @@ InstanceEvent = (
     | InstanceDraining
     | InstanceStopped
     | InstanceFailed
+    | TierFailed
+    | InstanceSleepRequested
+    | InstanceSlept
+    | InstanceWakeRequested
+    | InstanceWoken
 )

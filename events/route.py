@@ -5,11 +5,16 @@ from __future__ import annotations
 import msgspec
 
 
-class Endpoint(msgspec.Struct, frozen=True, gc=False):
-    """One proven instance. ``address``: ``unix:/run/i.sock`` or ``http://host:port``, with an optional base path."""
+class Endpoint(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """One proven instance.
+
+    ``address``: ``unix:/run/i.sock`` or ``http://host:port``, with an optional base path. ``served``: name that
+    requests must carry there, where several versions share the engine; empty for the model's own.
+    """
 
     instance: str
     address: str
+    served: str = ""
 
 
 class Split(msgspec.Struct, frozen=True, gc=False):

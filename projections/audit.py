@@ -19,7 +19,12 @@ from turnout.events.instance import (
     InstanceProbeRequested,
     InstanceReady,
     InstanceRequested,
+    InstanceSleepRequested,
+    InstanceSlept,
     InstanceStopped,
+    InstanceWakeRequested,
+    InstanceWoken,
+    TierFailed,
 )
 from turnout.events.model import (
     ActiveVersionChanged,
@@ -79,8 +84,16 @@ _PAUSES = {
     "invalid": "held: the comparison is broken",
 }
 _BAD = (SwitchFailed, VersionRejected, InstanceFailed, WorkerLost, GatewayLost)
-_WARNING = (RollbackStarted, RolledBack, SwitchAborted, KnownGoodRevoked, SwitchPaused)
-_GOOD = (SwitchCompleted, SwitchConcluded, ActiveVersionChanged, InstanceReady, KnownGoodMarked, AlertResolved)
+_WARNING = (RollbackStarted, RolledBack, SwitchAborted, KnownGoodRevoked, SwitchPaused, TierFailed)
+_GOOD = (
+    SwitchCompleted,
+    SwitchConcluded,
+    ActiveVersionChanged,
+    InstanceReady,
+    InstanceWoken,
+    KnownGoodMarked,
+    AlertResolved,
+)
 _DETAIL = (
     InstanceProbeRequested,
     VersionUnseen,
@@ -254,6 +267,11 @@ def _say(recorded: Recorded, names: Mapping[str, str]) -> str:
             | InstanceDraining()
             | InstanceStopped()
             | InstanceFailed()
+            | TierFailed()
+            | InstanceSleepRequested()
+            | InstanceSlept()
+            | InstanceWakeRequested()
+            | InstanceWoken()
         ):
             return _say_instance(event, names)
         case GatewayJoined() | RouteApplied() | VersionDrained() | GatewayLost() | GatewayLeft():
@@ -363,9 +381,21 @@ def _say_instance(event: object, names: Mapping[str, str]) -> str:
             return f"{name}: worker {worker} shall load it ({_engine(engine)}) {why}{again}"
         case InstanceLoading(_, stage, took_s, detail):
             return f"{name}: {stage} after {seconds(took_s)}{_because(detail)}"
-        case InstanceReady(_, _, load_s, probe_s, bytes):
+        case InstanceReady(_, _, load_s, probe_s, bytes, _, tier):
             memory = f", {size(bytes)}" if bytes else ""
-            return f"{name}: proven ready, loaded in {seconds(load_s)}, probed in {seconds(probe_s)}{memory}"
+            way = "" if tier == "cold" else f" by the {tier} tier"
+            return f"{name}: proven ready{way}, loaded in {seconds(load_s)}, probed in {seconds(probe_s)}{memory}"
+        case TierFailed(_, tier, source, reason):
+            held = f" (engine of {source})" if source else ""
+            return f"{name}: the {tier} tier failed{held}, the next one is taken{_because(reason)}"
+        case InstanceSleepRequested(_, level, reason):
+            return f"{name}: shall sleep (level {level}){_because(reason)}"
+        case InstanceSlept(_, level, took_s, bytes, device_bytes):
+            return f"{name}: asleep (level {level}) in {seconds(took_s)}, holds {size(bytes + device_bytes)}"
+        case InstanceWakeRequested(_, cause):
+            return f"{name}: shall wake {'to restore it' if cause == 'restore' else f'for {cause}'}"
+        case InstanceWoken(_, took_s, probe_s):
+            return f"{name}: awake in {seconds(took_s)}, proven in {seconds(probe_s)}"
         case InstanceProbeRequested():
             return f"{name}: shall answer its golden probe once more"
         case InstanceProbed(_, _, ok, took_s, reason):

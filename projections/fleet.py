@@ -15,7 +15,11 @@ from turnout.events.instance import (
     InstanceProbeRequested,
     InstanceReady,
     InstanceRequested,
+    InstanceSleepRequested,
+    InstanceSlept,
     InstanceStopped,
+    InstanceWakeRequested,
+    InstanceWoken,
 )
 from turnout.events.model import (
     EngineSpec,
@@ -37,8 +41,11 @@ class InstanceView(msgspec.Struct):
     """One instance that has not ended.
 
     Attributes:
-        phase: requested, loading, ready or draining.
+        phase: requested, loading, ready, draining; sleeping or waking where its worker is asked for that; asleep.
         probe: cause of a golden probe that its worker is asked for and has not answered; empty for none.
+        tier: how it was made ready the last time; empty before that.
+        level: of the sleep that was asked for last.
+        served: name that its requests must carry upstream; empty for the model's own.
         inspection: what the version's files said when they were looked at; None where it has none.
     """
 
@@ -55,6 +62,10 @@ class InstanceView(msgspec.Struct):
     reason: str = ""
     forced_by: str = ""
     probe: str = ""
+    tier: str = ""
+    device_bytes: int = 0
+    level: int = 0
+    served: str = ""
     inspection: Inspection | None = None
 
 
@@ -106,6 +117,10 @@ class Workers(Fold):
                 InstanceReady: self._instance_ready,
                 InstanceProbeRequested: self._probe_requested,
                 InstanceProbed: self._probed,
+                InstanceSleepRequested: self._sleep_requested,
+                InstanceSlept: self._slept,
+                InstanceWakeRequested: self._wake_requested,
+                InstanceWoken: self._woken,
                 InstanceDraining: self._instance_draining,
                 InstanceStopped: self._instance_ended,
                 InstanceFailed: self._instance_ended,
@@ -151,6 +166,33 @@ class Workers(Fold):
         view.address = event.address
         view.load_s = event.load_s
         view.bytes = event.bytes
+        view.device_bytes = event.device_bytes
+        view.tier = event.tier
+        view.served = event.served
+
+    def _sleep_requested(self, event: InstanceSleepRequested, recorded: Recorded) -> None:
+        view = self._instance(event.instance)
+        view.phase = "sleeping"
+        view.level = event.level
+        view.reason = event.reason
+
+    def _slept(self, event: InstanceSlept, recorded: Recorded) -> None:
+        view = self._instance(event.instance)
+        view.phase = "asleep"
+        view.bytes = event.bytes
+        view.device_bytes = event.device_bytes
+
+    def _wake_requested(self, event: InstanceWakeRequested, recorded: Recorded) -> None:
+        view = self._instance(event.instance)
+        view.phase = "waking"
+
+    def _woken(self, event: InstanceWoken, recorded: Recorded) -> None:
+        view = self._instance(event.instance)
+        view.phase = "ready"
+        view.reason = ""
+        view.tier = "wake"
+        view.bytes = event.bytes
+        view.device_bytes = event.device_bytes
 
     def _probe_requested(self, event: InstanceProbeRequested, recorded: Recorded) -> None:
         self._instance(event.instance).probe = event.cause

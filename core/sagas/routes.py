@@ -68,7 +68,7 @@ def change(world: World, model: str, wanted: Table, *, salt: str, drain_s: float
             shares.setdefault(rule.version, 0.0)
 
     def endpoints(version: str) -> tuple[Endpoint, ...]:
-        return tuple(Endpoint(i.instance, i.address) for i in world.ready(model, version))
+        return tuple(Endpoint(i.instance, i.address, i.served) for i in world.ready(model, version))
 
     command = ChangeRoute(
         model,

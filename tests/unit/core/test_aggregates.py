@@ -17,7 +17,12 @@ from turnout.events.instance import (
     InstanceLoading,
     InstanceReady,
     InstanceRequested,
+    InstanceSleepRequested,
+    InstanceSlept,
     InstanceStopped,
+    InstanceWakeRequested,
+    InstanceWoken,
+    TierFailed,
 )
 from turnout.events.model import (
     ActiveVersionChanged,
@@ -363,6 +368,48 @@ def test_the_life_of_an_instance() -> None:
         .when(instance.ReportFailed("i1", "serving", "late"))
         .then_nothing()
     )
+
+
+def test_an_instance_sleeps_and_wakes_when_it_is_asked_to() -> None:
+    state = (
+        given(instance, ASKED, READY)
+        .when(instance.ReportSlept("i1", 1, 0.5, 7))
+        .then_nothing()
+        .when(instance.SleepInstance("i1", 1, "idle"))
+        .then(InstanceSleepRequested("i1", 1, "idle"))
+        .when(instance.SleepInstance("i1", 2, "idle"))
+        .then_nothing()
+        .when(instance.ReportSlept("i1", 1, 0.5, 7))
+        .then(InstanceSlept("i1", 1, 0.5, 7))
+        .when(REPORT_READY)
+        .then_nothing()
+        .when(instance.ReportWoken("i1", 0.3, 0.1, 9))
+        .then_nothing()
+        .when(instance.WakeInstance("i1", "sw-2"))
+        .then(InstanceWakeRequested("i1", "sw-2"))
+        .when(instance.ReportWoken("i1", 0.3, 0.1, 9))
+        .then(InstanceWoken("i1", 0.3, 0.1, 9))
+        .state
+    )
+    assert (state.phase, state.tier, state.bytes, state.address) == ("ready", "wake", 9, "unix:/1")
+
+
+def test_an_instance_that_sleeps_is_not_ready() -> None:
+    state = given(instance, ASKED, READY, InstanceSleepRequested("i1", 2, "idle"), InstanceSlept("i1", 2, 1, 0)).state
+    assert (state.phase, state.level) == ("asleep", 2)
+
+
+def test_a_tier_that_failed_is_struck_off_once() -> None:
+    failed = instance.ReportTierFailed("i1", "spare", "v0", "a stale head")
+    state = (
+        given(instance, ASKED)
+        .when(failed)
+        .then(TierFailed("i1", "spare", "v0", "a stale head"))
+        .when(failed)
+        .then_nothing()
+        .state
+    )
+    assert state.struck == ("spare",)
 
 
 def test_an_instance_that_nobody_asked_for_is_refused() -> None:

@@ -161,6 +161,24 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
     ),
     (
         "instance",
+        instance.InstanceReady("i2", "unix:/s", 0.8, 0.4, 0, "v2", "spare"),
+        "i2: proven ready by the spare tier, loaded in 800 ms, probed in 400 ms",
+    ),
+    (
+        "instance",
+        instance.TierFailed("i2", "spare", "v1", "a stale head"),
+        "i2: the spare tier failed (engine of v1), the next one is taken: a stale head",
+    ),
+    ("instance", instance.InstanceSleepRequested("i2", 1, "idle"), "i2: shall sleep (level 1): idle"),
+    (
+        "instance",
+        instance.InstanceSlept("i2", 1, 0.5, 2**30, 2**29),
+        "i2: asleep (level 1) in 500 ms, holds 1.5 GiB",
+    ),
+    ("instance", instance.InstanceWakeRequested("i2", "restore"), "i2: shall wake to restore it"),
+    ("instance", instance.InstanceWoken("i2", 0.5, 0.2, 2**30), "i2: awake in 500 ms, proven in 200 ms"),
+    (
+        "instance",
         instance.InstanceDraining("i2", "idle", "alice"),
         "i2: asked to stop, forced by alice: idle",
     ),
