@@ -19,7 +19,7 @@ from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Rejected
 from turnout.core.judging.judgement import JudgeSettings
 from turnout.core.model import AdmitSwitch, unknown_model
-from turnout.core.sagas import placement
+from turnout.core.sagas import placement, routes
 from turnout.core.sagas import switch as saga
 from turnout.core.sagas.owed import Write, decide
 from turnout.core.strategies import STRATEGIES
@@ -110,7 +110,10 @@ class RetrySwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class UndoModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``model.undo``: roll the running switch back, or return to the last known good version."""
+    """``model.undo``: roll the running switch back, or return to the last known good version.
+
+    Where the running switch's source is not ready, the newest version that is known to be good and ready is taken.
+    """
 
     model: str
     reason: str = ""
@@ -432,13 +435,15 @@ def _back(world: World, state: SwitchState, cause: str, reason: str, context: Co
             f"{state.target} is the first version of {state.model}: there is none to go back to",
             f"register another one and switch to it: turnout switch {state.model} VERSION",
         )
-    if not world.ready(state.model, state.source):
+    home = routes.way_back(world, state)
+    if not home or (cause == "abort" and home != state.source):
+        other = f"; {home} is ready and known to be good: turnout undo {state.model}" if home else ""
         return Rejected(
             "source_not_ready",
             f"{state.source} has no ready instance to take the traffic back",
-            f"it is being restored; try again when it is ready: turnout get {state.model}",
+            f"it is being restored; try again when it is ready: turnout get {state.model}{other}",
         )
-    return saga.rollback(world, state, cause, reason, context.now)
+    return saga.rollback(world, state, cause, reason, context.now, home=home)
 
 
 def _pause(world: World, body: HoldSwitch, context: Context) -> Writes | Rejected:

@@ -185,12 +185,16 @@ class AdmitSwitch(msgspec.Struct, frozen=True):
 
 
 class CloseSwitch(msgspec.Struct, frozen=True):
-    """Let the model go. ``completed`` makes the switch's target active and known good; an undo revokes ``revoke``."""
+    """Let the model go. ``completed`` makes the switch's target active and known good; an undo revokes ``revoke``.
+
+    ``active``: the version that serves from now on where a rollback could not go back to the source; empty else.
+    """
 
     model: str
     switch: str
     outcome: str
     revoke: str = ""
+    active: str = ""
 
 
 class SetPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -448,7 +452,9 @@ def _close(state: ModelState, command: CloseSwitch) -> tuple[ModelEvent, ...]:
         return ()
     closed: tuple[ModelEvent, ...] = (SwitchClosed(state.model, command.switch, command.outcome),)
     if command.outcome != "completed":
-        return closed
+        if command.active in ("", state.active):
+            return closed
+        return (ActiveVersionChanged(state.model, command.active, state.active, command.switch), *closed)
     changed: list[ModelEvent] = [
         ActiveVersionChanged(state.model, state.target, state.active, command.switch),
         KnownGoodMarked(state.model, state.target, command.switch),

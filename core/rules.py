@@ -104,8 +104,8 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 # Between these a test like `'a' in headers` stands for itself: nothing binds more strongly on either side.
-_BEFORE_TEST = frozenset(("", "(", "&&", "||", "?", ":", ","))
-_AFTER_TEST = frozenset(("", ")", "&&", "||", "?", ":", ","))
+_BEFORE_TEST = frozenset(("", "(", "[", "{", "&&", "||", "?", ":", ","))
+_AFTER_TEST = frozenset(("", ")", "]", "}", "&&", "||", "?", ":", ","))
 
 
 class Told(msgspec.Struct, frozen=True):

@@ -56,6 +56,7 @@ class SwitchState(msgspec.Struct, frozen=True):
         paused: why it stands still (see ``SwitchPaused``), empty where it does not; since ``paused_at``.
         promoted: newest step that an operator has let it past; ``full``: past all.
         verdict: newest decision of the judge on this step, empty where there is none.
+        to: version that a rollback gave everything to because the source was not ready; empty for the source.
     """
 
     switch: str = ""
@@ -87,6 +88,12 @@ class SwitchState(msgspec.Struct, frozen=True):
     full: bool = False
     verdict: str = ""
     policy: str = ""
+    to: str = ""
+
+    @property
+    def home(self) -> str:
+        """The version that has everything when the switch has gone back."""
+        return self.to or self.source
 
 
 initial = SwitchState()
@@ -157,6 +164,7 @@ def evolve(state: SwitchState, event: SwitchEvent) -> SwitchState:
                 reason=event.reason,
                 since=event.at,
                 paused="",
+                to=event.to,
             )
         case SwitchCompleted():
             return replace(state, phase="completed")
@@ -311,7 +319,10 @@ class CompleteSwitch(msgspec.Struct, frozen=True):
 
 
 class StartRollback(msgspec.Struct, frozen=True):
-    """Give the source everything back; the route is written in the same batch. ``verdict``: where one is the cause."""
+    """Give the source everything back; the route is written in the same batch. ``verdict``: where one is the cause.
+
+    ``to``: as in ``RollbackStarted``. A rollback under way may be sent on to another version, whose source died.
+    """
 
     switch: str
     revision: int
@@ -319,6 +330,7 @@ class StartRollback(msgspec.Struct, frozen=True):
     reason: str
     at: datetime
     verdict: Judgement | None = None
+    to: str = ""
 
 
 class FinishRollback(msgspec.Struct, frozen=True):
@@ -421,10 +433,12 @@ def decide(state: SwitchState, command: SwitchCommand) -> tuple[SwitchEvent, ...
             if state.phase == "draining" or (state.phase == "stepped" and not state.source):
                 return (SwitchCompleted(switch, drain_s),)
             return _out_of_turn(state, "complete")
-        case StartRollback(switch, revision, cause, reason, at, verdict):
+        case StartRollback(switch, revision, cause, reason, at, verdict, to):
             if state.phase in FORWARD:
-                return (*_receipt(state, verdict, at), RollbackStarted(switch, revision, cause, reason, at))
-            return () if state.phase == "rolling_back" else _out_of_turn(state, "roll back")
+                return (*_receipt(state, verdict, at), RollbackStarted(switch, revision, cause, reason, at, to))
+            if state.phase == "rolling_back":
+                return () if state.to == to else (RollbackStarted(switch, revision, cause, reason, at, to),)
+            return _out_of_turn(state, "roll back")
         case FinishRollback(switch, gateways, seconds, proof):
             if state.phase != "rolling_back":
                 return _out_of_turn(state, "finish the rollback")
@@ -432,7 +446,7 @@ def decide(state: SwitchState, command: SwitchCommand) -> tuple[SwitchEvent, ...
                 case "abort":
                     return (SwitchAborted(switch, state.reason),)
                 case "concluded":
-                    return (SwitchConcluded(switch, state.source, state.reason),)
+                    return (SwitchConcluded(switch, state.home, state.reason),)
                 case _:
                     return (RolledBack(switch, gateways, seconds, proof),)
 

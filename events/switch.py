@@ -193,10 +193,13 @@ class SwitchCompleted(msgspec.Struct, frozen=True, gc=False):
 
 
 class RollbackStarted(msgspec.Struct, frozen=True, gc=False):
-    """The source gets everything back from route revision ``revision`` on.
+    """The target loses everything from route revision ``revision`` on.
 
-    ``cause`` is ``abort`` or ``undo`` (an operator), ``deadline``, ``failure`` (no instance left), ``verdict``,
-    ``inconclusive``, or ``concluded`` (an experiment has ended and the source stays).
+    Attributes:
+        cause: ``abort`` or ``undo`` (an operator), ``deadline``, ``failure`` (no instance left), ``verdict``,
+            ``inconclusive``, or ``concluded`` (an experiment has ended and the source stays).
+        to: the version that gets it, where that is not the source: the source had no ready instance, and this was the
+            newest version that is known to be good and had one. Empty for the source.
     """
 
     switch: str
@@ -204,13 +207,14 @@ class RollbackStarted(msgspec.Struct, frozen=True, gc=False):
     cause: str
     reason: str
     at: datetime
+    to: str = ""
 
 
 class RolledBack(msgspec.Struct, frozen=True, gc=False):
     """All live gateways (named) route by the rollback's revision. The end of a switch that went wrong or was undone.
 
-    ``proof``: the instance of the source that answered its golden probe since then; empty where none did in time, and
-    an alert says so.
+    ``proof``: the instance of the version that went back to work which answered its golden probe since then; empty
+    where none did in time, and an alert says so.
     """
 
     switch: str

@@ -356,8 +356,9 @@ def _say_switch(event: object, recorded: Recorded, names: Mapping[str, str]) -> 
             return f"{name}: {version} gets nothing new from revision {revision} on and finishes what it has"
         case SwitchCompleted(_, took_s):
             return f"{name}: completed" + (f", drained in {seconds(took_s)}" if took_s else "")
-        case RollbackStarted(_, revision, cause, reason):
-            return f"{name}: goes back with revision {revision} ({cause}){_because(reason)}"
+        case RollbackStarted(_, revision, cause, reason, _, to):
+            back = f"back to {to}, which is known to be good, as the source is not ready," if to else "back"
+            return f"{name}: goes {back} with revision {revision} ({cause}){_because(reason)}"
         case RolledBack(_, gateways, took_s, proof):
             proven = f"; {names.get(proof, proof)} answered its probe" if proof else ""
             return f"{name}: rolled back in {seconds(took_s)} by {_several(gateways) or 'no gateway'}{proven}"

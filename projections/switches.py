@@ -46,6 +46,7 @@ class SwitchView(msgspec.Struct, gc=False):
         weight: percent that the target has; ``mirror``: percent of the requests that are copied to it.
         step: number of the newest step.
         paused: why it stands still: operator, pause (the policy's), inconclusive, invalid; empty where it does not.
+        paused_because: the reason of the pause, in the words of whoever asked for it.
         paused_until: UTC, when it goes on by itself; None where somebody must decide.
         verdict: the judge's newest decision with all its figures; ``verdicts`` counts them.
         policy: name of the policy that it follows, empty for none; ``parameters`` are the strategy's own.
@@ -58,6 +59,8 @@ class SwitchView(msgspec.Struct, gc=False):
         ready_s: seconds from the request to a proven target; ``warm`` where nothing had to be loaded.
         cutover_s: seconds from the newest step to the last gateway's acknowledgement.
         drain_s: seconds from the first route without the source to its last request's end.
+        back_to: version that a rollback gave everything to: the source, or an older one where the source was not ready;
+            empty where nothing was rolled back.
     """
 
     switch: str
@@ -84,11 +87,13 @@ class SwitchView(msgspec.Struct, gc=False):
     step: int = 0
     mirror: float = 0.0
     paused: str = ""
+    paused_because: str = ""
     paused_until: datetime | None = None
     verdict: VerdictReached | None = None
     verdicts: int = 0
     policy: str = ""
     parameters: dict[str, object] = {}
+    back_to: str = ""
 
 
 class Switches(Fold):
@@ -176,12 +181,12 @@ class Switches(Fold):
         view = self._view(event.switch)
         self._before.setdefault(event.switch, (view.phase, event.at))
         view.phase, view.paused, view.paused_until = "paused", event.cause, event.until
-        view.reason = event.reason
+        view.paused_because = event.reason
 
     def _resumed(self, event: SwitchResumed | SwitchPromoted, recorded: Recorded) -> None:
         view = self._view(event.switch)
         phase, at = self._before.pop(event.switch, (view.phase, event.at))
-        view.paused, view.paused_until = "", None
+        self._moves(view)
         if view.phase == "paused":
             view.phase = phase
         stood = event.at - at  # counts for no deadline
@@ -203,10 +208,11 @@ class Switches(Fold):
     def _rollback_started(self, event: RollbackStarted, recorded: Recorded) -> None:
         view = self._view(event.switch)
         view.phase = "rolling_back"
-        view.paused, view.paused_until = "", None
+        self._moves(view)
         self._before.pop(event.switch, None)
         view.weight = view.mirror = 0.0
         view.reason = event.reason
+        view.back_to = event.to or view.source
 
     def _rolled_back(self, event: RolledBack, recorded: Recorded) -> None:
         self._end(event.switch, "rolled_back", recorded)
@@ -226,6 +232,11 @@ class Switches(Fold):
         view.reason = event.reason
         view.log_tail = event.log_tail
 
+    @staticmethod
+    def _moves(view: SwitchView) -> None:
+        """It stands still no more."""
+        view.paused, view.paused_because, view.paused_until = "", "", None
+
     def _move(self, view: SwitchView, phase: str) -> None:
         """Into the next phase; what is paused shows it when it goes on."""
         if view.switch in self._before:
@@ -236,7 +247,7 @@ class Switches(Fold):
     def _end(self, id: str, outcome: str, recorded: Recorded) -> SwitchView:
         view = self._view(id)
         self._before.pop(id, None)
-        view.paused, view.paused_until = "", None
+        self._moves(view)
         view.phase = outcome
         view.ended_at = recorded.envelope.time
         return view

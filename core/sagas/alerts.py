@@ -19,7 +19,7 @@ import msgspec
 from turnout.core.alert import AlertState, RaiseAlert, ResolveAlert
 from turnout.core.health import Finding  # noqa: TC001  part of a public signature
 from turnout.core.judging.judgement import Decision
-from turnout.core.sagas import placement
+from turnout.core.sagas import placement, routes
 from turnout.core.sagas.owed import Agenda, Owed, Write
 from turnout.core.switch import ENDED, FORWARD, SwitchState
 from turnout.core.world import SOUND_S
@@ -185,7 +185,8 @@ def _of_running(world: World, state: SwitchState, now: datetime) -> list[_Troubl
                     "critical",
                     "source_not_ready",
                     f"{model}: switch {id} must go back to {state.source} ({why}), "
-                    f"and {state.source} has no ready instance; {state.target} keeps what it has",
+                    f"and neither {state.source} nor an older version has a ready instance; "
+                    f"{state.target} keeps what it has",
                     f"it goes back as soon as {state.source} is ready; see what keeps it: turnout get {model}",
                     model,
                     state.source,
@@ -200,13 +201,14 @@ def _wants_back(world: World, state: SwitchState, now: datetime) -> str:
     """Why a switch must return to a source that isn't there; empty where it need not, or can."""
     if not state.source or world.ready(state.model, state.source):
         return ""
+    stranded = not routes.way_back(world, state)
     if state.phase == "rolling_back":
-        return state.reason or state.cause
+        return (state.reason or state.cause) if stranded else ""
     if state.phase not in FORWARD:
         return ""
-    if state.verdict == Decision.FAIL:
+    if state.verdict == Decision.FAIL and stranded:
         return "the judge has found harm"
-    if not world.ready(state.model, state.target):
+    if not world.ready(state.model, state.target) and stranded:
         return f"{state.target} has no ready instance left"
     late = state.deadline is not None and now >= state.deadline and not state.paused
     return "its time is up" if late and state.phase in ("stepping", "stepped") else ""
@@ -219,10 +221,13 @@ def _of_ended(world: World, model: str) -> list[_Trouble]:
     retry = f"look at it: turnout status {id}; try again with: turnout retry {id}"
     match ended.event:
         case RolledBack(_, _, _, proof) if state.cause != "undo" or not proof:
-            severity, what = "warning", f"was rolled back to {state.source}: {state.reason}"
+            severity, what = "warning", f"was rolled back to {state.home}: {state.reason}"
+            if state.to:
+                severity, retry = "critical", f"see what became of {state.source}: turnout log {model}"
+                what += f"; {state.source} had no ready instance"
             if not proof:
-                severity, retry = "critical", f"check {state.source}: turnout health {model}"
-                what += f"; {state.source} has all traffic and has not answered its golden probe since"
+                severity, retry = "critical", f"check {state.home}: turnout health {model}"
+                what += f"; {state.home} has all traffic and has not answered its golden probe since"
             kind = "switch_rolled_back"
         case SwitchFailed(_, stage, reason):
             severity, what, kind = "warning", f"failed in stage {stage}: {reason}", "switch_failed"

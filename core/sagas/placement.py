@@ -100,7 +100,7 @@ def _needed(world: World, model: str) -> tuple[str, ...]:
     needed = [state.active] if state.active else []
     needed.extend(rule.version for rule in state.rules if rule.version and rule.version not in needed)
     if switch is not None and switch.phase not in ENDED:
-        needed.extend(v for v in (switch.target,) if v and v not in needed)
+        needed.extend(v for v in (switch.target, switch.to) if v and v not in needed)
     return tuple(v for v in needed if v in state.versions)  # only what is registered can be loaded
 
 

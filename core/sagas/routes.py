@@ -37,10 +37,22 @@ def table(world: World, model: str) -> Table:
     match switch.phase:
         case "draining":
             return Table({switch.target: 100.0})
+        case "rolling_back":
+            return source_only(switch.home)
         case "stepping" | "stepped" | "baking":
             return split(switch, switch.weight, switch.mirror)
         case _:
             return source_only(state.active)
+
+
+def way_back(world: World, switch: SwitchState) -> str:
+    """The version that can take everything from the target now: the source, else the newest that is known to be good.
+
+    Only what has a ready instance counts; empty where nothing has. What a rollback has chosen stays while it is ready.
+    """
+    known = reversed(world.state("model", switch.model).known_good)
+    choice = (switch.home, switch.source, *(version for version in known if version != switch.target))
+    return next((version for version in choice if version and world.ready(switch.model, version)), "")
 
 
 def source_only(version: str) -> Table:

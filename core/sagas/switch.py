@@ -1,8 +1,9 @@
 """The switch saga: from the world alone, what one running switch owes now.
 
 The way: requested → (loading) → ready → step, applied, step, … → bake → drain → completed; or a rollback on the same
-road. Every wait is a condition on the world, a deadline that stands in an event, or evidence that can be read again, so
-any controller can go on at any point after a kill -9. The judgement comes from outside (a fold over health samples);
+road: to the source, and where that is not ready while the target is bad, to the newest version that is known to be
+good. Every wait is a condition on the world, a deadline that stands in an event, or evidence that can be read again,
+so any controller can go on at any point after a kill -9. The judgement comes from outside (a fold over health samples);
 what it leads to is decided here, and written with all its figures.
 """
 
@@ -92,11 +93,19 @@ def begin(world: World, state: SwitchState, now: datetime) -> tuple[Write, ...]:
 
 
 def rollback(
-    world: World, state: SwitchState, cause: str, reason: str, now: datetime, verdict: Judgement | None = None
+    world: World,
+    state: SwitchState,
+    cause: str,
+    reason: str,
+    now: datetime,
+    verdict: Judgement | None = None,
+    home: str = "",
 ) -> tuple[Write, ...]:
-    """Give the source everything back: one revision, in one batch with the fact."""
-    route, revision = _route(world, state, routes.source_only(state.source))
-    return (Write("switch", state.switch, StartRollback(state.switch, revision, cause, reason, now, verdict)), route)
+    """Give the source, or ``home`` in its place, everything: one revision, in one batch with the fact."""
+    route, revision = _route(world, state, routes.source_only(home or state.source))
+    to = "" if home == state.source else home
+    start = StartRollback(state.switch, revision, cause, reason, now, verdict, to)
+    return (Write("switch", state.switch, start), route)
 
 
 def close(state: SwitchState, outcome: str) -> Write:
@@ -106,7 +115,7 @@ def close(state: SwitchState, outcome: str) -> Write:
     version were still the active one.
     """
     revoke = state.source if state.undo and outcome == "completed" else ""
-    return Write("model", state.model, CloseSwitch(state.model, state.switch, outcome, revoke))
+    return Write("model", state.model, CloseSwitch(state.model, state.switch, outcome, revoke, state.to))
 
 
 def _trouble(world: World, state: SwitchState, now: datetime) -> Owed | None:
@@ -115,26 +124,27 @@ def _trouble(world: World, state: SwitchState, now: datetime) -> Owed | None:
     limit = _seconds(state.requested_at, state.deadline)
     if state.phase in UNTOUCHED:
         return _load_trouble(world, state, late, limit)
-    if state.phase not in FORWARD or not world.ready(state.model, state.source):
+    home = routes.way_back(world, state) if state.source else ""
+    if state.phase not in FORWARD or not home:
         return None  # nothing to go back to: placement restores what is missing
     if not world.ready(state.model, state.target):
         failed = _failed(world, state)
         why = f"{state.target} has no ready instance left" + (f": {failed.reason}" if failed else "")
-        return _owe(state, "rollback", *rollback(world, state, "failure", why, now))
-    if late and state.phase in ("stepping", "stepped"):
+        return _owe(state, "rollback", *rollback(world, state, "failure", why, now, home=home))
+    if late and state.phase in ("stepping", "stepped") and home == state.source:
         why = f"{state.target} did not carry all traffic within {limit:g} s (max_transition_time)"
         return _owe(state, "rollback", *rollback(world, state, "deadline", why, now))
     return None
 
 
 def _harm(world: World, state: SwitchState, judgement: Judgement | None, now: datetime) -> Owed | None:
-    """Evidence of harm, in a step or in the bake, paused or not: back to the source, or at least said."""
+    """Evidence of harm, in a step or in the bake, paused or not: back to what is ready and known, or at least said."""
     if judgement is None or judgement.decision is not Decision.FAIL or not state.source:
         return None
     if state.phase not in ("stepping", "stepped", "baking") or not _judged(state):
         return None
-    if world.ready(state.model, state.source):
-        back = rollback(world, state, "verdict", judgement.reason, now, judgement)
+    if home := routes.way_back(world, state):
+        back = rollback(world, state, "verdict", judgement.reason, now, judgement, home)
         return _owe(state, "rollback", *back)
     if state.verdict == Decision.FAIL:
         return None  # said already; placement restores the source, and then it is rolled back
@@ -313,22 +323,25 @@ def _drain(world: World, state: SwitchState, now: datetime) -> Agenda:
 
 
 def _roll_back(world: World, state: SwitchState, now: datetime) -> Agenda:
-    """Done when every gateway has acknowledged and the source has answered its golden probe since."""
+    """Done when every gateway has acknowledged and the version that serves has answered its golden probe since."""
     gateways = routes.applied(world, state.model, state.revision)
-    source = world.ready(state.model, state.source)
-    if gateways is None or not source:
+    serving = world.ready(state.model, state.home)
+    if not serving and (home := routes.way_back(world, state)):
+        again = rollback(world, state, state.cause, state.reason, now, home=home)
+        return Agenda((_owe(state, f"rollback.{world.state('route', state.model).revision + 1}", *again),))
+    if gateways is None or not serving:
         return Agenda()
-    proven = next((one.instance for one in source if one.sound and one.probed.startswith(f"{state.switch}.")), "")
+    proven = next((one.instance for one in serving if one.sound and one.probed.startswith(f"{state.switch}.")), "")
     given_up = None if state.since is None else state.since + timedelta(seconds=PROOF_S)
     if not proven and (given_up is None or now < given_up):
-        return _prove(state, source[0], now, given_up)
+        return _prove(state, serving[0], now, given_up)
     finish = FinishRollback(state.switch, gateways, _seconds(state.since, now), proven)
     closing = close(state, outcome_of(state))
     return Agenda((_owe(state, "rolled_back", closing, Write("switch", state.switch, finish)),))
 
 
 def _prove(state: SwitchState, one: InstanceState, now: datetime, given_up: datetime | None) -> Agenda:
-    """Ask the source's first instance, and again a while after a bad answer."""
+    """Ask the version's first instance, and again a while after a bad answer."""
     asked = one.probe.startswith(f"{state.switch}.")
     if asked and one.probed != one.probe:
         return Agenda(wake=given_up)

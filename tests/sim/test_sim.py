@@ -282,6 +282,41 @@ def test_invariant_7_a_leader_that_was_cut_off_writes_nothing_over_its_successor
     assert len(set(epochs)) >= 3
 
 
+@pytest.mark.parametrize("kill", [False, True])
+def test_invariant_9_with_source_and_target_dead_the_newest_good_version_that_is_warm_takes_over(kill: bool) -> None:
+    sim = Simulation(14, controllers=2)
+
+    async def scenario() -> None:
+        await sim.ready()
+        await sim.serve("chat", "v1", "v2", "v3")
+        for version, bake_s in (("v2", 0.0), ("v3", 30.0)):
+            await sim.switch("chat", version, bake_s=bake_s)
+            await sim.until(
+                lambda v=version: any(  # type: ignore[misc]
+                    s.target == v and s.phase in ("baking", "completed") for s in sim.world.switches.values()
+                )
+            )
+        sim.clients("chat", every_s=0.05)
+        await sim.pause(1.0)
+        for version in ("v2", "v3"):
+            sim.crash_engine(sim.world.ready("chat", version)[0].instance)
+        await sim.until(lambda: events_of(sim, RollbackStarted))
+        if kill:
+            leader = next(n for n, c in sim.controllers.items() if c.leading.is_set())
+            sim.processes[leader].crash()
+        await sim.until(lambda: not sim.world.running)
+        assert sim.world.state("model", "chat").active == "v1"
+        answered = sim.fleet.counts["answered"]
+        await sim.pause(5.0)
+        assert sim.fleet.counts["answered"] > answered
+        await sim.rest()
+
+    sim.run(scenario())
+    back = events_of(sim, RollbackStarted)[-1].event  # the first may still have hoped for the source
+    assert isinstance(back, RollbackStarted)
+    assert (back.cause, back.to) == ("failure", "v1")
+
+
 @pytest.mark.parametrize("outage", ["nats", "controllers", "full"])
 def test_invariant_8_without_a_control_plane_requests_are_served(outage: str) -> None:
     sim = Simulation(10, controllers=2)

@@ -128,6 +128,8 @@ def waits(seen: Picture, switch: SwitchView, now: datetime) -> list[str]:
             return [f"waits for gateway {', '.join(behind)}"] if behind else []
         case "baking":
             return [f"bakes for {left_s(switch.bake_until, now)} s more; {switch.source} stays warm"]
+        case "paused" if switch.paused_because:
+            return [f"stands still: {switch.paused_because}"]
         case "draining":
             return [f"waits for the last requests of {switch.source}"]
         case _:

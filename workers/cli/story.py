@@ -74,6 +74,7 @@ class Report(msgspec.Struct):
     Attributes:
         outcome: running, completed, rolled_back, aborted, concluded or failed.
         serves: the version that has all the traffic after it; empty while it runs, and where that is none.
+        back_to: where a rollback goes; empty without one.
         ended_because: the reason in the log.
         effect: the newest figures that have an interval: target over source.
         sample_ratio: the newest check that the split was kept, None where none was made.
@@ -95,6 +96,7 @@ class Report(msgspec.Struct):
     outcome: str = "running"
     ended_because: str = ""
     serves: str = ""
+    back_to: str = ""
     ready_s: float | None = None
     warm: bool = False
     drain_s: float | None = None
@@ -169,16 +171,16 @@ def _take(report: Report, recorded: Recorded) -> None:
             report.sample_ratio = ratio or report.sample_ratio
         case BakeStarted() | DrainStarted():
             _leave(report, at)
-        case RollbackStarted(_, _, _, reason, started):
+        case RollbackStarted(_, _, _, reason, started, to):
             _leave(report, started)
-            report.ended_because = reason
+            report.ended_because, report.back_to = reason, to or report.source
         case SwitchCompleted(_, drain_s):
             _end(report, "completed", at, 100.0, report.target)
             report.drain_s = drain_s
         case RolledBack():
-            _end(report, "rolled_back", at, 0.0, report.source)
+            _end(report, "rolled_back", at, 0.0, report.back_to)
         case SwitchAborted(_, reason):
-            _end(report, "aborted", at, 0.0, report.source)
+            _end(report, "aborted", at, 0.0, report.back_to or report.source)
             report.ended_because = reason
         case SwitchConcluded(_, kept, reason):
             _end(report, "concluded", at, 0.0, kept)

@@ -388,13 +388,14 @@ def _headline(view: SwitchView) -> Text:
 
 
 def _last_line(io: Terminal, view: SwitchView) -> None:
-    why = f": {view.reason}" if view.reason else ""
+    because = view.paused_because if view.phase == "paused" else view.reason
+    why = f": {because}" if because else ""
     match view.phase:
         case "completed":
             io.say(Text(f"{view.model} serves {view.target}", "green"))
         case "concluded":
             io.say(Text(f"ended as planned{why}", "green"))
-            io.say(f"{view.model} serves {view.source}")
+            io.say(f"{view.model} serves {view.back_to or view.source}")
             io.next(f"turnout report {view.switch}")
         case "paused":
             io.say(Text(f"held at {step_text(view) or 'its start'}{why}", phase_style(view.phase)))
@@ -407,7 +408,7 @@ def _last_line(io: Terminal, view: SwitchView) -> None:
             for line in view.log_tail[-15:]:
                 target.print(Text(f"  | {line}", "dim"))
             if view.source:
-                target.print(Text(f"{view.model} serves {view.source}"))
+                target.print(Text(f"{view.model} serves {view.back_to or view.source}"))
             judged = "report" if view.verdict is not None else "log"
             target.print(Text(f"next: turnout {judged} {view.switch}", "dim"))
 
@@ -419,6 +420,8 @@ def _show(io: Terminal, view: SwitchView, now: datetime) -> None:
     if view.phase == "paused":
         until = "until somebody decides" if held(view) else f"for {left_s(view.paused_until, now)} s more"
         lines.append(("paused", f"{until} ({paused_text(view.paused)})"))
+        if view.paused_because:
+            lines.append(("because", view.paused_because))
     if step := step_text(view):
         lines.append(("step", step))
     if view.phase == "baking":

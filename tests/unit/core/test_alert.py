@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from tests.unit.core.story import GATEWAYS, Story, serving
+from tests.unit.core.story import FAKE, GATEWAYS, Story, serving
 
 from turnout.core import alert
 from turnout.core.alert import AcknowledgeAlert, RaiseAlert, ResolveAlert
@@ -15,7 +15,7 @@ from turnout.core.testing import given
 from turnout.events.alert import AlertAcknowledged, AlertEvent, AlertRaised, AlertResolved
 from turnout.events.gateway import GatewayJoined, GatewayLost
 from turnout.events.instance import InstanceFailed, InstanceRequested
-from turnout.events.model import SwitchAdmitted, SwitchClosed
+from turnout.events.model import KnownGoodMarked, SwitchAdmitted, SwitchClosed, VersionRegistered
 from turnout.events.switch import (
     RollbackStarted,
     RolledBack,
@@ -213,6 +213,22 @@ def test_a_switch_that_can_not_go_back_is_critical_until_its_source_is_ready() -
     assert story.world.alerts["source_not_ready.chat"].severity == "critical"
     story.instance("i9", "v1")
     assert ("Resolved", "source_not_ready.chat") in told(story.look())
+
+
+def test_a_way_back_to_an_older_version_is_no_dead_end_and_told_as_critical_when_it_is_over() -> None:
+    story = begun(watch())
+    story.happens(VersionRegistered("chat", "v0", FAKE, "")).instance("i5", "v0")
+    story.happens(KnownGoodMarked("chat", "v0", "sw-a"), KnownGoodMarked("chat", "v1", "sw-0"))
+    story.happens(
+        VerdictReached("sw-1", 1, "fail", "dead", "5 refused", "dead", 9, 9, 0, 5, 0, 1.0, (), 1, 1, story.now)
+    )
+    story.happens(InstanceFailed("i1", "serving", "died"))
+    assert "source_not_ready.chat" not in [key for _, key in told(story.look())]
+    story.happens(RollbackStarted("sw-1", 9, "verdict", "5 refused", story.now, "v0"))
+    story.happens(SwitchClosed("chat", "sw-1", "rolled_back"), RolledBack("sw-1", ("g1",), 0.1, "i5"))
+    raised = next(one for one in story.look() if isinstance(one, AlertRaised) and one.kind == "switch_rolled_back")
+    assert raised.severity == "critical"
+    assert "rolled back to v0: 5 refused; v1 had no ready instance" in raised.summary
 
 
 # --- processes and versions --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import itertools
 import cel
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from turnout.core.rules import MODALITIES, Facts, Rules, problems
@@ -262,6 +262,7 @@ EXPRESSIONS = st.recursive(
 
 
 @given(EXPRESSIONS, FACTS)
+@example("tools in ['a' in headers]", Facts())
 def test_an_expression_means_what_cel_says_it_means(when: str, facts: Facts) -> None:
     facts = msgspec.structs.replace(
         facts, headers={"a": "", "b": "", **facts.headers}, metadata={"n": "", "m": "", **facts.metadata}

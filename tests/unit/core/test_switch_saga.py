@@ -9,12 +9,21 @@ import pytest
 from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
 
 from turnout.core import model
-from turnout.core.sagas import placement
+from turnout.core.config import ModelSwitchingConfig
+from turnout.core.judging.judgement import Decision, Judgement
+from turnout.core.sagas import placement, routes
 from turnout.core.sagas import switch as saga
 from turnout.core.switch import ENDED
 from turnout.core.world import DECIDERS, World
 from turnout.events.gateway import GatewayJoined, GatewayLost, RouteApplied, VersionDrained
-from turnout.events.instance import InstanceFailed, InstanceLoading, InstanceReady, InstanceRequested, InstanceStopped
+from turnout.events.instance import (
+    InstanceDraining,
+    InstanceFailed,
+    InstanceLoading,
+    InstanceReady,
+    InstanceRequested,
+    InstanceStopped,
+)
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
@@ -259,6 +268,77 @@ def test_a_rollback_ends_only_when_every_gateway_has_applied_it_and_the_source_i
     story.carry_placement()
     story.applied().carry()
     assert isinstance(story.probed(again.instance).carry()[-1], RolledBack)
+
+
+def with_an_older_version() -> Story:
+    """v2 serves on ``i1``; v1, known to be good, is warm on ``i3``; ``sw-1`` has given v3 (``i4``) everything."""
+    story = serving("v2", "v1", "v3").instance("i3", "v1").instance("i4", "v3")
+    story.happens(KnownGoodMarked("chat", "v1", "sw-a"), KnownGoodMarked("chat", "v2", "sw-0"))
+    story.asked("v3")
+    story.carry()
+    story.applied().carry()
+    return story
+
+
+def harm() -> Judgement:
+    return Judgement(Decision.FAIL, step=1, rule="dead", reason="v3: 5 refused in a row", metric="dead")
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_where_the_source_is_dead_too_an_older_version_that_is_good_and_warm_takes_over(dead: bool) -> None:
+    story = with_an_older_version()
+    story.happens(InstanceFailed("i1", "serving", "x"))
+    if dead:
+        story.happens(InstanceFailed("i4", "serving", "y"))
+    events = story.carry(judgement=None if dead else harm())
+    back, route = events[-2:]
+    assert isinstance(back, RollbackStarted)
+    assert (back.cause, back.to) == ("failure" if dead else "verdict", "v1")
+    assert isinstance(route, RouteChanged)
+    assert route.splits == (Split("v1", 100.0, (Endpoint("i3", "unix:/run/i3"),)),)
+    hasty = ModelSwitchingConfig(max_cached_models=0, model_ttl_seconds=1.0)
+    placed = story.later(5.0).carry_placement(hasty)
+    assert "i3" not in {e.instance for e in placed if isinstance(e, InstanceDraining)}, "it is needed now"
+    assert story.world.routes["chat"].splits == route.splits, "nothing repairs the route to another one"
+    story.applied().carry()
+    assert story.probed("i3").carry() == (
+        ActiveVersionChanged("chat", "v1", "v2", "sw-1"),
+        SwitchClosed("chat", "sw-1", "rolled_back"),
+        RolledBack("sw-1", ("g1", "g2"), (story.now - back.at).total_seconds(), "i3"),
+    )
+    assert story.world.models["chat"].undo_target == "v2"
+
+
+def test_the_source_is_taken_where_it_is_ready_and_the_newest_of_the_good_ones_where_it_is_not() -> None:
+    story = with_an_older_version()
+    assert routes.way_back(story.world, story.world.switches["sw-1"]) == "v2"
+    story.happens(InstanceFailed("i1", "serving", "x"))
+    story.happens(VersionRegistered("chat", "v0", FAKE, "")).instance("i9", "v0")
+    story.happens(KnownGoodMarked("chat", "v0", "sw-b"))
+    assert routes.way_back(story.world, story.world.switches["sw-1"]) == "v0"
+    story.happens(KnownGoodMarked("chat", "v3", "sw-c"))
+    assert routes.way_back(story.world, story.world.switches["sw-1"]) == "v0", "never to the target"
+
+
+def test_a_rollback_whose_source_dies_on_the_way_is_sent_on_to_an_older_version() -> None:
+    story = with_an_older_version()
+    story.carry(judgement=harm())
+    story.applied()
+    story.happens(InstanceFailed("i1", "serving", "x"))
+    again, route = story.carry()
+    assert isinstance(again, RollbackStarted)
+    assert (again.cause, again.to) == ("verdict", "v1")
+    assert isinstance(route, RouteChanged)
+    assert [split.version for split in route.splits] == ["v1"]
+    story.instance("i8", "v2")
+    story.applied().carry()
+    assert names(story.probed("i3").carry())[0] == "ActiveVersionChanged", "it stays with what it has chosen"
+
+
+def test_a_passed_deadline_alone_does_not_take_an_older_version() -> None:
+    story = with_an_older_version()
+    story.happens(InstanceFailed("i1", "serving", "x")).later(300.0)
+    assert "RollbackStarted" not in [name for owed in story.owes().owed for name in names(story.carry_out(owed))]
 
 
 def test_a_rollback_in_the_bake_is_one_revision_and_no_load() -> None:

@@ -32,7 +32,7 @@ from turnout.events.model import (
     VersionValidated,
 )
 from turnout.events.route import Endpoint, RouteChanged, Split
-from turnout.events.switch import SwitchFailed, SwitchRequested
+from turnout.events.switch import SwitchFailed, SwitchPaused, SwitchPromoted, SwitchRequested
 from turnout.events.worker import WorkerJoined, WorkerLeft, WorkerLost
 from turnout.projections.routing import LEFT_MOST, RouteView
 from turnout.projections.views import Views
@@ -179,6 +179,16 @@ def test_a_failed_switch_says_where_it_stopped_and_what_the_engine_said_last() -
     assert (view.phase, view.stage, view.reason, view.log_tail) == ("failed", "loading", "exit 1", ("last words",))
     assert view.ended_at is not None
     assert view.actor == "test"
+
+
+def test_a_pause_says_why_beside_the_reason_that_the_switch_was_asked_for_with() -> None:
+    at = WorldBuilder().now
+    asked = SwitchRequested("sw", "chat", "v2", "v1", "canary", {}, False, "hotfix", at, 60.0, 600.0, at)
+    paused = SwitchPaused("sw", "inconclusive", "0 of 50 requests", at)
+    view = folded(asked, paused).switches.switches["sw"]
+    assert (view.reason, view.paused, view.paused_because) == ("hotfix", "inconclusive", "0 of 50 requests")
+    view = folded(asked, paused, SwitchPromoted("sw", 0, False, "go", at)).switches.switches["sw"]
+    assert (view.reason, view.paused, view.paused_because) == ("hotfix", "", "")
 
 
 def test_only_what_has_changed_since_a_sequence_is_taken_and_only_once() -> None:
