@@ -23,6 +23,8 @@ from turnout.events.health import (
 
 K = TypeVar("K", str, int)
 
+#: Standard errors of a two-sided 95 % interval.
+_Z = 1.959964
 #: How far back a status looks.
 WINDOW_S = 300.0
 #: Below so many requests a quantile says nothing about a status; of a share, so many errors say enough.
@@ -46,7 +48,8 @@ class Numbers(msgspec.Struct, frozen=True):
     """What one version did in a time.
 
     ``p95_ms`` to the last byte, ``first_p95_ms`` to the first; ``low`` and ``high``: 95 % limits of the error rate
-    (Wilson's interval); None where nothing was measured.
+    (Wilson's interval); ``…_limits_ms``: 95 % limits of the p95 (order statistics), as if the requests were
+    independent of each other. None where nothing was measured, or too little for limits.
     """
 
     requests: int = 0
@@ -59,12 +62,14 @@ class Numbers(msgspec.Struct, frozen=True):
     p50_ms: float | None = None
     p95_ms: float | None = None
     token_p50_ms: float | None = None
+    first_p95_limits_ms: tuple[float, float] | None = None
+    p95_limits_ms: tuple[float, float] | None = None
     outcomes: dict[str, int] = {}
     signs: dict[str, int] = {}
 
 
 class VersionHealth(msgspec.Struct, frozen=True):
-    """Status of one version now, why, and the numbers of the newest window."""
+    """Status of one version now, why, the numbers of the newest window, and requests ``in_flight`` at all gateways."""
 
     version: str
     status: HealthStatus
@@ -72,6 +77,7 @@ class VersionHealth(msgspec.Struct, frozen=True):
     numbers: Numbers
     instances: int
     probe: str
+    in_flight: int = 0
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -121,6 +127,8 @@ def numbers(samples: Iterable[HealthSampled]) -> Numbers:
         p50_ms=_rounded(quantile(total, 0.5)),
         p95_ms=_rounded(quantile(total, 0.95)),
         token_p50_ms=_rounded(quantile(token, 0.5)),
+        first_p95_limits_ms=p95_limits(first),
+        p95_limits_ms=p95_limits(total),
         outcomes=outcomes,
         signs=signs,
     )
@@ -130,11 +138,23 @@ def wilson(errors: int, requests: int) -> tuple[float | None, float | None]:
     """95 % limits of a share (Wilson 1927); None where there is nothing to divide."""
     if requests <= 0:
         return None, None
-    z2 = 1.959964**2
+    z2 = _Z**2
     share = errors / requests
     middle = (share + z2 / (2 * requests)) / (1 + z2 / requests)
     half = (z2 * (share * (1 - share) / requests + z2 / (4 * requests**2))) ** 0.5 / (1 + z2 / requests)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def p95_limits(histogram: Histogram) -> tuple[float, float] | None:
+    """95 % limits of the p95, from the ranks between which it lies; None where the upper one is above all values."""
+    count = sum(histogram.values())
+    if count < ENOUGH:
+        return None
+    half = _Z * (0.95 * 0.05 / count) ** 0.5
+    low, high = quantile(histogram, 0.95 - half), quantile(histogram, 0.95 + half)
+    if 0.95 + half > 1.0 or low is None or high is None:
+        return None
+    return round(low, 1), round(high, 1)
 
 
 def check_model_health(
@@ -144,6 +164,7 @@ def check_model_health(
     versions: Mapping[str, int],
     thresholds: Mapping[str, float],
     now: datetime,
+    in_flight: Mapping[str, int] | None = None,
 ) -> tuple[VersionHealth, ...]:
     """Status of each version.
 
@@ -153,7 +174,9 @@ def check_model_health(
         versions: version → how many ready instances it has.
         thresholds: ``alert_thresholds`` of the configuration.
         now: UTC; samples that ended more than WINDOW_S before are not looked at.
+        in_flight: version → requests that have not ended; none where it is not known.
     """
+    running = in_flight or {}
     since = now - timedelta(seconds=WINDOW_S)
     samples: dict[str, list[HealthSampled]] = {version: [] for version in versions}
     probes: dict[str, dict[str, ProbePassed | ProbeFailed]] = {version: {} for version in versions}
@@ -166,7 +189,14 @@ def check_model_health(
         elif isinstance(event, ProbePassed | ProbeFailed):
             probes[event.version][event.instance] = event
     return tuple(
-        _status(version, numbers(samples[version]), tuple(probes[version].values()), count, thresholds)
+        _status(
+            version,
+            numbers(samples[version]),
+            tuple(probes[version].values()),
+            count,
+            thresholds,
+            running.get(version, 0),
+        )
         for version, count in versions.items()
     )
 
@@ -210,6 +240,7 @@ def _status(
     probes: tuple[ProbePassed | ProbeFailed, ...],
     instances: int,
     thresholds: Mapping[str, float],
+    in_flight: int,
 ) -> VersionHealth:
     reasons: list[str] = []
     status = HealthStatus.HEALTHY
@@ -229,7 +260,7 @@ def _status(
         status = HealthStatus.DEGRADED
         reasons.append(f"a probe of {len(failing)} of {instances} instances failed: {failing[-1].reason}")
     probe = "failing" if failing else "passed" if probes else "none yet"
-    return VersionHealth(version, status, tuple(reasons), counted, instances, probe)
+    return VersionHealth(version, status, tuple(reasons), counted, instances, probe, in_flight)
 
 
 def _over(counted: Numbers, thresholds: Mapping[str, float]) -> dict[str, str]:

@@ -71,6 +71,18 @@ class Bus(Protocol):
         ...
 
 
+class GatewayBeat(msgspec.Struct, frozen=True):
+    """What a gateway says with each sign of life.
+
+    Attributes:
+        connected: whether the gateway itself hears the control plane.
+        in_flight: model → version → requests that have not ended; where there are none, the version is left out.
+    """
+
+    connected: bool = True
+    in_flight: dict[str, dict[str, int]] = {}
+
+
 class Beats(Protocol):
     """Signs of life, fire and forget."""
 

@@ -508,6 +508,10 @@ class SimPlane:
         self.stopped = True
         return 0
 
+    def in_flight(self) -> dict[str, dict[str, int]]:
+        """Model → version → requests in flight."""
+        return self.tracker.by_version()
+
     def on_drained(self, report: Callable[[Drained], None]) -> None:
         """Whom to tell that a version's last request has ended."""
         self.drained = report

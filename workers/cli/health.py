@@ -56,7 +56,7 @@ def health_table(report: HealthReport) -> RenderableType:
     """One line for each version."""
     made = table(
         "VERSION", "STATUS", f"REQUESTS IN {seconds(WINDOW_S)}".upper(), "ERRORS", "P50", "P95", "FIRST BYTE P95",
-        "INSTANCES", "PROBE",
+        "INSTANCES", "IN FLIGHT", "PROBE",
     )  # fmt: skip
     lines: list[list[str | Text]] = []
     for one in report.versions:
@@ -74,6 +74,7 @@ def health_table(report: HealthReport) -> RenderableType:
                 ms_text(counted.p95_ms),
                 ms_text(counted.first_p95_ms),
                 str(one.instances),
+                str(one.in_flight),
                 one.probe,
             ]
         )

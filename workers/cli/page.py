@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from turnout.core.health import wilson
 from turnout.projections.audit import seconds, who
-from turnout.workers.cli.story import effects, summary
+from turnout.workers.cli.story import effects, periods, summary
 from turnout.workers.cli.words import (
     e_text,
     effect_text,
     evidence_share,
     figure_text,
     figure_unit,
+    impact_cells,
     ms_text,
     phase_text,
     share_text,
@@ -53,7 +54,7 @@ figure, pre { margin: .6rem 0; padding: .8rem; background: var(--card); border: 
   border-radius: .5rem; overflow-x: auto; }
 figcaption { color: var(--faint); font-size: .85rem; }
 .panels { display: flex; flex-wrap: wrap; gap: .8rem; }
-.panels figure { flex: 1 1 18rem; margin: 0; }
+.panels figure { flex: 1 1 22rem; margin: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th { text-align: left; color: var(--faint); font-weight: 500; }
@@ -64,6 +65,7 @@ svg .name { fill: var(--ink); }
 .grid { stroke: var(--line); }
 .source { fill: var(--source); stroke: var(--source); }
 .target { fill: var(--target); stroke: var(--target); }
+.all { fill: var(--ink); stroke: var(--ink); }
 .path { fill: none; stroke: var(--target); stroke-width: 2; }
 .area { fill: var(--target); opacity: .12; }
 .needed { stroke: var(--ink); stroke-dasharray: 4 3; }
@@ -93,6 +95,7 @@ def page(report: Report, now: datetime) -> str:
         "<h2>Share of the traffic</h2>",
         _share_plot(report, now),
         *_steps(report),
+        *_impact(report),
         *_arms(report),
         *_verdicts(report),
         *_moments(report),
@@ -295,7 +298,32 @@ def _arms(report: Report) -> list[str]:
     return ["<h2>The two versions at the verdicts</h2>", key, f'<div class="panels">{"".join(panels)}</div>']
 
 
+def _impact(report: Report) -> list[str]:
+    """Before, during and after: what clients noticed, as points with their intervals and as a table."""
+    told = periods(report.impact) if report.impact is not None else []
+    if not told:
+        return []
+    failed = [(name, [(_PERIOD, _interval(one.errors, one.requests))]) for name, one in told]
+    first = [(name, [(_PERIOD, _limited(one.first_p95_ms, one.first_p95_limits_ms))]) for name, one in told]
+    last = [(name, [(_PERIOD, _limited(one.p95_ms, one.p95_limits_ms))]) for name, one in told]
+    panels = [_points_plot("Failed requests, with 95 % intervals", failed, share_text)]
+    for title, points in (("p95 to the first byte, ms, with 95 % intervals", first),
+                          ("p95 to the last byte, ms, with 95 % intervals", last)):  # fmt: skip
+        if any(point for _, ((_, point),) in points):
+            panels.append(_points_plot(title, points, ms_text))
+    heads = ("Period", "Requests", "Failed", "First byte p50", "First byte p95", "Last byte p95")
+    who_noticed = f"All versions of {report.model} together; before and after are as long as the switch, or 5 minutes."
+    return [
+        "<h2>What clients noticed</h2>",
+        f'<p class="faint">{escape(who_noticed)}</p>',
+        f'<div class="panels">{"".join(panels)}</div>',
+        _table(heads, [[name, *impact_cells(one)] for name, one in told]),
+    ]
+
+
 _Point = tuple[float, float, float]
+#: The colour of a point that is of no single version.
+_PERIOD = "all"
 
 
 def _interval(errors: int, requests: int) -> _Point | None:
@@ -307,10 +335,22 @@ def _point(value: float | None) -> _Point | None:
     return None if value is None else (value, value, value)
 
 
+def _limited(value: float | None, limits: tuple[float, float] | None) -> _Point | None:
+    return None if value is None else (value, *(limits or (value, value)))
+
+
 def _pair_plot(title: str, pairs: list[tuple[str, _Point | None, _Point | None]], text: Callable[[float], str]) -> str:
     """Two points with their intervals for each verdict."""
+    points = [(name, [("source", source), ("target", target)]) for name, source, target in pairs]
+    return _points_plot(title, points, text)
+
+
+def _points_plot(
+    title: str, groups: list[tuple[str, list[tuple[str, _Point | None]]]], text: Callable[[float], str]
+) -> str:
+    """Points with their intervals, side by side in named groups; each has a colour."""
     left, right, top, bottom = 62.0, 420.0, 12.0, 160.0
-    tops = [point[2] for _, source, target in pairs for point in (source, target) if point is not None]
+    tops = [point[2] for _, points in groups for _, point in points if point is not None]
     most = _nice(max(tops, default=0.0))
 
     def down(value: float) -> float:
@@ -321,10 +361,11 @@ def _pair_plot(title: str, pairs: list[tuple[str, _Point | None, _Point | None]]
         f'<text x="{left - 8}" y="{down(v) + 4:.1f}" text-anchor="end">{escape(text(v))}</text>'
         for v in (0.0, most / 2, most)
     ]
-    for number, (name, source, target) in enumerate(pairs):
-        middle = left + (right - left) * (number + 0.5) / len(pairs)
+    for number, (name, points) in enumerate(groups):
+        middle = left + (right - left) * (number + 0.5) / len(groups)
         drawn.append(f'<text x="{middle:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(name)}</text>')
-        for kind, point, x in (("source", source, middle - 9), ("target", target, middle + 9)):
+        for place, (kind, point) in enumerate(points):
+            x = middle + 18.0 * (place - (len(points) - 1) / 2)
             if point is not None:
                 value, low, high = point
                 drawn.append(

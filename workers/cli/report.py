@@ -8,23 +8,28 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
+from turnout.events.store import Unavailable
 from turnout.projections.audit import seconds
+from turnout.workers.answers import CommandRejected, ControllerBug
 from turnout.workers.cli.page import page
-from turnout.workers.cli.story import Report, Story, effects, summary
+from turnout.workers.cli.story import Report, Story, effects, periods, summary
 from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common, rows, table
 from turnout.workers.cli.words import (
     bar,
     decision_style,
     figures_table,
+    impact_cells,
     phase_style,
     phase_text,
     share_text,
     toml,
 )
+from turnout.workers.client import HealthMonitor
 
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from turnout.core.health import SwitchImpact
     from turnout.events.switch import VerdictReached
     from turnout.workers.client import Client
 
@@ -39,7 +44,8 @@ _METER = 12
 @common
 def report(io: Terminal, switch: str, html: Path | None) -> None:
     """Tell everything about SWITCH (or the newest switch of a model) from the log: what was asked, each step with its
-    time, each verdict with its figures, the effect with its interval, who did what, and how it ended.
+    time, each verdict with its figures, the effect with its interval, who did what, and how it ended; and what clients
+    noticed before, during and after it, while the samples of that time are kept.
     """  # noqa: D205  the first paragraph is what --help shows
 
     async def work(client: Client) -> int:
@@ -48,6 +54,8 @@ def report(io: Terminal, switch: str, html: Path | None) -> None:
         async for recorded in client.log():
             story.take(recorded)
         made = story.report
+        if made is not None:
+            made.impact = await _impact(client, view.switch)
         if made is None:
             io.fail("log_damaged", f"the log does not hold the beginning of {view.switch}", "check it: turnout verify")
             return FAILED
@@ -66,6 +74,14 @@ def report(io: Terminal, switch: str, html: Path | None) -> None:
         return DONE
 
     io.run(work)
+
+
+async def _impact(client: Client, switch: str) -> SwitchImpact | None:
+    """What clients noticed; None where no controller answers, or none knows: the log's part is told all the same."""
+    try:
+        return await HealthMonitor(client).monitor_switch_impact(switch)
+    except (Unavailable, CommandRejected, ControllerBug):
+        return None
 
 
 def _write(file: Path, text: str) -> None:
@@ -105,6 +121,15 @@ def show(io: Terminal, made: Report, now: datetime) -> None:
     io.say("")
     for line in effects(made):
         io.say(line)
+    if made.impact is not None and (told := periods(made.impact)):
+        io.say("")
+        io.say(f"what clients of {made.model} noticed, all versions together (95 % limits in brackets)")
+        io.show(
+            rows(
+                table("  PERIOD", "REQUESTS", "FAILED", "FIRST BYTE P50", "FIRST BYTE P95", "LAST BYTE P95"),
+                [[f"  {name}", *impact_cells(counted)] for name, counted in told],
+            )
+        )
     io.say("")
     for moment in made.moments:
         person = "*" if moment.person else " "

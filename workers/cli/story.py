@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from turnout.core.health import SwitchImpact
 from turnout.events.switch import (
     BakeStarted,
     DrainStarted,
@@ -30,6 +31,7 @@ from turnout.projections.audit import Audit, seconds, who
 from turnout.workers.cli.words import e_text, effect_text, figure_text, share_text, value_text
 
 if TYPE_CHECKING:
+    from turnout.core.health import Numbers
     from turnout.events.envelope import Recorded
 
 
@@ -79,6 +81,8 @@ class Report(msgspec.Struct):
         effect: the newest figures that have an interval: target over source.
         sample_ratio: the newest check that the split was kept, None where none was made.
         shares: the target's share over time, by the times at which gateways had applied it.
+        impact: what clients noticed, by samples that are kept for a while only; None where they are gone, or nobody
+            could be asked. Everything else is the log's.
     """
 
     switch: str
@@ -106,6 +110,7 @@ class Report(msgspec.Struct):
     sample_ratio: Figure | None = None
     shares: list[Share] = []
     moments: list[Moment] = []
+    impact: SwitchImpact | None = None
 
 
 class Story:
@@ -235,3 +240,9 @@ def effects(made: Report) -> list[str]:
             f"e = {e_text(ratio.e)} of {e_text(ratio.e_needed)})"
         )
     return lines
+
+
+def periods(impact: SwitchImpact) -> list[tuple[str, Numbers]]:
+    """Before, during and after the switch, those in which there was a request."""
+    told = (("before", impact.before), ("during", impact.during), ("after", impact.after))
+    return [(name, counted) for name, counted in told if counted.requests]

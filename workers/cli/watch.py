@@ -158,7 +158,7 @@ def screen(seen: Seen, now: datetime, width: int) -> RenderableType:
 
 
 def _versions(seen: Seen) -> RenderableType:
-    """One line for each version: its share as a bar, and how it does."""
+    """One line for each version: its share as a bar, what runs on it, and how it does."""
     one = seen.picture
     weights = {split.version: split.weight for split in one.route.splits} if one.route is not None else {}
     mirrored = {mirror.version: mirror.percent for mirror in one.route.mirrors} if one.route is not None else {}
@@ -178,16 +178,21 @@ def _versions(seen: Seen) -> RenderableType:
                 Text(role, "dim"),
                 Text(bar(share / 100, _BAR), style if share else "dim"),
                 Text(f"{share:5.4g} %" + (f", copies of {mirrored[name]:g} %" if name in mirrored else "")),
+                _running(health.get(name)),
                 _status(health.get(name), loaded),
                 *_numbers(health.get(name)),
             ]
         )
     made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for number in range(7):
+    for number in range(8):
         # on a narrow terminal the numbers at the end are cut, never the share
-        needed = max((len(line[number]) for line in lines), default=0) if number < 5 else None
+        needed = max((len(line[number]) for line in lines), default=0) if number < 6 else None
         made.add_column(no_wrap=True, min_width=needed)
     return rows(made, lines)
+
+
+def _running(health: VersionHealth | None) -> str:
+    return f"{health.in_flight} in flight" if health is not None and health.instances else ""
 
 
 def _status(health: VersionHealth | None, loaded: list[dict[str, object]]) -> Text:

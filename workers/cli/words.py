@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from turnout.core.health import Numbers
     from turnout.core.strategies.base import Stage
     from turnout.events.switch import Figure
     from turnout.projections.switches import SwitchView
@@ -185,6 +186,25 @@ def figures_table(figures: Iterable[Figure], source: str, target: str, cells: in
         for figure in figures
     ]
     return rows(made, lines)
+
+
+def impact_cells(counted: Numbers) -> list[str]:
+    """What clients noticed in one period: requests, failed, p50 and p95 to the first byte, p95 to the last."""
+    share = share_text(counted.error_rate)
+    if counted.low is not None and counted.high is not None:
+        share += f" ({share_text(counted.low)} to {share_text(counted.high)})"
+    return [
+        f"{counted.requests:,}",
+        share,
+        ms_text(counted.first_p50_ms),
+        ms_text(counted.first_p95_ms) + limits_text(counted.first_p95_limits_ms),
+        ms_text(counted.p95_ms) + limits_text(counted.p95_limits_ms),
+    ]
+
+
+def limits_text(limits: tuple[float, float] | None) -> str:
+    """Limits in milliseconds, in brackets; nothing where there are none."""
+    return "" if limits is None else f" ({ms_text(limits[0])} to {ms_text(limits[1])})"
 
 
 def paused_text(cause: str) -> str:

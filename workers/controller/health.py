@@ -24,7 +24,7 @@ from turnout.core.switch import ENDED, SwitchState, unknown_switch
 from turnout.events.health import ProbeFailed, ProbePassed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from turnout.core.config import ModelSwitchingConfig
     from turnout.core.world import World
@@ -101,13 +101,22 @@ class HealthMonitor:
         clock: of this process.
         config: thresholds.
         moved: called after new evidence has come.
+        in_flight: of a model: version → requests that have not ended, as the gateways say.
     """
 
-    def __init__(self, world: World, clock: Clock, config: ModelSwitchingConfig, moved: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        world: World,
+        clock: Clock,
+        config: ModelSwitchingConfig,
+        moved: Callable[[], None],
+        in_flight: Callable[[str], Mapping[str, int]],
+    ) -> None:
         self._world = world
         self._clock = clock
         self._config = config
         self._moved = moved
+        self._in_flight = in_flight
         self._recent: dict[str, deque[HealthEvent]] = {}
         self._desks: dict[str, _Desk] = {}
         self._found: tuple[health.Finding, ...] = ()
@@ -188,18 +197,19 @@ class HealthMonitor:
             versions=versions,
             thresholds=self._config.alert_thresholds,
             now=self._clock.now(),
+            in_flight=self._in_flight(model),
         )
 
     def monitor_switch_impact(self, switch: str) -> health.SwitchImpact | None:
-        """What clients noticed of a switch, as far as samples are kept; None where it is not known.
+        """What clients noticed of a switch, as far as samples are kept.
 
-        Its end is known of the newest switch of a model that has ended; an older one is told as if it still ran.
+        None where it is not known: of switches that have ended, only the newest of a model is.
         """
         state = self._switch(switch)
-        if state.requested_at is None:
-            return None
         newest = self._world.ended.get(state.model)
         ended = newest.envelope.time if newest is not None and newest.subject.endswith(f".{switch}") else None
+        if state.requested_at is None or (state.phase in ENDED and ended is None):
+            return None
         return health.monitor_switch_impact(
             self._recent.get(state.model, ()),
             switch=switch,

@@ -1,13 +1,20 @@
-"""Who is alive: beats heard by this process, and whom the log believes alive without any. Time comes by the clock."""
+"""Who is alive: beats heard by this process, and whom the log believes alive without any. Time comes by the clock.
+
+Beats of gateways also say what is in flight; that is for people to see, and decides nothing.
+"""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from turnout.core.gateway import LoseGateway
 from turnout.core.sagas.owed import Owed, Write
 from turnout.core.worker import LoseWorker
 from turnout.events import subjects
+from turnout.workers.ports import GatewayBeat
 
 if TYPE_CHECKING:
     from turnout.core.world import World
@@ -27,10 +34,25 @@ class Liveness:
         self._heard: dict[tuple[str, str], float] = {}
         #: Since when the log, as this leader reads it, takes each of them for alive: a joining is a sign of life.
         self._live: dict[tuple[str, str], float] = {}
+        #: What each gateway said last.
+        self._said: dict[str, GatewayBeat] = {}
 
     def heard(self, kind: str, id: str, body: bytes) -> None:
         """A beat came."""
         self._heard[kind, id] = self._clock.monotonic()
+        if kind == "gateway":
+            with suppress(msgspec.MsgspecError):  # a gateway of another version: it lives, and that is what counts
+                self._said[id] = msgspec.json.decode(body, type=GatewayBeat)
+
+    def in_flight(self, model: str) -> dict[str, int]:
+        """Version → requests in flight at all gateways that were heard of within their lease, by their newest beats."""
+        since = self._clock.monotonic() - GATEWAY_LEASE_S
+        self._said = {id: beat for id, beat in self._said.items() if self._heard["gateway", id] >= since}
+        found: dict[str, int] = {}
+        for beat in self._said.values():
+            for version, count in beat.in_flight.get(model, {}).items():
+                found[version] = found.get(version, 0) + count
+        return found
 
     def restart(self) -> None:
         """Give everybody a full lease from now on: called when this process begins to lead."""

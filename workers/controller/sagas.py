@@ -48,7 +48,7 @@ class SagaRunner:
         self._commands = commands
         self._liveness = liveness
         #: Wakes it up: what is owed depends on the evidence, too.
-        self.health = HealthMonitor(log.world, clock, config, self._wake)
+        self.health = HealthMonitor(log.world, clock, config, self._wake, liveness.in_flight)
         self._clock = clock
         self._config = config
         self._moved = asyncio.Event()

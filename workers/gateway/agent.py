@@ -20,7 +20,7 @@ from turnout.events import subjects
 from turnout.events.store import Unavailable
 from turnout.projections.fleet import GatewayView
 from turnout.projections.routing import RouteView
-from turnout.workers.ports import Request
+from turnout.workers.ports import GatewayBeat, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -64,6 +64,10 @@ class Plane(Protocol):
 
     def apply(self, route: RouteView) -> Transition | None:
         """Route by a revision from the next request on; None where it is not newer."""
+        ...
+
+    def in_flight(self) -> dict[str, dict[str, int]]:
+        """Model → version → requests in flight."""
         ...
 
     def on_drained(self, report: Callable[[Drained], None]) -> None:
@@ -364,8 +368,6 @@ class GatewayAgent:
     async def _beat(self) -> None:
         """Say that this process lives, and notice since when nobody can hear it."""
         while True:
-            connected = self._control_plane() == "connected"
-            await self._beats.publish(
-                "gateway", self.id, b'{"connected":true}' if connected else b'{"connected":false}'
-            )
+            beat = GatewayBeat(self._control_plane() == "connected", self._plane.in_flight())
+            await self._beats.publish("gateway", self.id, msgspec.json.encode(beat))
             await asyncio.sleep(BEAT_S)

@@ -212,6 +212,10 @@ class DataPlane:
             for event in events:
                 self._report_sample(event)
 
+    def in_flight(self) -> dict[str, dict[str, int]]:
+        """Model → version → requests in flight."""
+        return self.context.tracker.by_version()
+
     # The gateway's own paths
 
     def _own_paths(self) -> None:

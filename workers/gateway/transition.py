@@ -185,6 +185,14 @@ class RequestTracker:
             if (model is None or lane.model == model) and (version is None or lane.version == version)
         )
 
+    def by_version(self) -> dict[str, dict[str, int]]:
+        """Model → version → requests in flight; what has none is left out."""
+        made: dict[str, dict[str, int]] = {}
+        for lane in self.lanes.values():
+            if lane.requests:
+                made.setdefault(lane.model, {})[lane.version] = len(lane.requests)
+        return made
+
     def running(self) -> Iterator[Tracked]:
         """Every request in flight. Take a copy before any of them is ended."""
         for lane in self.lanes.values():

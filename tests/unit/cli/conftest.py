@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
     from turnout.events.envelope import Recorded
+    from turnout.events.health import HealthEvent
 
 Turnout = Callable[..., Result]
 
@@ -45,7 +46,7 @@ class LocalPlane:
         self.reader = self
         self._log = Log(store, lambda _: None)
         self._commands = Commands(self._log, self.clock, ModelSwitchingConfig(), Defaults())
-        self.health = HealthMonitor(self._log.world, self.clock, ModelSwitchingConfig(), lambda: None)
+        self.health = HealthMonitor(self._log.world, self.clock, ModelSwitchingConfig(), lambda: None, lambda _: {})
 
     async def start(self) -> None:
         await self._log.follow()
@@ -100,13 +101,21 @@ def tell(store: MemoryStore) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def turnout(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> Turnout:
+def samples() -> list[HealthEvent]:
+    """What the controllers have heard from gateways; empty, for a test to fill."""
+    return []
+
+
+@pytest.fixture
+def turnout(store: MemoryStore, samples: list[HealthEvent], monkeypatch: pytest.MonkeyPatch) -> Turnout:
     """Run the command line: ``turnout("models", "--json")``."""
 
     @asynccontextmanager
     async def connect(url: str = "", *, actor: str = "") -> AsyncGenerator[Client]:
         plane = LocalPlane(store)
         await plane.start()
+        for event in samples:
+            plane.health.heard(event)
         yield Client(plane, actor or "alice")
 
     monkeypatch.setattr(client, "connect", connect)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import timedelta
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 from tests.unit.cli.tale import FIGURES, T0, canary_held, canary_rolled_back
 
+from turnout.events.health import HealthSampled
 from turnout.events.switch import SwitchAborted
 from turnout.workers.cli.page import page
 from turnout.workers.cli.story import Report, Story
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from click.testing import Result
 
+    from turnout.events.health import HealthEvent
     from turnout.events.memory import MemoryStore
 
     Turnout = Callable[..., Result]
@@ -140,3 +143,47 @@ def test_a_report_of_nothing_yet_is_a_page_too() -> None:
     checked = Checked()
     checked.feed(page(Report("sw-1"), T0))
     assert checked.open == []
+
+
+def sampled(version: str, at_s: float, requests: int, failed: int) -> HealthSampled:
+    """A window so long after the switch was asked for."""
+    at = T0 + timedelta(seconds=at_s)
+    return HealthSampled(
+        gateway="g1",
+        model="chat",
+        version=version,
+        window=1,
+        revision=1,
+        share=1.0,
+        started=at,
+        ended=at,
+        requests=requests,
+        outcomes={"ok": requests - failed, "http_error": failed},
+        first_ms={"stream/1k": {40: requests}},
+        total_ms={60: requests},
+    )
+
+
+def test_the_report_says_what_clients_noticed_before_during_and_after(
+    store: MemoryStore, turnout: Turnout, samples: list[HealthEvent], tmp_path: Path
+) -> None:
+    canary_rolled_back(store)
+    samples += [sampled("v1", -30, 200, 0), sampled("v1", 5, 90, 0), sampled("v2", 6, 10, 4), sampled("v1", 60, 50, 1)]
+    impact = json.loads(turnout("report", "chat", "--json").stdout)["impact"]
+    assert [impact[when]["requests"] for when in ("before", "during", "after")] == [200, 100, 50]
+    assert impact["during"]["errors"] == 4
+    assert impact["during"]["low"] < 0.04 < impact["during"]["high"]
+    assert impact["during"]["p95_limits_ms"] is not None
+    text = turnout("report", "chat").stdout
+    assert re.search(r"during +100 +4\.0 % \(1\.6 % to 9\.8 %\)", text)
+    made = tmp_path / "report.html"
+    turnout("report", "chat", "--html", str(made))
+    html = made.read_text()
+    assert "What clients noticed" in html
+    assert html.count('<circle class="all"') == 9, "three periods in three plots"
+    Checked().feed(html)
+
+
+def test_without_samples_the_report_leaves_out_what_clients_noticed(store: MemoryStore, turnout: Turnout) -> None:
+    canary_rolled_back(store)
+    assert "what clients" not in turnout("report", "chat").stdout

@@ -70,7 +70,7 @@ def test_the_live_view_shows_weights_evidence_and_what_comes_next(store: MemoryS
         "chat",
         T0,
         (
-            VersionHealth("v1", HealthStatus.HEALTHY, (), Numbers(412, 1, 0.0024, p95_ms=240.0), 1, "passed"),
+            VersionHealth("v1", HealthStatus.HEALTHY, (), Numbers(412, 1, 0.0024, p95_ms=240.0), 1, "passed", 12),
             VersionHealth("v2", HealthStatus.DEGRADED, (), Numbers(31, 1, 0.032, p95_ms=260.0), 1, "failing"),
         ),
     )
@@ -78,8 +78,8 @@ def test_the_live_view_shows_weights_evidence_and_what_comes_next(store: MemoryS
     lines = drawn(Seen(msgspec.structs.replace(seen(store), evidence=HOLD, outlook=coming), health))
     text = "\n".join(lines)
     v1, v2 = lines[1].split(), lines[2].split()
-    assert v1[:5] == ["v1", "active", "█" * 19 + "░", "95", "%"]
-    assert v2[:6] == ["v2", "target", "█" + "░" * 19, "5", "%", "degraded"]
+    assert v1[:8] == ["v1", "active", "█" * 19 + "░", "95", "%", "12", "in", "flight"]
+    assert v2[:9] == ["v2", "target", "█" + "░" * 19, "5", "%", "0", "in", "flight", "degraded"]
     assert "31 requests, 3.2 % failed" in lines[2]
     assert "switch sw-1  v1 → v2 (canary)  cut over  step 1 of 3 (5 %)  since 30 s, by alice" in text
     assert "next  in 18 s at the latest: as soon as the evidence passes" in text

@@ -10,7 +10,7 @@ from tests.unit.core.story import Story, serving
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.judging.judgement import Decision
 from turnout.events.health import HealthSampled
-from turnout.events.switch import SwitchAborted
+from turnout.events.switch import SwitchAborted, SwitchRequested
 from turnout.workers.controller.health import EvidenceReport, HealthMonitor, HealthReport
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ def at_first_step() -> tuple[Story, HealthMonitor, list[bool]]:
     story.carry()
     story.applied().carry()
     moved: list[bool] = []
-    monitor = HealthMonitor(story.world, Clock(story), ModelSwitchingConfig(), lambda: moved.append(True))
+    monitor = HealthMonitor(
+        story.world, Clock(story), ModelSwitchingConfig(), lambda: moved.append(True), lambda _: {"v1": 4}
+    )
     return story, monitor, moved
 
 
@@ -111,6 +113,10 @@ def test_what_came_after_a_switch_is_told_apart_from_what_came_while_it_ran() ->
     impact = monitor.monitor_switch_impact("sw-1")
     assert impact is not None
     assert (impact.during.requests, impact.after.requests) == (95, 7)
+    story.happens(SwitchRequested("sw-2", "chat", "v2", "v1", "immediate", {}, False, "", story.now, 1, 1, story.now))
+    story.happens(SwitchAborted("sw-2", "no"))
+    assert monitor.monitor_switch_impact("sw-2") is not None
+    assert monitor.monitor_switch_impact("sw-1") is None, "nobody knows when it ended"
 
 
 def test_questions_are_answered_or_refused_with_a_hint() -> None:
@@ -119,6 +125,7 @@ def test_questions_are_answered_or_refused_with_a_hint() -> None:
     health = monitor.answer("health.get", b'{"model": "chat"}')
     assert isinstance(health, HealthReport)
     assert {one.version: one.numbers.requests for one in health.versions} == {"v1": 95, "v2": 0}
+    assert {one.version: one.in_flight for one in health.versions} == {"v1": 4, "v2": 0}
     evidence = monitor.answer("switch.evidence", b'{"switch": "sw-1"}')
     assert isinstance(evidence, EvidenceReport)
     assert evidence.judgement is not None

@@ -77,3 +77,17 @@ def test_each_loss_has_an_id_of_its_own_and_the_same_loss_the_same() -> None:
     liveness.owed(builder.world)
     clock.seconds += GATEWAY_LEASE_S + 0.1
     assert liveness.owed(builder.world)[0].id != first.id
+
+
+def test_what_is_in_flight_is_what_gateways_that_live_have_said_last() -> None:
+    _, liveness, clock = told()
+    liveness.heard("gateway", "g1", b'{"connected":true,"in_flight":{"chat":{"v1":9}}}')
+    liveness.heard("gateway", "g1", b'{"connected":true,"in_flight":{"chat":{"v1":3,"v2":1},"embed":{"v1":5}}}')
+    liveness.heard("gateway", "g2", b'{"in_flight":{"chat":{"v1":2}}}')
+    liveness.heard("gateway", "g3", b"{}")
+    liveness.heard("gateway", "g4", b"beat")
+    assert liveness.in_flight("chat") == {"v1": 5, "v2": 1}
+    clock.seconds += GATEWAY_LEASE_S
+    liveness.heard("gateway", "g2", b'{"in_flight":{"chat":{"v1":2}}}')
+    clock.seconds += 0.1
+    assert liveness.in_flight("chat") == {"v1": 2}

@@ -16,7 +16,7 @@ from turnout.projections.routing import RouteView
 from turnout.workers.clock import SystemClock
 from turnout.workers.gateway.agent import GatewayAgent
 from turnout.workers.gateway.transition import Drained, RequestTracker, TransitionManager
-from turnout.workers.ports import Request, ViewEntry
+from turnout.workers.ports import GatewayBeat, Request, ViewEntry
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -56,6 +56,9 @@ class Plane:
     def apply(self, route: RouteView) -> Transition | None:
         return self.manager.begin_transition(route, 0.0)
 
+    def in_flight(self) -> dict[str, dict[str, int]]:
+        return {"chat": {"v1": 3}}
+
     def on_drained(self, report: Callable[[Drained], None]) -> None:
         self.report = report
 
@@ -90,6 +93,7 @@ class World:
         self.held.set()
         self.changed: Callable[[Mapping[str, ViewEntry], int], None] | None = None
         self.beats = 0
+        self.beat = GatewayBeat()
         self.connected = True
         self.plane = Plane()
         self.news = News()
@@ -118,6 +122,7 @@ class World:
     async def publish(self, kind: str, id: str, body: bytes) -> None:
         assert (kind, id) == ("gateway", "g1")
         self.beats += 1
+        self.beat = msgspec.json.decode(body, type=GatewayBeat)
 
     # ViewReader
 
@@ -372,5 +377,6 @@ def test_it_says_since_when_the_control_plane_is_away() -> None:
         w.connected = True
         assert w.plane.control_plane() == "connected"
         await wait(lambda: w.beats)
+        assert w.beat.in_flight == {"chat": {"v1": 3}}
 
     play(scenario)
