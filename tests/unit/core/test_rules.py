@@ -7,7 +7,7 @@ import itertools
 import cel
 import msgspec
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from turnout.core.rules import MODALITIES, Facts, Rules, problems
@@ -264,6 +264,7 @@ EXPRESSIONS = st.recursive(
 @given(EXPRESSIONS, FACTS)
 @example("tools in ['a' in headers]", Facts())
 def test_an_expression_means_what_cel_says_it_means(when: str, facts: Facts) -> None:
+    assume(not problems((rule(when),)))  # what is refused when it is set need not mean anything
     facts = msgspec.structs.replace(
         facts, headers={"a": "", "b": "", **facts.headers}, metadata={"n": "", "m": "", **facts.metadata}
     )
