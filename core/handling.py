@@ -209,7 +209,21 @@ def _inspected(world: World, body: model.ReportInspected, context: Context) -> W
     return (Write("model", body.model, body),)
 
 
-def _set(world: World, body: model.SetPolicy | model.SetRules, context: Context) -> Writes | Rejected:
+def _set_policy(world: World, body: model.SetPolicy, context: Context) -> Writes | Rejected:
+    return (Write("model", body.model, body),)
+
+
+def _set_rules(world: World, body: model.SetRules, context: Context) -> Writes | Rejected:
+    """What a rule sends elsewhere must have somewhere to go: the model itself can't see the others."""
+    there = sorted(name for name, state in world.models.items() if state.versions)
+    lost = [rule for rule in body.rules if rule.model and rule.model not in there]
+    if lost and world.state("model", body.model).model:
+        rule = lost[0]
+        return Rejected(
+            "rules_invalid",
+            f"rule {rule.name!r}: there is no model {rule.model!r} (registered: {', '.join(there)})",
+            f"register a version of it first: turnout register {rule.model} VERSION --engine …",
+        )
     return (Write("model", body.model, body),)
 
 
@@ -225,6 +239,15 @@ def _deregister(world: World, body: model.DeregisterVersion, context: Context) -
             "this turnout serves only the models of its configuration file (enable_dynamic_registry = false)",
             "remove the version from turnout.toml and restart the controller",
         )
+    if set(world.state("model", body.model).versions) == {body.version}:  # its last one: the model goes, too
+        for name in sorted(world.models):
+            for rule in world.models[name].rules:
+                if rule.model == body.model:
+                    return Rejected(
+                        "version_in_use",
+                        f"rule {rule.name!r} of {name} sends requests to {body.model}, whose last version this is",
+                        f"take the rule away first: turnout rules set {name} FILE",
+                    )
     return (Write("model", body.model, body),)
 
 
@@ -515,8 +538,8 @@ VERBS: dict[tuple[str, str], tuple[type[msgspec.Struct], Handler]] = {
     ("ops", "switch.resume"): (ContinueSwitch, _resume),
     ("ops", "switch.promote"): (AdvanceSwitch, _promote),
     ("ops", "switch.retry"): (RetrySwitch, _retry),
-    ("ops", "model.policy"): (model.SetPolicy, _set),
-    ("ops", "model.rules"): (model.SetRules, _set),
+    ("ops", "model.policy"): (model.SetPolicy, _set_policy),
+    ("ops", "model.rules"): (model.SetRules, _set_rules),
     ("ops", "alert.acknowledge"): (alert.AcknowledgeAlert, _acknowledge),
     ("ops", "model.undo"): (UndoModel, _undo),
     ("gw", "gateway.join"): (gateway.JoinGateway, _gateway),

@@ -316,7 +316,8 @@ def _start_drain(world: World, state: SwitchState, now: datetime) -> Owed:
 def _drain(world: World, state: SwitchState, now: datetime) -> Agenda:
     if routes.applied(world, state.model, state.revision) is None:
         return Agenda()
-    if not routes.drained(world, state.model, state.source):
+    stays = any(part.version == state.source for part in world.state("route", state.model).parts)  # a rule names it
+    if not stays and not routes.drained(world, state.model, state.source):
         return Agenda()
     complete = CompleteSwitch(state.switch, _seconds(state.since, now))
     return Agenda((_owe(state, "complete", close(state, "completed"), Write("switch", state.switch, complete)),))

@@ -13,6 +13,7 @@ import msgspec
 from tests.sim.network import SimHealth, SimNews
 
 from turnout.core.decider import Failed
+from turnout.core.rules import Facts
 from turnout.events.health import ERRORS, OUTCOMES, HealthSampled
 from turnout.events.store import Unavailable
 from turnout.workers.gateway.agent import GatewayAgent
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from turnout.workers.gateway.plane import DataPlane
     from turnout.workers.gateway.transition import Drained, Transition
     from turnout.workers.ports import Beats, Bus, ViewReader
+
+#: A request of which rules can't tell anything.
+NOTHING_SAID = Facts()
 
 #: An engine must have been without a connection for this long before its worker stops it.
 QUIET_S = 0.3
@@ -123,10 +127,12 @@ class Fleet:
         self.holds = holds
         self.engines: dict[str, SimEngine] = {}
         self.gateways: list[SimPlane] = []
-        self.counts = {"requests": 0, "answered": 0, "excused": 0, "rerouted": 0, "ended": 0, "errors": 0}
+        self.counts = {"requests": 0, "ruled": 0, "answered": 0, "excused": 0, "rerouted": 0, "ended": 0, "errors": 0}
         self.on_stop: Callable[[SimEngine], None] = lambda _: None
         self.on_sent: Callable[[SimPlane, Choice], None] = lambda gateway, choice: None
         self.on_failed: Callable[[SimPlane, Flight, str], None] = lambda gateway, flight, code: None
+        #: After a choice: gateway, model that the client named, its facts, the choice.
+        self.on_chosen: Callable[[SimPlane, str, Facts, Choice | NoRoute], None] = lambda *_: None
         self.on_applied: Callable[[SimPlane, RouteView, int], None] = lambda gateway, view, before: None
 
     def quiet(self, engine: SimEngine) -> bool:
@@ -263,6 +269,8 @@ class Collector:
         """The split has assigned it."""
         choice, key = flight.first, flight.key
         window = self._window(flight)
+        if not flight.split:
+            return
         if not key or (choice.model, choice.revision, key) not in self._seen:
             self._seen.add((choice.model, choice.revision, key))
             window["assigned"] = window.get("assigned", 0) + 1
@@ -273,7 +281,7 @@ class Collector:
         window = self._window(flight)
         window[outcome] = window.get(outcome, 0) + 1
         window["run"] = window.get("run", 0) + 1 if outcome == "refused" else 0
-        if outcome in ERRORS and (not key or (choice.model, choice.revision, key) not in self._bad):
+        if outcome in ERRORS and flight.split and (not key or (choice.model, choice.revision, key) not in self._bad):
             self._bad.add((choice.model, choice.revision, key))
             window["unit_errors"] = window.get("unit_errors", 0) + 1
 
@@ -323,6 +331,7 @@ class Flight:
         "key",
         "model",
         "number",
+        "split",
         "streaming",
         "timer",
         "tried",
@@ -337,6 +346,8 @@ class Flight:
         self.choice: Choice = None  # type: ignore[assignment]  # set before anything reads it
         #: Where the split sent it, whoever answers in the end.
         self.first: Choice = None  # type: ignore[assignment]  # set before anything reads it
+        #: Whether the split chose, and no rule; what a rule chose is counted, and compared with nothing.
+        self.split = True
         self.key = b""
         self.engine: SimEngine | None = None
         self.tried: list[Slot] = []
@@ -346,14 +357,19 @@ class Flight:
         self.done = False
         self.timer: asyncio.TimerHandle | None = None
 
-    def begin(self, key: bytes) -> None:
+    def begin(self, key: bytes, facts: Facts) -> None:
         """Choose and send."""
         gateway = self.gateway
-        chosen = gateway.manager.handle_request_routing(self.model, key, gateway.process.monotonic())
+        manager, now = gateway.manager, gateway.process.monotonic()
+        if self.model in manager.ruled:
+            chosen, self.split = manager.handle_ruled_request(self.model, facts, key, now)
+        else:
+            chosen = manager.handle_request_routing(self.model, key, now)
+        gateway.fleet.on_chosen(gateway, self.model, facts, chosen)
         if isinstance(chosen, NoRoute):
             self._fail(chosen.code)
         else:
-            self.first, self.key = chosen, key
+            self.first, self.key, self.model = chosen, key, chosen.model
             gateway.collector.began(self)
             self._send(chosen)
 
@@ -536,10 +552,10 @@ class SimPlane:
             self.loop.call_later(route.drain_s + 0.001, self._sweep)
         return transition
 
-    def request(self, model: str, duration_s: float, key: bytes = b"") -> None:
-        """A client's request."""
+    def request(self, model: str, duration_s: float, key: bytes = b"", facts: Facts = NOTHING_SAID) -> None:
+        """A client's request; ``facts``: what rules may ask of it."""
         self.fleet.counts["requests"] += 1
-        Flight(self, model, duration_s, self.fleet.counts["requests"]).begin(key)
+        Flight(self, model, duration_s, self.fleet.counts["requests"]).begin(key, facts)
 
     def flights(self) -> list[Flight]:
         """What is in flight, oldest first."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import msgspec
+from tests.sim.ruling import allowed
 
 from turnout.core.switch import ENDED, UNTOUCHED
 from turnout.core.world import World
@@ -17,6 +18,7 @@ from turnout.events.instance import InstanceDraining, InstanceReady
 from turnout.events.model import SwitchAdmitted
 from turnout.events.route import RouteChanged
 from turnout.projections.views import Views
+from turnout.workers.gateway.transition import NoRoute
 
 if TYPE_CHECKING:
     import asyncio
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from tests.sim.fleet import Fleet, Flight, SimEngine, SimPlane
     from tests.sim.network import Network
 
+    from turnout.core.rules import Facts
     from turnout.events.envelope import Recorded
     from turnout.projections.routing import RouteView
     from turnout.workers.gateway.transition import Choice
@@ -64,6 +67,7 @@ class Checker:
         fleet.on_stop = self._stopping
         fleet.on_failed = self._failed
         fleet.on_applied = self._applied
+        fleet.on_chosen = self.a_request_goes_where_the_rules_of_its_revision_say
 
     def violation(self, number: int, what: str) -> None:
         """Remember that invariant ``number`` is broken."""
@@ -264,6 +268,22 @@ class Checker:
         for one in self.fleet.gateways:
             if one.id == gateway and one.manager.applied().get(model, 0) < revision:
                 self.violation(9, f"the log says that {gateway} applied revision {revision} of {model}; it did not")
+
+    def a_request_goes_where_the_rules_of_its_revision_say(
+        self, gateway: SimPlane, model: str, facts: Facts, choice: Choice | NoRoute
+    ) -> None:
+        """On every applied revision the first rule that applies and can be followed decides; else the split."""
+        view = gateway.manager.route(model)
+        if view is None or not view.rules:
+            return
+        where = allowed(gateway.manager.route, model, facts)
+        went = None if isinstance(choice, NoRoute) else (choice.model, choice.version)
+        if (went is None) != (not where) or (went is not None and went not in where):
+            self.broken.append(
+                f"rules at {self.net.loop.time():.3f} s: {gateway.id} sent {facts} to {went} by revision "
+                f"{view.revision} of {model}, whose rules allow {where}: {view.rules}"
+            )
+        self.fleet.counts["ruled"] += 1
 
 
 def _use(gateway: SimPlane, instance: str) -> str:

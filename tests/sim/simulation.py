@@ -25,6 +25,7 @@ from tests.sim.network import (
     SimStore,
     SimViews,
 )
+from tests.sim.ruling import draw_facts, draw_rules
 
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Accepted, Answer, Rejected
@@ -38,7 +39,7 @@ from turnout.core.handling import (
     StopSwitch,
     UndoModel,
 )
-from turnout.core.model import DeregisterVersion, RegisterVersion
+from turnout.core.model import DeregisterVersion, RegisterVersion, SetRules
 from turnout.events.model import EngineSpec
 from turnout.workers.controller.controller import Controller
 from turnout.workers.inference.settings import WorkerSettings
@@ -237,7 +238,7 @@ class Simulation:
             if serving and self.world.state("model", model).active:
                 key = b"" if rng.random() < 0.7 else b"user-%d" % rng.randrange(10)
                 duration_s = rng.random() ** 2 * longest_s
-                rng.choice(serving).request(model, duration_s, key)
+                rng.choice(serving).request(model, duration_s, key, draw_facts(rng))
 
     # faults
 
@@ -498,7 +499,10 @@ def _draw_command(sim: Simulation, model: str, rng: random.Random) -> tuple[str,
         return "switch.retry", RetrySwitch(rng.choice(sorted(sim.world.switches) or ["sw-nothing"]))
     if draw < 0.88:
         return "model.undo", UndoModel(model)
-    if draw < 0.94:
+    if draw < 0.91:
+        names = sorted(sim.world.models)
+        return "model.rules", SetRules(model, draw_rules(rng, names, ("v1", "v2", "v3", "v9")))
+    if draw < 0.95:
         return "version.deregister", DeregisterVersion(model, version)
     return "version.register", RegisterVersion(model, version, EngineSpec("fake", args=("--load-s=0.5",)))
 

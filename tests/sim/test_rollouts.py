@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 from tests.sim.simulation import Simulation
 
+from turnout.core.decider import Accepted
 from turnout.core.handling import AdvanceSwitch
+from turnout.core.model import SetRules
 from turnout.events.health import HealthSampled
+from turnout.events.route import Rule
 from turnout.events.switch import RolledBack, StepApplied, VerdictReached
 
 if TYPE_CHECKING:
@@ -137,6 +140,42 @@ def test_a_canary_without_traffic_is_held_and_may_still_be_promoted() -> None:
     (verdict,) = of_type(sim, VerdictReached)
     assert verdict.decision == "inconclusive"
     assert "0 of 10" in verdict.reason
+
+
+def test_a_request_goes_where_the_rules_say_on_every_revision_of_a_rollout() -> None:
+    """A version's rule, another model's and a candidate's, through a canary, its rollback and a change of the rules.
+
+    Each choice of each gateway is checked against the rules of the revision that it has applied (invariants.py).
+    """
+    sim = Simulation(24, gateways=3)
+    beta = Rule("beta", "headers['x-team'] == 'beta'", version="v3")
+    pictures = Rule("pictures", "'image' in modality", model="vision")
+    short = Rule("short", "tokens < 100", candidate=True)
+    ruled: dict[str, int] = {}
+
+    async def scenario() -> None:
+        await sim.ready()
+        await sim.serve("vision", "v1")
+        await sim.serve("chat", "v1", "v3")
+        await sim.register("chat", "v2", load_s=0.2, errors=0.5)
+        assert isinstance(await sim.command("model.rules", SetRules("chat", (beta, pictures, short))), Accepted)
+        for _ in range(6):
+            sim.clients("chat", every_s=0.03, longest_s=0.2)
+        await sim.until(lambda: sim.world.ready("chat", "v3"))
+        strategy, parameters, _ = WAYS["canary"]
+        await sim.switch("chat", "v2", strategy=strategy, parameters=parameters, bake_s=1.0)
+        await sim.until(lambda: any(s.phase == "rolled_back" for s in sim.world.switches.values()), 90.0)
+        ruled["before"] = sim.fleet.counts["ruled"]
+        assert isinstance(await sim.command("model.rules", SetRules("chat", (short, pictures))), Accepted)
+        await sim.register("chat", "v4", load_s=0.2)
+        await sim.switch("chat", "v4", strategy="gradual", parameters=WAYS["gradual"][1], bake_s=1.0)
+        await sim.until(lambda: sim.world.state("model", "chat").active == "v4", 90.0)
+        await sim.rest()
+
+    sim.run(scenario())
+    assert ruled["before"] > 200
+    assert sim.fleet.counts["ruled"] > ruled["before"] + 200
+    assert of_type(sim, VerdictReached)[0].target_requests < 200, "the judge counts the candidate's share alone"
 
 
 def test_duplicate_and_late_samples_change_nothing() -> None:

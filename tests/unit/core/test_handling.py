@@ -35,6 +35,7 @@ from turnout.events.model import (
     EngineSpec,
     Inspection,
     KnownGoodMarked,
+    ModelRegistered,
     RulesChanged,
     SwitchAdmitted,
     SwitchClosed,
@@ -349,6 +350,12 @@ def ruled() -> Story:
     return serving().happens(RulesChanged("chat", (Rule("r", "tokens < 100", "v2"),)))
 
 
+def elsewhere() -> Story:
+    """Rule r of chat sends pictures to vision, which has one version and serves nothing."""
+    story = serving().happens(ModelRegistered("vision"), VersionRegistered("vision", "v1", FAKE, ""))
+    return story.happens(RulesChanged("chat", (Rule("r", "'image' in modality", model="vision"),)))
+
+
 def known_good_without_worker() -> Story:
     """v2 is active, v1 known good; nothing of v1 is loaded and there is no worker."""
     story = registered("v1", "v2", capacity=0)
@@ -395,6 +402,8 @@ REFUSALS: list[tuple[str, Any, str, str, object]] = [
     ("name_invalid", serving, "ops", "model.policy", model.SetPolicy("chat", "a b", {})),
     ("rules_invalid", serving, "ops", "model.rules", model.SetRules("chat", (Rule("r", "tokens <", "v1"),))),
     ("rules_invalid", serving, "ops", "model.rules", model.SetRules("chat", (Rule("r", "tokens < 9", "v9"),))),
+    ("rules_invalid", serving, "ops", "model.rules", model.SetRules("chat", (Rule("r", "tools", model="vision"),))),
+    ("version_in_use", elsewhere, "ops", "version.deregister", model.DeregisterVersion("vision", "v1")),
     ("tag_invalid", serving, "ops", "version.register", model.RegisterVersion("chat", "v3", FAKE, "", ("a b",))),
     (
         "metric_invalid",

@@ -30,12 +30,13 @@ from turnout.events.model import (
     Inspection,
     KnownGoodMarked,
     KnownGoodRevoked,
+    RulesChanged,
     SwitchClosed,
     VersionRegistered,
     VersionRejected,
     VersionValidated,
 )
-from turnout.events.route import Endpoint, RouteChanged, Split
+from turnout.events.route import Endpoint, RouteChanged, Rule, Split
 from turnout.events.switch import (
     BakeStarted,
     DrainStarted,
@@ -268,6 +269,16 @@ def test_a_rollback_ends_only_when_every_gateway_has_applied_it_and_the_source_i
     story.carry_placement()
     story.applied().carry()
     assert isinstance(story.probed(again.instance).carry()[-1], RolledBack)
+
+
+def test_a_source_that_a_rule_names_does_not_leave_and_is_not_waited_for() -> None:
+    story = baking()
+    story.happens(RulesChanged("chat", (Rule("short", "tokens < 100", version="v1"),)))
+    _, route = story.later(60.0).carry()
+    assert isinstance(route, RouteChanged)
+    assert [(split.version, split.weight) for split in route.splits] == [("v2", 100.0), ("v1", 0.0)]
+    assert not story.owes().owed, "no gateway has applied it"
+    assert names(story.applied().carry())[-1] == "SwitchCompleted"
 
 
 def with_an_older_version() -> Story:
