@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
@@ -13,6 +13,7 @@ from turnout.events.model import (
     Inspection,
     KnownGoodMarked,
     KnownGoodRevoked,
+    ModelEvent,
     ModelRegistered,
     PolicyChanged,
     RulesChanged,
@@ -27,6 +28,8 @@ from turnout.events.route import Rule
 from turnout.projections.fold import Fold
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from turnout.events.envelope import Recorded
 
 
@@ -73,6 +76,7 @@ class ModelView(msgspec.Struct):
         last_switch: id of the newest switch that ended, and ``last_outcome`` how.
         policies: name → policy as it was given.
         rules: in the order in which gateways ask them.
+        sequence: of the model's newest event; a command may ask to be refused where the model has moved on since.
     """
 
     model: str
@@ -84,6 +88,7 @@ class ModelView(msgspec.Struct):
     last_outcome: str = ""
     policies: dict[str, dict[str, object]] = {}
     rules: tuple[Rule, ...] = ()
+    sequence: int = 0
 
 
 class Registry(Fold):
@@ -108,11 +113,22 @@ class Registry(Fold):
                 RulesChanged: self._rules_changed,
             }
         )
+        self.folds = {type: self._noted(self.folds.get(type)) for type in get_args(ModelEvent)}
         self.models: dict[str, ModelView] = {}
 
     def view(self, id: str) -> ModelView | None:
         """The view of one model."""
         return self.models.get(id)
+
+    def _noted(self, fold: Callable[[Any, Recorded], None] | None) -> Callable[[Any, Recorded], None]:
+        """The same, and the view says which event was its newest."""
+
+        def folded(event: Any, recorded: Recorded) -> None:
+            if fold is not None:
+                fold(event, recorded)
+            self._model(event.model).sequence = recorded.sequence
+
+        return folded
 
     def _model_registered(self, event: ModelRegistered, recorded: Recorded) -> None:
         self._model(event.model)

@@ -177,7 +177,14 @@ class Client:
         return self._plane.store
 
     async def send(
-        self, verb: str, body: msgspec.Struct, *, actor: str = "", id: str = "", deadline_s: float = DEADLINE_S
+        self,
+        verb: str,
+        body: msgspec.Struct,
+        *,
+        actor: str = "",
+        id: str = "",
+        if_sequence: int | None = None,
+        deadline_s: float = DEADLINE_S,
     ) -> Accepted | Plan | HealthReport | EvidenceReport:
         """Send a command or a question of role ``ops`` until it is answered.
 
@@ -186,6 +193,7 @@ class Client:
             body: its struct.
             actor: who asks, where it is not this client's actor.
             id: of the command; empty makes one.
+            if_sequence: refuse it where what it changes has a newer event, e.g. ``ModelView.sequence``.
             deadline_s: seconds after which the last reason for having no answer is raised.
 
         Raises:
@@ -195,7 +203,8 @@ class Client:
             ControllerBug: a fault of the controller.
         """
         clock = self._plane.clock
-        request = Request(id or clock.id("c-"), actor or self.actor, msgspec.Raw(msgspec.json.encode(body)))
+        raw_body = msgspec.Raw(msgspec.json.encode(body))
+        request = Request(id or clock.id("c-"), actor or self.actor, raw_body, if_sequence)
         end = clock.monotonic() + deadline_s
         while True:
             left_s = end - clock.monotonic()
@@ -340,6 +349,15 @@ class Client:
         """
         entries, checkpoint = await self._plane.reader.snapshot(keys)
         return {key: entry.value for key, entry in entries.items() if entry.value}, checkpoint
+
+    async def log_page(self, after: int) -> tuple[tuple[Recorded, ...], int]:
+        """The next events above sequence ``after``, and how many are left behind them.
+
+        Raises:
+            Unavailable: it can't be read.
+            Damaged: an event can't be read.
+        """
+        return await self._plane.log_page(after)
 
     async def log(self, *, follow: bool = False) -> AsyncGenerator[Recorded]:
         """The event log from its start; to what is stored now, or on and on.

@@ -7,6 +7,7 @@ back or forth under a running process moves nothing.
 from __future__ import annotations
 
 import random
+import secrets
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -54,3 +55,8 @@ class SystemClock:
     def jitter(self) -> float:
         """A number in [0, 1)."""
         return random.random()  # noqa: S311  jitter, no secret
+
+
+def secret() -> str:
+    """A new token that nobody can guess: 256 random bits in characters that stand in any header."""
+    return secrets.token_urlsafe(32)

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 class Request(msgspec.Struct, frozen=True):
     """A command as it travels: ``{"id": …, "actor": …, "body": {…}}``.
 
-    ``id`` is made by whoever wants the command done, and stays the same however often it is sent.
+    ``id`` is made by whoever wants the command done, and stays the same however often it is sent. ``if_sequence``: the
+    newest event that the sender knows of what the command changes first; it is refused where there is a newer one.
     """
 
     id: str
     actor: str
     body: msgspec.Raw = msgspec.Raw(b"{}")
+    if_sequence: int | None = None
 
 
 class ViewEntry(msgspec.Struct, frozen=True, gc=False):

@@ -156,6 +156,31 @@ async def run_gateway(settings: Settings, ready: Callable[[dict[str, object]], N
             raise Stopped(f"port {own.port} on {own.host} can't be used: {why}; {hint}") from e
 
 
+async def run_admin(settings: Settings, ready: Callable[[dict[str, object]], None]) -> int:
+    """Run the management API until SIGTERM or SIGINT; ``ready`` is called once it takes requests."""
+    try:
+        from turnout.workers.admin.app import build
+        from turnout.workers.admin.server import AdminServer
+    except ModuleNotFoundError as e:
+        raise Stopped(f"the management API needs {e.name}; install it: pip install 'turnout[admin]'") from e
+    from turnout.workers.admin.settings import TokenUnusable
+    from turnout.workers.client import Client
+
+    clock, own = SystemClock(), settings.admin
+    try:
+        token = own.read_token()
+    except TokenUnusable as e:
+        raise Stopped(str(e)) from e
+    async with control_plane(settings.nats.url, f"turnout admin {os.getpid()}", clock=clock) as plane:
+        app = build(Client(plane, "http"), token, own, lambda: plane.connection.connected)
+        server = AdminServer(app, own, lambda url: ready({"process": "admin", "address": url}))
+        try:
+            return await _until_stopped(server.run_until_stopped(), stop=lambda _: server.stop())
+        except OSError as e:
+            why, hint = e.strerror or str(e), "stop what listens there, or choose another: --port"
+            raise Stopped(f"port {own.port} on {own.host} can't be used: {why}; {hint}") from e
+
+
 def _sinks(settings: Settings) -> tuple[Sink, ...]:
     """Who is told of alerts."""
     from turnout.workers.controller import sinks

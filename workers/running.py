@@ -20,12 +20,14 @@ class Running(msgspec.Struct, frozen=True):
         nats: address of its control plane.
         gateway: URL where clients connect.
         processes: name → process id of what it supervises.
+        admin: URL of the management API; empty where it does not run.
     """
 
     pid: int
     nats: str
     gateway: str
     processes: dict[str, int] = {}
+    admin: str = ""
 
 
 def write(folder: Path, running: Running) -> None:

@@ -22,6 +22,7 @@ from turnout.core.decider import Rejected
 from turnout.core.handling import Defaults
 from turnout.core.strategies import STRATEGIES
 from turnout.events.model import EngineSpec, Probe
+from turnout.workers.admin.settings import AdminSettings
 from turnout.workers.controller.settings import AlertSettings
 from turnout.workers.gateway.settings import GatewaySettings
 from turnout.workers.inference.settings import WorkerSettings
@@ -130,6 +131,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     controller: ControllerSettings = ControllerSettings()
     metrics: MetricsSettings = MetricsSettings()
     alerts: AlertSettings = AlertSettings()
+    admin: AdminSettings = AdminSettings()
     models: dict[str, DeclaredModel] = {}
     file: str = ""
 
@@ -327,6 +329,7 @@ def _meaningless(settings: Settings, reader: _Reader) -> Iterator[Problem]:
         ("switch", _switch_problems(settings.switch)),
         ("nats", _nats_problems(settings.nats)),
         ("alerts", settings.alerts.problems()),
+        ("admin", settings.admin.problems()),
     ):
         for problem in problems:
             key = re.split(r"[ .]", problem, maxsplit=1)[0]

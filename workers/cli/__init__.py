@@ -42,6 +42,7 @@ _SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "controller": ("processes", "Run a controller: decides commands, runs the switches."),
         "worker": ("processes", "Run a worker: owns this host's devices, runs engines."),
         "gateway": ("processes", "Run a gateway: takes the OpenAI clients' requests."),
+        "admin": ("processes", "Run the management API: HTTP for programs, with a token."),
         "completion": ("completion", "Print the completion script of a shell."),
     },
 }

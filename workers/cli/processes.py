@@ -1,4 +1,4 @@
-"""``up``, ``controller``, ``worker``, ``gateway``: the processes, and everything at once on one machine."""
+"""``up``, ``controller``, ``worker``, ``gateway``, ``admin``: the processes, and everything at once on one machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from turnout.events.store import Unavailable
 from turnout.events.version import VERSION
 from turnout.workers import log as logs
 from turnout.workers import running, settings
+from turnout.workers.admin.settings import TOKEN_FILE, AdminSettings
 from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common
-from turnout.workers.clock import SystemClock
+from turnout.workers.clock import SystemClock, secret
+from turnout.workers.settings import DEFAULT_PORT
 from turnout.workers.up import Child, ChildFailed, Home, PortTaken, Supervisor, Told, reserve
 
 if TYPE_CHECKING:
@@ -161,19 +164,46 @@ def _say_gateways(io: Terminal, url: str, processes: int) -> None:
 
 
 @click.command()
+@click.option("--host", default=None, help="Address to listen on. Default: 127.0.0.1.")
+@click.option("--port", type=click.IntRange(0, 65535), default=None, help="Default: 8401. 0 takes a free one.")
+@_config
+@_level
+@common
+def admin(io: Terminal, host: str | None, port: int | None, config: str, log_level: str) -> None:
+    """Run the management API. It needs a token: TURNOUT_ADMIN_TOKEN, or a file that TURNOUT_ADMIN_TOKEN_FILE names."""
+    loaded = _load(io, config, {"admin.host": host, "admin.port": port})
+    from turnout.workers.processes import run_admin
+
+    _run(io, "admin", log_level, lambda ready: run_admin(loaded, ready))
+
+
+@click.command()
 @click.option("--host", default=None, help="Address of the gateway. Default: 127.0.0.1.")
 @click.option("--port", type=click.IntRange(0, 65535), default=None, help="Port of the gateway. Default: 8400.")
 @click.option("--processes", type=click.IntRange(1, 256), default=1, help="Gateway processes on that port.")
 @click.option("--folder", default=running.FOLDER, show_default=True, help="Where everything is kept.")
+@click.option("--admin-port", type=click.IntRange(0, 65535), default=None,
+              help="Port of the management API. Default: the one above the gateway's.")  # fmt: skip
+@click.option("--no-admin", is_flag=True, help="Without the management API.")
 @_config
 @common
-def up(io: Terminal, host: str | None, port: int | None, processes: int, folder: str, config: str) -> None:
-    """Run everything on this machine: a NATS server of its own (unless --nats), controller, worker and gateway.
+def up(
+    io: Terminal,
+    host: str | None,
+    port: int | None,
+    processes: int,
+    folder: str,
+    admin_port: int | None,
+    no_admin: bool,
+    config: str,
+) -> None:
+    """Run everything on this machine: a NATS server of its own (unless --nats), controller, worker, gateway and admin.
 
     Models of turnout.toml are registered and served at once. Everything is kept in ./.turnout, so the next start goes
     on where this one ended. Ctrl-C stops everything, the engines too.
     """
-    loaded = _load(io, config, {"gateway.host": host, "gateway.port": port})
+    flags: dict[str, object] = {"gateway.host": host, "gateway.port": port, "admin.port": admin_port}
+    loaded = _load(io, config, flags if not no_admin else {**flags, "admin.enabled": False})
     logs.set_up("error")
     io.run_process(lambda: _up(io, loaded, processes, Path(folder).absolute()))
 
@@ -211,19 +241,25 @@ async def _up(io: Terminal, loaded: Settings, processes: int, folder: Path) -> i
             env["TURNOUT_WORKER_RUN_FOLDER"] = str(folder / "engines")
         home = Home(folder / "logs", clock, shown.tell)
         options = ["--config", loaded.file] if loaded.file else []
+        try:
+            admin = _admin_child(loaded, folder, held.getsockname()[1], home, env)
+        except PortTaken as e:
+            io.fail("port_taken", str(e), "stop what listens there, choose another: --admin-port, or --no-admin")
+            return FAILED
         children = [
             Child("controller", ["controller", *options], env, home),
             Child("worker", ["worker", *options], env, home, stop_signal=signal.SIGINT),
             *_gateway_children(held, loaded, processes, home, env),
+            *admin,
         ]
-        supervisor = Supervisor(children, ("gateway", "worker", "controller"))
+        supervisor = Supervisor(children, ("admin", "gateway", "worker", "controller"))
         url = _url(loaded, held)
 
         written: list[running.Running] = []
 
         def write() -> None:
             pids = {child.name: child.pid for child in children} | ({"nats": server.pid} if server is not None else {})
-            said = running.Running(os.getpid(), nats, url, pids)
+            said = running.Running(os.getpid(), nats, url, pids, _address(admin))
             if written != [said]:
                 running.write(folder, said)
                 written[:] = [said]
@@ -236,7 +272,7 @@ async def _up(io: Terminal, loaded: Settings, processes: int, folder: Path) -> i
 
         def ready() -> None:
             write()
-            _say_up(io, loaded, url, nats, folder, clock.monotonic() - begun)
+            _say_up(io, loaded, url, nats, _address(admin), folder, clock.monotonic() - begun)
 
         stack.callback(running.remove, folder)
         beside = [keep_written()] if io.json else [keep_written(), _tell_log(nats, shown)]
@@ -265,6 +301,42 @@ def _gateway_children(
     options = ["--config", loaded.file] if loaded.file else []
     names = ["gateway"] if processes == 1 else [f"gateway-{n}" for n in range(1, processes + 1)]
     return [Child(name, ["gateway", *options], shared, home) for name in names]
+
+
+def _admin_child(loaded: Settings, folder: Path, gateway_port: int, home: Home, env: dict[str, str]) -> list[Child]:
+    """The management API, where it is wanted and installed. Its token is made once and stays in the folder.
+
+    Raises:
+        PortTaken: somebody else listens where it would.
+    """
+    own = loaded.admin
+    if not own.enabled:
+        return []
+    if find_spec("litestar") is None or find_spec("uvicorn") is None:
+        home.tell(Told("admin", "warning", "no management API: it needs pip install 'turnout[admin]'"))
+        return []
+    chosen = own.port != AdminSettings().port or loaded.gateway.port == DEFAULT_PORT
+    port = own.port if chosen else (gateway_port + 1 if loaded.gateway.port else 0)
+    with reserve(own.host, port) as held:
+        port = held.getsockname()[1]
+    mine = {**env, "TURNOUT_ADMIN_HOST": own.host, "TURNOUT_ADMIN_PORT": str(port)}
+    if not own.token and not own.token_file:
+        mine["TURNOUT_ADMIN_TOKEN_FILE"] = str(_token_file(folder))
+    return [Child("admin", ["admin", *(["--config", loaded.file] if loaded.file else [])], mine, home)]
+
+
+def _token_file(folder: Path) -> Path:
+    """The folder's token, made where there is none. Nobody else may read it, not even while it is written."""
+    file = folder / TOKEN_FILE
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
+            new.write(f"{secret()}\n")
+    return file
+
+
+def _address(admin: list[Child]) -> str:
+    return str(admin[0].said.get("address", "")) if admin else ""
 
 
 def _url(loaded: Settings, held: socket.socket) -> str:
@@ -322,9 +394,10 @@ async def _keep_server(server: EmbeddedServer, shown: _Shown, started: Callable[
     await server.supervise(tell)
 
 
-def _say_up(io: Terminal, loaded: Settings, url: str, nats: str, folder: Path, took_s: float) -> None:
+def _say_up(io: Terminal, loaded: Settings, url: str, nats: str, admin: str, folder: Path, took_s: float) -> None:
     if io.json:
-        io.emit({"status": "ready", "gateway": url, "nats": nats, "folder": str(folder), "pid": os.getpid()})
+        said = {"gateway": url, "nats": nats, "admin": admin, "folder": str(folder), "pid": os.getpid()}
+        io.emit({"status": "ready", **said})
         return
     from rich.text import Text
 
@@ -335,6 +408,8 @@ def _say_up(io: Terminal, loaded: Settings, url: str, nats: str, folder: Path, t
     io.say(Text.assemble(("turnout ", "bold"), (VERSION, "bold"), f" is up after {seconds(took_s)}"))
     io.say("")
     io.say(Text.assemble("  clients   ", (f"{url}/v1", "bold cyan")))
+    if admin:
+        io.say(f"  admin     {admin}  (token in {loaded.admin.token_file or folder / TOKEN_FILE})")
     io.say(f"  NATS      {nats}")
     io.say(f"  kept in   {folder}  (logs of the processes in {folder / 'logs'})")
     io.say("")

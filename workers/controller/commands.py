@@ -87,7 +87,10 @@ class Commands:
 
         def plan(world: World, leads: bool) -> Writes | Rejected | Plan:
             context = Context(request.id, request.actor, self._clock.now(), self._config, self._defaults, leads)
-            return handler(world, body, context)
+            planned = handler(world, body, context)
+            if request.if_sequence is None or isinstance(planned, Rejected | Plan):
+                return planned
+            return _stale(world, planned, request.if_sequence) or planned
 
         try:
             async with asyncio.timeout(ANSWER_S):
@@ -203,6 +206,19 @@ class Commands:
 def _never() -> bool:
     """Nobody leads here."""
     return False
+
+
+def _stale(world: World, writes: Writes, known: int) -> Rejected | None:
+    """Why a command is refused that was made from an older state; None where its sender knows the newest."""
+    first = writes[0]
+    now = world.position(subjects.event(first.aggregate, first.id)).sequence
+    if now == known:
+        return None
+    return Rejected(
+        "sequence_stale",
+        f"{first.aggregate} {first.id} is at event {now} by now, not at {known}: somebody has changed it",
+        "read it again, see whether you still want the change, and send it with the new sequence",
+    )
 
 
 def _accepted(id: str, done: Done) -> Accepted:
