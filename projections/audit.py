@@ -227,8 +227,10 @@ def seconds(value: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes with a binary unit: ``812 MiB``."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    """Bytes with a binary unit: ``812 MiB``, ``3 KiB``."""
+    if count >= 2**30:
+        return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
 def _say(recorded: Recorded, names: Mapping[str, str]) -> str:

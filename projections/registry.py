@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
+from turnout.events.instance import InstanceFailed, InstanceReady, InstanceRequested, InstanceStopped
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
@@ -43,6 +44,7 @@ class VersionView(msgspec.Struct):
         inspection: what the files say; None where it has none or nobody has looked yet.
         code, reason, hint: why it is rejected, and what to do; empty where it is not.
         checked_at: when (UTC) its files were looked at, by the worker ``checked_by``.
+        loads: how often an instance of it became ready; the newest after ``load_s`` seconds, with ``bytes`` of memory.
     """
 
     version: str
@@ -61,6 +63,9 @@ class VersionView(msgspec.Struct):
     hint: str = ""
     checked_at: datetime | None = None
     checked_by: str = ""
+    loads: int = 0
+    load_s: float = 0.0
+    bytes: int = 0
 
 
 class ModelView(msgspec.Struct):
@@ -92,7 +97,7 @@ class ModelView(msgspec.Struct):
 
 
 class Registry(Fold):
-    """Fold of the model events."""
+    """Fold of the model events, and of the instances that became ready."""
 
     kind = "model"
 
@@ -111,10 +116,15 @@ class Registry(Fold):
                 KnownGoodRevoked: self._known_good_revoked,
                 PolicyChanged: self._policy_changed,
                 RulesChanged: self._rules_changed,
+                InstanceRequested: self._instance_requested,
+                InstanceReady: self._instance_ready,
+                InstanceStopped: self._instance_ended,
+                InstanceFailed: self._instance_ended,
             }
         )
         self.folds = {type: self._noted(self.folds.get(type)) for type in get_args(ModelEvent)}
         self.models: dict[str, ModelView] = {}
+        self._homes: dict[str, tuple[str, str]] = {}  # instance → its model and version, as long as it lives
 
     def view(self, id: str) -> ModelView | None:
         """The view of one model."""
@@ -199,6 +209,23 @@ class Registry(Fold):
 
     def _rules_changed(self, event: RulesChanged, recorded: Recorded) -> None:
         self._model(event.model).rules = event.rules
+
+    def _instance_requested(self, event: InstanceRequested, recorded: Recorded) -> None:
+        self._homes[event.instance] = (event.model, event.version)
+
+    def _instance_ready(self, event: InstanceReady, recorded: Recorded) -> None:
+        model, version = self._homes.get(event.instance, ("", ""))
+        view = self.models.get(model)
+        if view is None or version not in view.versions:
+            return
+        self.changed.add(model)
+        one = view.versions[version]
+        one.loads += 1
+        one.load_s = event.load_s
+        one.bytes = event.bytes
+
+    def _instance_ended(self, event: InstanceStopped | InstanceFailed, recorded: Recorded) -> None:
+        self._homes.pop(event.instance, None)
 
     def _model(self, name: str) -> ModelView:
         self.changed.add(name)

@@ -33,6 +33,8 @@ from turnout.events import subjects
 from turnout.events.store import StoreFull, Unavailable
 from turnout.events.switch import SwitchEvent
 from turnout.projections.alerts import AlertView
+from turnout.projections.audit import Audit, Entry
+from turnout.projections.comparison import Comparing, Comparison, Side
 from turnout.projections.fleet import GatewayView, WorkerView
 from turnout.projections.registry import ModelView, VersionView
 from turnout.projections.routing import RouteView
@@ -59,7 +61,7 @@ __all__ = [
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
-    from turnout.core.health import SwitchImpact
+    from turnout.core.health import SwitchImpact, VersionHealth
     from turnout.events.envelope import Recorded
     from turnout.events.model import EngineSpec
     from turnout.events.store import EventStore
@@ -822,6 +824,51 @@ class ModelVersionManager:
         """
         return version_of(await self._client.model(model), version)
 
+    async def get_history(self, model: str, version: str = "") -> tuple[Entry, ...]:
+        """What happened to a model's versions (or to one of them), oldest first, also to those that are gone.
+
+        Raises:
+            CommandRejected: the model is unknown.
+            Unavailable: the log can't be read.
+        """
+        audit = Audit()
+        found = [
+            audit.entry(recorded)
+            for recorded in await self._client.store.read(subjects.event("model", model))
+            if not version or getattr(recorded.event, "version", "") == version
+        ]
+        if not found and not version:
+            raise CommandRejected(unknown_model(model))
+        return tuple(entry for entry in found if entry.type.startswith(("Version", "Active", "KnownGood")))
+
+    async def compare_versions(self, model: str, first: str, second: str) -> Comparison:
+        """Two versions side by side, from the log and from what the controllers measure now. Writes nothing.
+
+        Raises:
+            CommandRejected: model or version is unknown, or the two are one.
+            Unavailable: the log can't be read.
+        """
+        view = await self._client.model(model)
+        for version in (first, second):
+            version_of(view, version)
+        if first == second:
+            raise CommandRejected(
+                Rejected("versions_equal", f"{first} is one version", "name two different versions of the model")
+            )
+        comparing = Comparing(model, first, second)
+        async for recorded in self._client.log():
+            comparing.take(recorded)
+        made = comparing.comparison()
+        if made is None:
+            raise Unavailable("the log does not hold what the views say; check it: turnout verify")
+        try:
+            report = await HealthMonitor(self._client).check_model_health(model, deadline_s=_ANSWER_S)
+        except Unavailable:
+            return made  # what is measured now is the smaller part
+        health = {one.version: one for one in report.versions}
+        sides = [_with_health(side, health.get(side.version)) for side in (made.first, made.second)]
+        return msgspec.structs.replace(made, first=sides[0], second=sides[1])
+
     async def rollback_to_version(
         self, model: str, version: str, *, reason: str = "", actor: str = ""
     ) -> SwitchOperation:
@@ -841,6 +888,20 @@ class ModelVersionManager:
         return await switcher.switch_model(
             model, version, strategy="immediate", bake_s=0.0, reason=reason or f"rollback to {version}", actor=actor
         )
+
+
+def _with_health(side: Side, health: VersionHealth | None) -> Side:
+    if health is None:
+        return side
+    numbers = health.numbers
+    return msgspec.structs.replace(
+        side,
+        health=str(health.status),
+        requests=numbers.requests,
+        error_rate=numbers.error_rate,
+        first_p95_ms=numbers.first_p95_ms,
+        p95_ms=numbers.p95_ms,
+    )
 
 
 def _key(kind: str, id: str) -> str:

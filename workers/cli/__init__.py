@@ -17,6 +17,8 @@ _SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "register": ("models", "Add a version of a model."),
         "deregister": ("models", "Take a version away that nothing uses."),
         "models": ("models", "List the models and what they serve."),
+        "versions": ("versions", "List the versions of a model."),
+        "compare": ("versions", "Set two versions of a model side by side."),
         "get": ("get", "Show one model: versions, instances, gateways, the running switch."),
         "health": ("health", "Show how the versions of a model do."),
         "policy": ("policies", "Name ways to switch a model."),

@@ -83,11 +83,9 @@ _OVER = 1.12
 def page(report: Report, now: datetime) -> str:
     """The whole page. ``now``: UTC, the end of the time axis of a switch that runs."""
     way = f"{report.source} → {report.target}" if report.source else f"→ {report.target}"
-    title = escape(f"{report.model} {way}")
     how = ("undo" if report.undo else report.strategy) + (f", policy {report.policy}" if report.policy else "")
     asked = f"{report.asked_at.astimezone():%A, %Y-%m-%d %H:%M:%S %Z}" if report.asked_at is not None else ""
     parts = [
-        f"<h1>{title}</h1>",
         f'<p class="faint">{escape(f"{report.switch} ({how}), asked for by {who(report.actor)} {asked}")}</p>',
         f'<p><span class="badge {_TONES.get(report.outcome, "")}">{escape(phase_text(report.outcome))}</span>'
         f"{escape(summary(report, now))}</p>",
@@ -101,10 +99,16 @@ def page(report: Report, now: datetime) -> str:
         *_moments(report),
         *_asked(report),
     ]
-    body = "\n".join(part for part in parts if part)
+    return document(f"{report.model} {way}", parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page of its own from finished pieces of HTML, with the title as its heading."""
+    head = escape(title)
+    body = "\n".join((f"<h1>{head}</h1>", *(part for part in parts if part)))
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{head}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -123,7 +127,7 @@ def _steps(report: Report) -> list[str]:
         ]
         for step in report.steps
     ]
-    return ["<h2>Steps</h2>", _table(("Step", "Weight", "Started", "Applied in", "Lasted", "Why"), lines)]
+    return ["<h2>Steps</h2>", grid(("Step", "Weight", "Started", "Applied in", "Lasted", "Why"), lines)]
 
 
 def _applied(applied_s: float | None, gateways: tuple[str, ...]) -> str:
@@ -173,7 +177,7 @@ def _figures(report: Report, figures: Iterable[Figure]) -> str:
         for figure in figures
     ]
     heads = ("Figure", report.source or "source", report.target, "Ratio", "Harm, e-value", "No harm, e-value")
-    return _table(heads, lines)
+    return grid(heads, lines)
 
 
 def _moments(report: Report) -> list[str]:
@@ -193,7 +197,8 @@ def _asked(report: Report) -> list[str]:
     return ["<h2>Parameters</h2>", f"<pre>{escape(toml(report.parameters))}</pre>"]
 
 
-def _table(heads: tuple[str, ...], lines: list[list[str]]) -> str:
+def grid(heads: tuple[str, ...], lines: list[list[str]]) -> str:
+    """A table."""
     head = "".join(f"<th>{escape(one)}</th>" for one in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
