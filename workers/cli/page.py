@@ -322,7 +322,7 @@ def _impact(report: Report) -> list[str]:
         "<h2>What clients noticed</h2>",
         f'<p class="faint">{escape(who_noticed)}</p>',
         f'<div class="panels">{"".join(panels)}</div>',
-        _table(heads, [[name, *impact_cells(one)] for name, one in told]),
+        grid(heads, [[name, *impact_cells(one)] for name, one in told]),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Versions with files, against real processes: looked at before they are loaded, refused where they are not what they were.
+"""Versions with files, against real processes: looked at before they are loaded, refused where they have changed.
 
 The engine is the fake one; the files are those of a small model.
 """
