@@ -55,47 +55,61 @@ class Routing(Fold):
 
     def __init__(self) -> None:
         super().__init__({RouteChanged: self._route_changed, ModelRegistered: self._model_registered})
-        self.routes: dict[str, RouteView] = {}
+        #: Model → its newest revision, and what has left before it. Views are made of them where somebody asks: a copy
+        #: of what has left for each revision would be most of the time of a long log's fold.
+        self._newest: dict[str, RouteChanged | None] = {}
+        self._left: dict[str, dict[str, int]] = {}
+
+    @property
+    def routes(self) -> dict[str, RouteView]:
+        """Model → its route."""
+        return {model: _view(model, event, self._left[model]) for model, event in self._newest.items()}
 
     def view(self, id: str) -> RouteView | None:
         """The view of one model."""
-        return self.routes.get(id)
+        return _view(id, self._newest[id], self._left[id]) if id in self._newest else None
 
     def _route_changed(self, event: RouteChanged, recorded: Recorded) -> None:
         model = event.model
-        left = _left(self.routes.get(model), event)
-        self.routes[model] = RouteView(
-            model,
-            event.revision,
-            event.splits,
-            event.salt,
-            event.drain_s,
-            left,
-            event.rules,
-            event.mirrors,
-            event.candidate,
-        )
+        before = self._newest.get(model)
+        self._newest[model] = event
         self.changed.add(model)
+        if before is None:
+            self._left[model] = {}
+        else:
+            _leave(self._left[model], before, event)
 
     def _model_registered(self, event: ModelRegistered, recorded: Recorded) -> None:
-        if event.model not in self.routes:
-            self.routes[event.model] = RouteView(event.model)
+        if event.model not in self._newest:
+            self._newest[event.model] = None
+            self._left[event.model] = {}
             self.changed.add(event.model)
 
 
-def _left(before: RouteView | None, event: RouteChanged) -> dict[str, int]:
-    """What has left by this event, newest last."""
-    if before is None:
-        return {}
-    here = {split.version for split in event.splits}
+def _view(model: str, event: RouteChanged | None, left: dict[str, int]) -> RouteView:
+    if event is None:
+        return RouteView(model)
+    return RouteView(
+        model,
+        event.revision,
+        event.splits,
+        event.salt,
+        event.drain_s,
+        left.copy(),
+        event.rules,
+        event.mirrors,
+        event.candidate,
+    )
+
+
+def _leave(left: dict[str, int], before: RouteChanged, event: RouteChanged) -> None:
+    """Note what has left by this event, newest last."""
+    here = [split.version for split in event.splits]
     gone = [split.version for split in before.splits if split.version not in here]
     if event.mirrors or before.mirrors:
-        here.update(mirror.version for mirror in event.mirrors)
+        here += [mirror.version for mirror in event.mirrors]
         gone = [version for version in gone if version not in here]
         gone += [mirror.version for mirror in before.mirrors if mirror.version not in here]
-    if not gone and here.isdisjoint(before.left):
-        return before.left
-    left = before.left.copy()  # not rebuilt entry by entry: a fold of a long log spends its time here
     for version in here:
         left.pop(version, None)
     for version in gone:
@@ -103,4 +117,3 @@ def _left(before: RouteView | None, event: RouteChanged) -> dict[str, int]:
         left[version] = event.revision
     while len(left) > LEFT_MOST:
         del left[next(iter(left))]
-    return left

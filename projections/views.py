@@ -57,7 +57,7 @@ class Views:
         self.workers = Workers()
         self.gateways = Gateways()
         self.alerts = Alerts()
-        self.sequence = 0
+        self._newest: Recorded | None = None
         #: Digest of the log's first event: which log this is the fold of.
         self.log = ""
         self._dirty: dict[str, tuple[int, Projection, str]] = {}
@@ -72,11 +72,16 @@ class Views:
         )
         self._folds = _joined(self._all)
 
+    @property
+    def sequence(self) -> int:
+        """Of the newest event."""
+        return 0 if self._newest is None else self._newest.sequence
+
     def apply(self, recorded: Recorded) -> None:
         """Take the log's next event."""
-        if not self.log:
+        if self._newest is None:
             self.log = recorded.digest
-        self.sequence = recorded.sequence
+        self._newest = recorded
         event = recorded.event
         fold = self._folds.get(type(event))
         if fold is not None:
@@ -99,7 +104,7 @@ class Views:
     def news(self) -> dict[str, bytes]:
         """Model → JSON of its route, where it has changed since this was asked last and up to ``settle``."""
         news, self._news = self._news, set()
-        return {model: msgspec.json.encode(self.routing.routes[model]) for model in news}
+        return {model: msgspec.json.encode(self.routing.view(model)) for model in news}
 
     def take(self, after: int) -> dict[str, bytes | None]:
         """Key → JSON of every view that events above ``after`` have changed; None where a view is gone.
@@ -118,7 +123,7 @@ class Views:
         """Key → JSON of every view: what a rebuild from nothing would store."""
         stores: tuple[tuple[str, dict[str, object]], ...] = (
             ("model", dict(self.registry.models)),
-            ("route", dict(self.routing.routes)),
+            ("route", dict[str, object](self.routing.routes)),
             ("switch", dict(self.switches.switches)),
             ("worker", dict(self.workers.workers)),
             ("gateway", dict(self.gateways.gateways)),
