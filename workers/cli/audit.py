@@ -175,9 +175,8 @@ def _show(io: Terminal, report: Report) -> None:
         gone = f"the last {report.missing} events are gone: the log {ends}, the views know event {report.views_at}"
         io.err.print(Text(gone, "bold red"))
         io.err.print(
-            "stop the controllers: one that leads makes the views anew from what is left. Then put the event store "
-            "back from a backup or a replica that has these events. Where there is none, start a controller and check "
-            "what serves: turnout models"
+            "controllers refuse to go on from there: put the event store back from a backup or a replica that has "
+            "these events; where there is none, start with an empty store folder and register the versions anew"
         )
     if report.different:
         why = "changed by events that are gone" if report.missing else "not what the log says"

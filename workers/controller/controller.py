@@ -11,13 +11,13 @@ import structlog
 
 from turnout.core.alert import RaiseAlert
 from turnout.core.decider import Failed
-from turnout.events.store import Damaged, StoreFull, Unavailable
+from turnout.events.store import StoreFull, Unavailable
 from turnout.workers.controller.alerts import AlertSystem
 from turnout.workers.controller.commands import Commands, Deposed
 from turnout.workers.controller.health import QUESTIONS
 from turnout.workers.controller.liveness import Liveness
 from turnout.workers.controller.log import Log
-from turnout.workers.controller.projector import Herald, Projector
+from turnout.workers.controller.projector import Herald, Projector, lost_end
 from turnout.workers.controller.sagas import SagaRunner
 
 if TYPE_CHECKING:
@@ -112,10 +112,7 @@ class Controller:
         stored, _ = await self._writer.checkpoint()
         last = await self.log.store.last_sequence()
         if stored is not None and stored.sequence > last and self.log.views.log in ("", stored.log):
-            raise Damaged(
-                f"the log ends at event {last}, but its views were made from {stored.sequence}: the last events are "
-                "gone; restore the store folder from a backup, or start with an empty one"
-            )
+            raise lost_end(last, stored.sequence)
 
     def _replaced(self, error: Exception) -> None:
         if self._lost_log is not None and not self._lost_log.done():

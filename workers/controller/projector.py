@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from turnout.events.store import Conflict, Unavailable
+from turnout.events.store import Conflict, Damaged, Unavailable
 from turnout.workers.ports import Checkpoint
 
 if TYPE_CHECKING:
@@ -24,6 +24,14 @@ _KINDS = ("model.*", "route.*", "switch.*", "worker.*", "gateway.*", "alert.*")
 _RETRY_S = 0.25
 #: How long a change that no process acts on may wait for others, seconds.
 GATHER_S = 0.015
+
+
+def lost_end(ends_at: int, views_at: int) -> Damaged:
+    """The log has lost its last events: the views know more of them."""
+    return Damaged(
+        f"the log ends at event {ends_at}, but its views were made from {views_at}: the last events are gone; "
+        "restore the store folder from a backup, or start with an empty one"
+    )
 
 
 class Projector:
@@ -39,7 +47,11 @@ class Projector:
         log.watch(self._moved.set)
 
     async def run(self, epoch: int) -> None:
-        """Project until cancelled."""
+        """Project until cancelled.
+
+        Raises:
+            Damaged: the log ends before the stored views. Views of what is left would hide that from ``verify``.
+        """
         while True:
             try:
                 await self._project(epoch)
@@ -52,7 +64,9 @@ class Projector:
         views = self._log.views
         if stored is not None and stored.log == views.log and stored.sequence > views.sequence:
             await self._log.catch_up()  # the leader before wrote once more: views never go back
-        if self._unsure or stored is None or stored.log != views.log or stored.sequence > views.sequence:
+            if stored.sequence > views.sequence:
+                raise lost_end(views.sequence, stored.sequence)
+        if self._unsure or stored is None or stored.log != views.log:
             revision = await self._rebuild(epoch, revision)
             after = 0  # what has become dirty meanwhile is not in it
         else:

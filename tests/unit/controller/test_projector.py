@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import msgspec
+import pytest
 
 from turnout.events.codec import Context
 from turnout.events.envelope import START
 from turnout.events.memory import MemoryStore
 from turnout.events.model import EngineSpec, ModelRegistered, VersionRegistered
 from turnout.events.route import RouteChanged, Split
-from turnout.events.store import Append, Conflict, Unavailable
+from turnout.events.store import Append, Conflict, Damaged, Unavailable
 from turnout.workers.controller import projector as module
 from turnout.workers.controller.log import Log
 from turnout.workers.controller.projector import Herald, Projector
@@ -21,8 +22,6 @@ from turnout.workers.ports import Checkpoint, ViewEntry
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
-
-    import pytest
 
 
 class Bucket:
@@ -268,3 +267,19 @@ def test_gateways_are_told_of_each_new_route_and_of_nothing_that_came_before() -
 
     asyncio.run(run())
     assert [model for model, _ in told if model != "chat"] == []
+
+
+def test_a_log_that_has_lost_its_end_is_not_projected() -> None:
+    """Views of what is left would be true of it, and nobody could see the loss any more."""
+
+    async def run() -> None:
+        one = Scene()
+        await one.grow()
+        await one.log.follow()
+        one.bucket.stored = Checkpoint(7, one.log.views.log, 1)
+        one.bucket.views["model.chat"] = b"{}"
+        with pytest.raises(Damaged, match="ends at event 1, but its views were made from 7"):
+            await one.projector.run(1)
+        assert one.bucket.commits == []
+
+    asyncio.run(run())
