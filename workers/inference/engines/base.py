@@ -138,8 +138,12 @@ def own_probe(spec: EngineSpec, default: tuple[Probe, ...]) -> tuple[Probe, ...]
 _HIDES = re.compile(
     r"root cause|Engine core initialization failed|Failed core proc|failed due to an exception in a background process"
 )
+#: ``(Worker pid=1) INFO 11-23 23:05:31 [a.py:1]`` (vLLM), ``INFO:     `` (uvicorn), ``INFO:name:`` (Python's logging),
+#: and a time before the level (others).
 _PREFIX = re.compile(
-    r"^(?:\([^)]*\)\s*)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+(?:\d\d-\d\d \d\d:\d\d:\d\d\s+)?(?:\[[^\]]*\]\s?)?"
+    r"^(?:\([^)]*\)\s*)?(?:\[?\d{4}-\d\d-\d\d[T ][\d:.,]+Z?\]?\s+(?:-\s+)?)?"
+    r"\[?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b\]?(?::(?:[\w.]+:)?)?"
+    r"\s*(?:\d\d-\d\d \d\d:\d\d:\d\d\s+)?(?:\[[^\]]*\]\s?)?"
 )
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)(?:: .*)?$")
 _ERROR = re.compile(r"\berror: |^FATAL\b|Segmentation fault|Killed")
