@@ -109,6 +109,17 @@ class RetrySwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str = ""
 
 
+class StopInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``instance.stop``: ask an instance's worker to stop it, whatever wants it warm.
+
+    ``force``: also where gateways may have requests on it, and without the worker's proof of quiet; needs a reason.
+    """
+
+    instance: str
+    force: bool = False
+    reason: str = ""
+
+
 class UndoModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``model.undo``: roll the running switch back, or return to the last known good version.
 
@@ -511,6 +522,34 @@ def _retry(world: World, body: RetrySwitch, context: Context) -> Writes | Reject
     return _start(world, again, context)
 
 
+def _stop(world: World, body: StopInstance, context: Context) -> Writes | Rejected:
+    one: instance.InstanceState = world.state("instance", body.instance)
+    if one.phase == "unknown":
+        return Rejected(
+            "instance_unknown", f"there is no instance {body.instance!r}", "list a model's instances: turnout get MODEL"
+        )
+    if body.force and not body.reason:
+        return Rejected(
+            "reason_missing",
+            "a forced stop ends requests that run, and the log must say why",
+            "give the reason: --reason TEXT",
+        )
+    if not body.force and not placement.safe(world, one):
+        users, live = placement.users(world, one), world.live_gateways
+        return Rejected(
+            "instance_in_use",
+            f"{len(users)} of {len(live)} live gateways may send requests of {one.model} {one.version} to "
+            f"{one.instance}, or have some on it",
+            f"switch {one.model} to another version and wait until it has drained, or end what runs on it: "
+            f"turnout stop {one.instance} --force --reason TEXT",
+        )
+    by = context.actor or "an operator"
+    command = instance.DrainInstance(
+        one.instance, body.reason or f"stopped by {by}", forced_by=by if body.force else ""
+    )
+    return (Write("instance", one.instance, command),)
+
+
 def _gateway(world: World, body: gateway.GatewayCommand, context: Context) -> Writes | Rejected:
     return (Write("gateway", body.gateway, body),) if body.gateway else _nameless("gateway")
 
@@ -542,6 +581,7 @@ VERBS: dict[tuple[str, str], tuple[type[msgspec.Struct], Handler]] = {
     ("ops", "model.rules"): (model.SetRules, _set_rules),
     ("ops", "alert.acknowledge"): (alert.AcknowledgeAlert, _acknowledge),
     ("ops", "model.undo"): (UndoModel, _undo),
+    ("ops", "instance.stop"): (StopInstance, _stop),
     ("gw", "gateway.join"): (gateway.JoinGateway, _gateway),
     ("gw", "gateway.applied"): (gateway.ReportApplied, _gateway),
     ("gw", "gateway.drained"): (gateway.ReportDrained, _gateway),

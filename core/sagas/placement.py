@@ -154,7 +154,7 @@ def _let_go(world: World, config: ModelSwitchingConfig, now: datetime) -> list[O
     return [
         Owed(f"drain.{id}", (Write("instance", id, DrainInstance(id, why)),), world.instances[id].model)
         for id, why in leaving.items()
-        if _safe(world, world.instances[id])
+        if safe(world, world.instances[id])
     ]
 
 
@@ -186,7 +186,17 @@ def _make_room(world: World, idle: tuple[Idle, ...]) -> dict[str, str]:
     return {}
 
 
-def _safe(world: World, one: InstanceState) -> bool:
+def users(world: World, one: InstanceState) -> tuple[str, ...]:
+    """Live gateways that may send to the instance or have a request on it."""
+    route = world.state("route", one.model)
+    if route.names(one.instance):
+        return tuple(sorted(world.live_gateways))
+    left = route.left.get(one.version, 0)
+    drained = {g for g in world.live_gateways if world.gateways[g].has_drained(one.model, one.version, left)}
+    return tuple(sorted(world.live_gateways - drained))
+
+
+def safe(world: World, one: InstanceState) -> bool:
     """Invariant 2, the controller's half: no live gateway can send to it or has a request on it."""
     if one.phase != "ready":
         return True

@@ -20,6 +20,7 @@ _SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "versions": ("versions", "List the versions of a model."),
         "compare": ("versions", "Set two versions of a model side by side."),
         "get": ("get", "Show one model: versions, instances, gateways, the running switch."),
+        "stop": ("stop", "Stop one instance; --force: whatever runs on it."),
         "health": ("health", "Show how the versions of a model do."),
         "policy": ("policies", "Name ways to switch a model."),
         "rules": ("rules", "Choose a version by what a request is."),

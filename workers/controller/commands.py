@@ -41,8 +41,9 @@ TRIES = 10
 ANSWER_S = 1.5
 
 
-#: Commands that open a switch: its first step may go with them.
-_BEGINS = frozenset(("switch.start", "switch.retry", "model.undo"))
+#: Commands that take turns with the sagas: those that open a switch, because its first step may go with them, and the
+#: one that stops an instance.
+_IN_TURN = frozenset(("switch.start", "switch.retry", "model.undo", "instance.stop"))
 
 
 class Deposed(Exception):
@@ -94,7 +95,7 @@ class Commands:
 
         try:
             async with asyncio.timeout(ANSWER_S):
-                if verb not in _BEGINS or not self._leads():
+                if verb not in _IN_TURN or not self._leads():
                     return await self._settle(request.id, actor, plan, _never)
                 async with self.turn:
                     return await self._settle(request.id, actor, plan, self._leads)

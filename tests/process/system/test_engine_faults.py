@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.process.system.cluster import SETTINGS, Cluster, Stage, alone, on_stage
 
-from turnout.events.instance import InstanceFailed, InstanceLoading, InstanceReady
+from turnout.core.handling import StopInstance
+from turnout.events.instance import InstanceDraining, InstanceFailed, InstanceLoading, InstanceReady, InstanceStopped
 from turnout.events.switch import BakeStarted, RollbackStarted, RolledBack
 from turnout.events.worker import WorkerLost
+from turnout.workers.client import CommandRejected
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -162,6 +164,32 @@ async def test_a_frozen_engine_is_found_and_replaced_and_its_requests_end_with_a
     history.sound()
     assert not [r for r in history.replies if r.outcome == "failed"], history.failed()[:5]
     assert {r.status for r in history.replies if r.outcome == "refused"} <= {503, 504}
+
+
+@on_stage
+async def test_an_operator_can_force_an_engine_to_stop_under_its_requests(c: Cluster) -> None:
+    load = c.load(15, plain_each=0)
+    await c.answered(load)
+    active, _ = _versions(c)
+    (instance,) = c.world.ready("chat", active)
+    before, engine = len(c.seen), c.engine_pids(active)
+    # given that it is refused without force, and force without a reason
+    for halfway in (StopInstance(instance.instance), StopInstance(instance.instance, force=True)):
+        with pytest.raises(CommandRejected):
+            await c.client.send("instance.stop", halfway)
+    # when an operator forces it
+    forced = StopInstance(instance.instance, force=True, reason="hangs in a kernel")
+    await c.client.send("instance.stop", forced)
+    await c.event(InstanceStopped, before)
+    await c.event(InstanceReady, before)
+    await c.answered(load, 10)
+    # then another takes its place, the log says who did it, and every request has had an end that says what happened
+    assert not set(engine) & set(c.engine_pids(active))
+    draining = await c.event(InstanceDraining, before)
+    assert (draining.forced_by, draining.reason) == ("test", "hangs in a kernel")
+    history = await c.history()
+    history.sound()
+    assert not [r for r in history.replies if r.outcome == "failed"], history.failed()[:5]
 
 
 @on_stage

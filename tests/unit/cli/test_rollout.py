@@ -245,3 +245,21 @@ def test_health_tells_each_version_and_why(turnout: Turnout, store: MemoryStore)
     versions = one_json(turnout("health", "chat", "--json"))["versions"]
     assert [(one["version"], one["instances"]) for one in versions] == [("v1", 1), ("v2", 1)]
     assert turnout("health", "chit").exit_code == 1
+
+
+def test_stop_needs_force_where_a_gateway_may_use_the_instance_and_force_needs_a_reason(
+    turnout: Turnout, store: MemoryStore
+) -> None:
+    serving(store)
+    refused = turnout("stop", "i-v1")
+    assert refused.exit_code == 1
+    assert "1 of 1 live gateways may send requests of chat v1 to i-v1" in refused.stderr
+    assert "turnout stop i-v1 --force --reason TEXT" in refused.stderr
+    assert turnout("stop", "i-v1", "--force").exit_code == 1
+    assert turnout("stop", "i-v1", "--force", "--reason", "hangs").stdout == (
+        "i-v1 is stopped now, with whatever runs on it\n"
+    )
+    assert turnout("stop", "i-v1", "--force", "--reason", "hangs").stdout.endswith("nothing to do\n")
+    assert "forced by alice" in turnout("log").stdout
+    assert turnout("stop", "i-v2").stdout == "i-v2 is stopped when nothing is connected to it any more\n"
+    assert turnout("stop", "i-v9").exit_code == 1

@@ -23,13 +23,14 @@ from turnout.core.handling import (
     Plan,
     RetrySwitch,
     StartSwitch,
+    StopInstance,
     StopSwitch,
     UndoModel,
     switch_id,
 )
 from turnout.core.sagas.owed import decide
 from turnout.events.alert import AlertRaised, AlertResolved
-from turnout.events.instance import InstanceFailed
+from turnout.events.instance import InstanceDraining, InstanceFailed
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
@@ -143,6 +144,7 @@ def draining() -> Story:
         ("gw", "gateway.applied", gateway.ReportApplied("g1", "chat", 2), ["RouteApplied"]),
         ("gw", "gateway.drained", gateway.ReportDrained("g1", "chat", "v1", 2), ["VersionDrained"]),
         ("gw", "gateway.leave", gateway.LeaveGateway("g1"), ["GatewayLeft"]),
+        ("ops", "instance.stop", StopInstance("i1", force=True, reason="hangs"), ["InstanceDraining"]),
         ("worker", "worker.join", worker.JoinWorker("w2", "h", ("fake",), (), 1), ["WorkerJoined"]),
         ("worker", "worker.leave", worker.LeaveWorker("w1"), ["WorkerLeft"]),
         (
@@ -301,6 +303,44 @@ def test_an_abort_twice_or_after_the_rollback_began_is_no_second_rollback() -> N
     assert handled(story, "ops", "switch.abort", StopSwitch("sw-1"), command="c2") == []
 
 
+# --- stopping an instance ----------------------------------------------------------------------------------------
+
+
+def test_an_instance_that_no_gateway_uses_is_stopped_without_force() -> None:
+    story = serving().instance("i2", "v2")
+    (stopped,) = handled(story, "ops", "instance.stop", StopInstance("i2"))
+    assert stopped == InstanceDraining("i2", "stopped by alice", "")
+
+
+def test_a_stop_is_refused_with_the_number_of_gateways_that_may_use_the_instance() -> None:
+    story = draining()  # v1 has left the route: g1 and g2 have not said that it drained
+    story.applied().drained("v1", "g1")
+    refused = handled(story, "ops", "instance.stop", StopInstance("i1"))
+    assert refused.reason.startswith("1 of 2 live gateways may send requests of chat v1 to i1")
+    refused = handled(serving(), "ops", "instance.stop", StopInstance("i1"))
+    assert refused.reason.startswith("2 of 2 live gateways")
+
+
+def test_a_forced_stop_names_who_forced_it_and_another_instance_takes_its_place() -> None:
+    story = serving()
+    (stopped,) = handled(story, "ops", "instance.stop", StopInstance("i1", force=True, reason="hangs"))
+    assert stopped == InstanceDraining("i1", "hangs", "alice")
+    story.happens(stopped)
+    changed, *_ = story.carry_placement()
+    assert [type(e).__name__ for e in (changed, *_)] == ["InstanceRequested", "RouteChanged"]
+    assert not story.world.routes["chat"].names("i1")
+
+
+def test_a_force_that_comes_while_the_proof_of_quiet_is_waited_for_is_news_once() -> None:
+    story = serving().instance("i2", "v2")
+    story.happens(*handled(story, "ops", "instance.stop", StopInstance("i2")))
+    assert handled(story, "ops", "instance.stop", StopInstance("i2"), command="c2") == []
+    forced = StopInstance("i2", force=True, reason="a gateway is cut off")
+    story.happens(*handled(story, "ops", "instance.stop", forced, command="c3"))
+    assert story.world.instances["i2"].forced
+    assert handled(story, "ops", "instance.stop", forced, command="c4") == []
+
+
 # --- plans -------------------------------------------------------------------------------------------------------
 
 
@@ -442,6 +482,9 @@ REFUSALS: list[tuple[str, Any, str, str, object]] = [
     ("alert_resolved", alert_over, "ops", "alert.acknowledge", alert.AcknowledgeAlert("switch_held.chat")),
     ("gateway_unknown", serving, "gw", "gateway.applied", gateway.ReportApplied("g9", "chat", 1)),
     ("worker_unknown", serving, "worker", "worker.leave", worker.LeaveWorker("w9")),
+    ("instance_unknown", serving, "ops", "instance.stop", StopInstance("i9")),
+    ("instance_in_use", serving, "ops", "instance.stop", StopInstance("i1")),
+    ("reason_missing", serving, "ops", "instance.stop", StopInstance("i1", force=True)),
     ("instance_unknown", serving, "worker", "instance.ready", instance.ReportReady("i9", "unix:/x", 1.0, 0.1)),
 ]
 
