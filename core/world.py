@@ -2,6 +2,10 @@
 
 ``World.apply`` takes recorded events in the log's order and skips what it has seen, so that a controller may feed it
 its own writes at once and the same events again from the tail. Knows no store.
+
+What is over (ended switches and instances, processes that are gone, resolved alerts) is forgotten when ``OVER_MOST``
+others have ended after it. Nothing owed depends on it, and who writes to it all the same meets a conflict, reads its
+subject from the store and hands it to ``reread``. So memory is bounded by what is live, not by the log's length.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ from turnout.events import subjects
 from turnout.events.alert import AlertRaised
 from turnout.events.envelope import START, Position, Recorded, Unknown
 from turnout.events.gateway import RouteApplied, VersionDrained
-from turnout.events.instance import InstanceFailed, InstanceReady
+from turnout.events.instance import InstanceFailed, InstanceReady, InstanceStopped
+from turnout.events.model import VersionDeregistered
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -35,6 +40,13 @@ DECIDERS: dict[str, ModuleType] = {
 #: The bulk of what gateways report. A repeated report is no news to the decider: it needs no memory of command ids.
 #: Nothing else is derived from them.
 _ONLY_GROWS = frozenset((RouteApplied, VersionDrained))
+
+#: So many of what is over are remembered at least, and at most twice as many.
+OVER_MOST = 5_000
+#: So many commands of sagas, gateways and workers are remembered at least, and at most twice as many. These make a
+#: command again only from what the log says, moments later; an operator's command id is remembered for ever.
+COMMANDS_MOST = 50_000
+_OPERATORS = "ops"
 
 #: An instance that served this long was sound: its failure starts the back-off anew.
 SOUND_S = 60.0
@@ -80,6 +92,7 @@ class _Subject(msgspec.Struct, gc=False):
     aggregate: str
     id: str
     evolve: Callable[[Any, Any], Any] | None
+    index: Callable[[World, str, Any, Any, Recorded], None] | None
     state: Any
     states: dict[str, Any]
 
@@ -121,7 +134,13 @@ class World:
         self.requested_instances = 0
         self._ready_at: dict[str, datetime] = {}
         self._last: dict[str, _Subject] = {}
+        #: Operators' commands; others', of this generation and the one before.
+        self._asked: dict[str, Done] = {}
         self._done: dict[str, Done] = {}
+        self._done_before: dict[str, Done] = {}
+        #: Subjects that are over, of this generation and the one before, in the order in which they ended.
+        self._over: dict[str, None] = {}
+        self._over_before: dict[str, None] = {}
         self._states: dict[str, dict[str, Any]] = {
             "model": self.models,
             "switch": self.switches,
@@ -147,39 +166,107 @@ class World:
         return "" if known is None else known.newest.envelope.id
 
     def done(self, command: str) -> Done | None:
-        """What the command has written, None where it has not taken effect."""
-        return self._done.get(command)
+        """What the command has written, None where it has not taken effect (or long ago, and was no operator's)."""
+        return self._asked.get(command) or self._done.get(command) or self._done_before.get(command)
 
     def apply(self, recorded: Recorded) -> bool:
         """Fold one event. False where its subject has come this far already."""
-        known = self._last.get(recorded.subject)
+        subject, sequence = recorded.subject, recorded.sequence
+        known = self._last.get(subject)
         if known is None:
-            known = self._last[recorded.subject] = self._first_of(recorded)
-        elif recorded.sequence <= known.newest.sequence:
+            known = self._last[subject] = self._first_of(recorded)
+        elif sequence <= known.newest.sequence:
             return False
         known.newest = recorded
-        if recorded.sequence > self.sequence:
-            self.sequence = recorded.sequence
-        if recorded.envelope.epoch > self.epoch:
-            self.epoch = recorded.envelope.epoch
+        if sequence > self.sequence:
+            self.sequence = sequence
         event = recorded.event
-        quiet = type(event) in _ONLY_GROWS
-        if not quiet:
-            switch_id = known.id if known.aggregate == "switch" else ""
-            command = recorded.envelope.command
-            done = self._done.get(command)
-            self._done[command] = (
-                Done(recorded.subject, recorded.sequence, recorded.sequence, 1, switch_id)
-                if done is None
-                else _with(done, recorded, switch_id)
-            )
-        if known.evolve is None or type(event) is Unknown:
+        evolve = known.evolve
+        if type(event) in _ONLY_GROWS and evolve is not None:
+            known.state = known.states[known.id] = evolve(known.state, event)
+            return True
+        self._note(known, recorded)
+        if evolve is None or type(event) is Unknown:
             return True
         before = known.state
-        after = known.state = known.states[known.id] = known.evolve(before, event)
-        if not quiet and after is not before:
-            self._index(known.aggregate, known.id, before, after, recorded)
+        after = evolve(before, event)
+        if after is not before:
+            known.state = known.states[known.id] = after
+            if known.index is not None:
+                known.index(self, known.id, before, after, recorded)
+        elif known.id not in known.states:
+            known.states[known.id] = after
         return True
+
+    def reread(self, history: tuple[Recorded, ...], seen: int) -> None:
+        """Take one subject's whole history, oldest first, of which everything up to ``seen`` was folded before.
+
+        Where the subject is not known, that was forgotten: then its state is taken back, and nothing is counted again.
+        """
+        old = [one for one in history if one.sequence <= seen]
+        if old and old[0].subject not in self._last:
+            known = self._first_of(old[0])
+            for one in old:
+                if known.evolve is not None and type(one.event) is not Unknown:
+                    known.state = known.states[known.id] = known.evolve(known.state, one.event)
+            known.newest = old[-1]
+            self._last[known.newest.subject] = known
+            self._end(known.newest)
+        for one in history:
+            self.apply(one)
+
+    def _note(self, known: _Subject, recorded: Recorded) -> None:
+        """Remember what the event's command has written, and the highest epoch."""
+        envelope = recorded.envelope
+        if envelope.epoch > self.epoch:
+            self.epoch = envelope.epoch
+        switch_id = known.id if known.aggregate == "switch" else ""
+        command = envelope.command
+        done = self.done(command)
+        if done is None:
+            done = Done(recorded.subject, recorded.sequence, recorded.sequence, 1, switch_id)
+        else:
+            done = _with(done, recorded, switch_id)
+        if envelope.actor.startswith(_OPERATORS):
+            self._asked[command] = done
+            return
+        self._done[command] = done
+        if len(self._done) >= COMMANDS_MOST:
+            self._done_before, self._done = self._done, {}
+
+    def _end(self, newest: Recorded) -> None:
+        """The subject is over with this event; those that were long ago are forgotten."""
+        self._over[newest.subject] = None
+        if len(self._over) >= OVER_MOST:
+            for subject in self._over_before:
+                if subject not in self._over:
+                    self._forget(subject)
+            self._over_before, self._over = self._over, {}
+
+    def _forget(self, subject: str) -> None:
+        """Drop what is known of it, if it is over still and nobody tells of it."""
+        known = self._last.get(subject)
+        if known is None or not self._is_over(known):
+            return
+        del self._last[subject]
+        known.states.pop(known.id, None)
+        if known.aggregate == "alert":
+            self.raisings.pop(known.id, None)
+
+    def _is_over(self, known: _Subject) -> bool:
+        state = known.state
+        match known.aggregate:
+            case "switch":
+                newest = self.ended.get(state.model)
+                return state.phase in switch.ENDED and (newest is None or newest.subject != known.newest.subject)
+            case "instance":
+                return state.phase in instance.ENDED
+            case "worker" | "gateway":
+                return not state.live and (known.aggregate, known.id) not in self.lost
+            case "alert":
+                return not state.raised
+            case _:
+                return False
 
     def ready(self, model: str, version: str) -> tuple[instance.InstanceState, ...]:
         """Proven instances of a version that were not asked to stop, oldest id first."""
@@ -200,52 +287,65 @@ class World:
         aggregate, id = subjects.parse_event(recorded.subject)
         decider = DECIDERS.get(aggregate)
         if decider is None:
-            return _Subject(recorded, aggregate, id, None, None, {})
-        return _Subject(recorded, aggregate, id, decider.evolve, decider.initial, self._states[aggregate])
+            return _Subject(recorded, aggregate, id, None, None, None, {})
+        states, index = self._states[aggregate], _INDEXES[aggregate]
+        return _Subject(recorded, aggregate, id, decider.evolve, index, decider.initial, states)
 
-    def _index(self, aggregate: str, id: str, before: Any, after: Any, recorded: Recorded) -> None:
-        """Keep what is derived from several events or from their times."""
-        match aggregate:
-            case "gateway":
-                if after.live != before.live:
-                    (self.live_gateways.add if after.live else self.live_gateways.discard)(id)
-                self._index_loss(aggregate, id, after, recorded)
-            case "worker":
-                self._index_loss(aggregate, id, after, recorded)
-            case "switch":
-                (self.running.discard if after.phase in switch.ENDED else self.running.add)(id)
-                if after.phase in switch.ENDED:
-                    self.ended[after.model] = recorded
-            case "alert":
-                (self.raised.add if after.raised else self.raised.discard)(id)
-                if type(recorded.event) is AlertRaised:
-                    self.raisings[id] = recorded
-            case "route":
-                self._index_route(before, after, recorded)
-            case "instance":
-                self._index_instance(id, before, after, recorded)
-            case _:
-                pass
+    # What is derived from several events or from their times
+
+    def _index_model(self, id: str, before: model.ModelState, after: model.ModelState, recorded: Recorded) -> None:
+        if type(recorded.event) is VersionDeregistered:
+            key = (id, recorded.event.version)
+            self.failures.pop(key, None)
+            self.loads.pop(key, None)
+
+    def _index_switch(self, id: str, before: Any, after: switch.SwitchState, recorded: Recorded) -> None:
+        if after.phase in switch.ENDED:
+            self.running.discard(id)
+            self.ended[after.model] = recorded
+            self._end(recorded)
+        else:
+            self.running.add(id)
+
+    def _index_gateway(
+        self, id: str, before: gateway.GatewayState, after: gateway.GatewayState, recorded: Recorded
+    ) -> None:
+        if after.live != before.live:
+            (self.live_gateways.add if after.live else self.live_gateways.discard)(id)
+        self._index_loss("gateway", id, after, recorded)
+        self.joined.pop(id, None)
+        if after.live:
+            self.joined[id] = recorded.envelope.time
+
+    def _index_worker(self, id: str, before: Any, after: worker.WorkerState, recorded: Recorded) -> None:
+        self._index_loss("worker", id, after, recorded)
+
+    def _index_alert(self, id: str, before: Any, after: alert.AlertState, recorded: Recorded) -> None:
+        if type(recorded.event) is AlertRaised:
+            self.raisings[id] = recorded
+        if after.raised:
+            self.raised.add(id)
+        else:
+            self.raised.discard(id)
+            self._end(recorded)
 
     def _index_loss(self, kind: str, id: str, after: gateway.GatewayState | worker.WorkerState, one: Recorded) -> None:
         self.lost.pop((kind, id), None)
-        if not after.live and not after.left:
-            self.lost[kind, id] = one
-            if len(self.lost) > LOST_MOST:
-                self.lost.pop(next(iter(self.lost)))
-        if kind == "gateway":
-            self.joined.pop(id, None)
-            if after.live:
-                self.joined[id] = one.envelope.time
+        if not after.live:
+            if not after.left:
+                self.lost[kind, id] = one
+                if len(self.lost) > LOST_MOST:
+                    self._end(self.lost.pop(next(iter(self.lost))))
+            self._end(one)
 
-    def _index_route(self, before: route.RouteState, after: route.RouteState, recorded: Recorded) -> None:
+    def _index_route(self, id: str, before: route.RouteState, after: route.RouteState, recorded: Recorded) -> None:
         was = {e.instance for part in before.parts for e in part.endpoints}
         now = {e.instance for part in after.parts for e in part.endpoints}
-        for id in now:
-            self.idle_since.pop(id, None)
-        for id in was - now:
-            if id in self.alive:
-                self.idle_since[id] = recorded.envelope.time
+        for one in now:
+            self.idle_since.pop(one, None)
+        for one in was - now:
+            if one in self.alive:
+                self.idle_since[one] = recorded.envelope.time
 
     def _index_instance(
         self, id: str, before: instance.InstanceState, after: instance.InstanceState, recorded: Recorded
@@ -257,6 +357,7 @@ class World:
         if after.phase in instance.ENDED:
             self.alive.discard(id)
             self.idle_since.pop(id, None)
+            self._end(recorded)
         else:
             self.alive.add(id)
         match recorded.event:
@@ -270,5 +371,18 @@ class World:
                 sound = ready is not None and (time - ready).total_seconds() >= SOUND_S
                 count = 0 if sound or key not in self.failures else self.failures[key].count
                 self.failures[key] = Failures(count + 1, time)
+            case InstanceStopped():
+                self._ready_at.pop(id, None)
             case _:
                 pass
+
+
+_INDEXES: dict[str, Callable[[World, str, Any, Any, Recorded], None]] = {
+    "model": World._index_model,
+    "switch": World._index_switch,
+    "route": World._index_route,
+    "instance": World._index_instance,
+    "worker": World._index_worker,
+    "gateway": World._index_gateway,
+    "alert": World._index_alert,
+}

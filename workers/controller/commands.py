@@ -201,7 +201,7 @@ class Commands:
     async def _reload(self, appends: tuple[Append, ...]) -> None:
         """Bring the subjects of a decision up to date from the store."""
         for append in appends:
-            self._log.own(await self._log.store.read(append.subject))
+            self._log.reread(await self._log.store.read(append.subject))
 
 
 def _never() -> bool:

@@ -63,6 +63,11 @@ class Log:
             self.world.apply(one)
         self._tell_soon()
 
+    def reread(self, history: tuple[Recorded, ...]) -> None:
+        """Fold one subject's whole history, as the store has it now."""
+        self.world.reread(history, self.sequence)
+        self._tell_soon()
+
     async def catch_up(self, timeout_s: float = 30.0) -> None:
         """Wait until the tail has folded all that is stored at this moment.
 
