@@ -390,7 +390,7 @@ def decide(state: SwitchState, command: SwitchCommand) -> tuple[SwitchEvent, ...
                 return (SwitchAborted(switch, reason),)
             return () if state.phase == "aborted" else _out_of_turn(state, "abort before traffic")
         case _ if state.phase in ENDED:
-            return () if _is_outcome(state, command) else _out_of_turn(state, type(command).__name__)
+            return () if _is_outcome(state, command) else _out_of_turn(state, _ASKED.get(type(command), "go on"))
         case RecordInstancesRequested(switch, instances):
             if state.phase == "requested":
                 return (InstancesRequested(switch, instances),)
@@ -449,6 +449,10 @@ def decide(state: SwitchState, command: SwitchCommand) -> tuple[SwitchEvent, ...
                     return (SwitchConcluded(switch, state.home, state.reason),)
                 case _:
                     return (RolledBack(switch, gateways, seconds, proof),)
+
+
+#: What an operator's command asks a switch to do, as in "it can't …".
+_ASKED: dict[type, str] = {PauseSwitch: "pause", ResumeSwitch: "be resumed", PromoteSwitch: "be promoted"}
 
 
 def unknown_switch(switch: str) -> Rejected:

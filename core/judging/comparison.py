@@ -14,7 +14,7 @@ from turnout.events.health import HealthSampled, Histogram, ShadowSampled, bin_o
 if TYPE_CHECKING:
     from turnout.core.judging.judgement import JudgeSettings
 
-#: The first units of a target that was just loaded: their errors count, their latency does not.
+#: The first requests of a target that was just loaded: their errors count, their latency does not.
 WARM_UP = 20
 #: The split is not what the route says, with a chance of error of one in a thousand.
 SPLIT_NEEDED = 1000.0
@@ -94,7 +94,7 @@ class Comparison:
             self._hold_to_ceilings(counted)
             if not self._beside:
                 self._recorded_p95.add(sample.first_ms, self._warm >= WARM_UP)
-                self._warm += _total(sample.first_ms)
+                self._warm += counted.requests
         else:
             counted = self.source.take(sample)
             self._learn(counted)
@@ -179,7 +179,7 @@ class Comparison:
         self._tokens.add(share, _one(mine.tokens), _one(other.tokens), scored=True)
         self.split.add(share, self._split_units(mine), self._split_units(other))
         self.split_broken = self.split_broken or self.split.harm.log_e >= math.log(SPLIT_NEEDED)
-        self._warm += _total(mine.first_ms)
+        self._warm += 0 if target is None else target.requests
         self._units += mine.assigned + other.assigned
         self._requests += sum([one.requests for one in windows])
 

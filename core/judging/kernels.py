@@ -16,20 +16,30 @@ import msgspec
 #: Tilts of the odds for events that are bad or not there: errors, slow answers, empty answers.
 EVENT_TILTS = tuple(math.log(odds) for odds in (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0))
 #: Tilts for scores between -1 and 1: worse, better, other.
-WORSE_TILTS = (0.25, 0.5, 1.0, 2.0)
-BETTER_TILTS = (-0.25, -0.5, -1.0, -2.0)
-OTHER_TILTS = (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0)
+WORSE_TILTS = (0.4, 1.0, 2.0)
+BETTER_TILTS = tuple(-tilt for tilt in WORSE_TILTS)
+OTHER_TILTS = (*BETTER_TILTS, *WORSE_TILTS)
 #: Tilts for "the split is not what it should be".
 SPLIT_TILTS = tuple(math.log(odds) for odds in (0.1, 0.5, 0.8, 0.9, 1.1, 1.25, 2.0, 10.0))
 
 _ABOVE_ODDS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 1000.0)
 _BELOW_SHARES = (0.1, 0.25, 0.5, 0.75)
+_FULL = 2.5  # spreads above the mean where a score is 1
 _STEPS = 50  # of a bisection, which halves an interval within [0, 1]
 
 
 def event_good_tilts(margin: float) -> tuple[float, ...]:
     """Tilts for "bad events are less than ``margin`` times as frequent": equally frequent, or half as frequent."""
     return tuple(math.log(ratio / margin) for ratio in (0.5, 1.0))
+
+
+def score(spreads: float) -> float:
+    """How bad a value is that lies so many spreads above its mean: proportional, and cut off at both ends.
+
+    The likelihood ratio of a shifted normal distribution grows in proportion, so this bets almost as well as can be
+    where the logarithms of times are about normal; the cut keeps a few absurd values from deciding.
+    """
+    return max(-1.0, min(1.0, spreads / _FULL))
 
 
 class Evidence(msgspec.Struct, frozen=True, gc=False):

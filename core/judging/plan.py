@@ -9,7 +9,7 @@ import msgspec
 from turnout.core.judging.comparison import WARM_UP
 from turnout.core.judging.judge import WEIGHTS
 from turnout.core.judging.judgement import JudgeSettings  # noqa: TC001  part of a public signature
-from turnout.core.judging.kernels import EVENT_TILTS, WORSE_TILTS, above, which_arm
+from turnout.core.judging.kernels import EVENT_TILTS, WORSE_TILTS, above, score, which_arm
 
 #: What is assumed of a source that nobody has measured, or that never failed yet.
 ERROR_RATE = 0.01
@@ -122,4 +122,4 @@ def _scores(shift: float, count: float) -> list[tuple[float, float]]:
     points = [6.0 * n / (_GRID - 1) - 3.0 for n in range(_GRID)]
     weights = [math.exp(-(z * z) / 2.0) for z in points]
     whole = sum(weights)
-    return [(math.erf((z + shift) / math.sqrt(2.0)), count * w / whole) for z, w in zip(points, weights, strict=True)]
+    return [(score(z + shift), count * w / whole) for z, w in zip(points, weights, strict=True)]

@@ -21,6 +21,7 @@ from turnout.core.judging.kernels import (
     mean_half_width,
     no_evidence,
     ratio_limits,
+    score,
     which_arm,
 )
 from turnout.events.health import BIN_RATIO, Histogram, quantile
@@ -41,7 +42,6 @@ _SHOWN_FROM = 100  # target's values before an interval of a mean means anything
 _HALF_LIFE = 50.0  # requests of the source after which one counts half: a shared outage is seen at once
 _KNOWN_FROM = 20.0  # requests of the source before its share counts
 _SURE = 2.33  # standard errors: one side, 99 %
-_ROOT2 = math.sqrt(2.0)
 
 
 class Events:
@@ -140,13 +140,13 @@ class Scores:
         for stratum, pooled in self._pooled.items():
             if pooled.count < _LEARN:
                 continue
-            mean, spread = pooled.mean, pooled.spread * _ROOT2
+            mean, spread = pooled.mean, pooled.spread
             for bin, count in source.get(stratum, {}).items():
-                usual.append((math.erf(((bin + 0.5) * _LOG_BIN - mean) / spread), count))
+                usual.append((score(((bin + 0.5) * _LOG_BIN - mean) / spread), count))
             for bin, count in target.get(stratum, {}).items():
                 above_mean = (bin + 0.5) * _LOG_BIN - mean
-                worse.append((math.erf((above_mean - self._tolerated) / spread), count))
-                better.append((math.erf((above_mean - self._margin) / spread), count))
+                worse.append((score((above_mean - self._tolerated) / spread), count))
+                better.append((score((above_mean - self._margin) / spread), count))
         if not (worse or usual):
             return
         self.harm = self.harm.after(which_arm(self._tilts, share, worse, usual))

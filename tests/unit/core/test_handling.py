@@ -471,6 +471,8 @@ REFUSALS: list[tuple[str, Any, str, str, object]] = [
     ),
     ("parameters_invalid", at_first_step, "ops", "switch.pause", HoldSwitch("sw-1", seconds=-1.0)),
     ("switch_ended", ended, "ops", "switch.pause", HoldSwitch("sw-1")),
+    ("switch_ended", ended, "ops", "switch.resume", ContinueSwitch("sw-1")),
+    ("switch_ended", ended, "ops", "switch.promote", AdvanceSwitch("sw-1", full=True, reason="hotfix")),
     ("switch_unknown", serving, "ops", "switch.resume", ContinueSwitch("sw-9")),
     ("waits_for_a_decision", held, "ops", "switch.resume", ContinueSwitch("sw-1")),
     ("step_ahead", at_first_step, "ops", "switch.promote", AdvanceSwitch("sw-1", 7)),
@@ -497,6 +499,7 @@ def test_a_refusal_has_its_code_a_reason_and_a_hint(code: str, at: Any, role: st
     assert refused.reason
     assert refused.hint
     assert not refused.reason.endswith(".")
+    assert "Switch" not in refused.reason, "no name of the code's"
 
 
 @pytest.mark.parametrize(

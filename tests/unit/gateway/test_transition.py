@@ -64,6 +64,25 @@ def test_a_registered_model_without_a_route_is_known_and_not_ready() -> None:
     assert m.applied() == {}
 
 
+def test_complaint_12_ten_thousand_users_through_a_rollout_keep_to_their_version_and_never_go_back() -> None:
+    """20 requests of each user over 5 → 25 → 50 → 100 %, at two gateways: exact shares, moves one way only."""
+    gateways = manager(), manager()
+    users = [b"user-%d" % n for n in range(10_000)]
+    on_target: set[bytes] = set()
+    for revision, weight in enumerate((5.0, 25.0, 50.0, 100.0), start=1):
+        for m in gateways:
+            m.begin_transition(route(revision, split("v1", 100.0 - weight), split("v2", weight)), 0.0)
+        now: set[bytes] = set()
+        for user in users:
+            versions = {choose(gateways[turn % 2], user).version for turn in range(5)}
+            assert len(versions) == 1, "it does not matter which gateway, nor how often"
+            if versions == {"v2"}:
+                now.add(user)
+        assert abs(len(now) / len(users) - weight / 100) < 0.01
+        assert on_target <= now, "nobody flips back"
+        on_target = now
+
+
 def test_an_idle_version_that_leaves_is_drained_at_once() -> None:
     m = manager()
     m.begin_transition(route(1, split("v1", 100)), 0.0)

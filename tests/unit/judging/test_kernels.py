@@ -39,7 +39,7 @@ def fold(tilts: tuple[float, ...], share: float, events: list[Event], margin: fl
     ("tilts", "share", "margin", "events", "expected"),
     [
         (EVENT_TILTS, 0.1, 1.0, [(1, 1), (1, 1), (0, 1), (1, 1)], [1.406938, 3.203150, 1.984313, 3.688426]),
-        (WORSE_TILTS, 0.25, 1.0, [(1, 0.5), (0, -0.2), (1, 0.9)], [0.339264, 0.388072, 1.030803]),
+        ((0.25, 0.5, 1.0, 2.0), 0.25, 1.0, [(1, 0.5), (0, -0.2), (1, 0.9)], [0.339264, 0.388072, 1.030803]),
         (SPLIT_TILTS, 0.5, 1.0, [(1, 1), (0, 1), (1, 1)], [-0.000627, -0.221706, -0.222483]),
         (GOOD_TILTS, 0.5, 2.0, [(0, 1), (0, 1), (1, 1)], [0.559616, 1.139434, 0.611802]),
     ],
@@ -121,13 +121,13 @@ def test_order_and_batches_change_nothing(events: list[Event], share: float, cut
     shuffled = list(events)
     seed.shuffle(shuffled)
 
-    batched = no_evidence(4)
+    batched = no_evidence(len(WORSE_TILTS))
     for part in (shuffled[:cut], shuffled[cut:]):
         target = [(score, 1) for arm, score in part if arm]
         source = [(score, 1) for arm, score in part if not arm]
         batched = batched.after(which_arm(WORSE_TILTS, share, target, source))
 
-    expected = one_by_one[-1].plain if events else (0.0,) * 4
+    expected = one_by_one[-1].plain if events else (0.0,) * len(WORSE_TILTS)
     assert batched.plain == pytest.approx(expected, abs=1e-9)
 
 
