@@ -23,7 +23,7 @@ import report
 
 from turnout.core.judging.judge import Judge, Question
 from turnout.core.judging.judgement import Decision, JudgeSettings
-from turnout.events.health import HealthSampled, Histogram, quantile
+from turnout.events.health import HealthSampled, Histogram, merged, quantile
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 WINDOW = 25  # requests: a quarter of a second at 100/s
@@ -45,6 +45,7 @@ class Scenario(msgspec.Struct, frozen=True):
         empty: share of the target's answers that are empty.
         refused: the target's errors are refused connections.
         good_first: canary requests before the target's fault begins.
+        gateways: how many there are; each request goes through one of them by chance.
         users: sticky ones, 0 for none; each has an error rate (intraclass correlation 0.2) and a pace of its own, and
             they ask as often as Zipf's law says (exponent 1.6: the busiest sends 44 % of the requests).
         restless: latency of both versions rises and falls by a factor of 3, and both fail 30 % of 500 requests.
@@ -61,6 +62,7 @@ class Scenario(msgspec.Struct, frozen=True):
     empty: float = 0.005
     refused: bool = False
     good_first: int = 0
+    gateways: int = 1
     users: int = 0
     restless: bool = False
     step: int = 1
@@ -81,6 +83,14 @@ SAME = (
     Scenario("3 % errors, 50 % of the traffic", 10_000, weight=0.5, source_errors=0.03, target_errors=0.03),
     Scenario(
         "sticky users with unequal habits, 3 % errors", 10_000, source_errors=0.03, target_errors=0.03, users=1000
+    ),
+    Scenario(
+        "the same users through four gateways",
+        10_000,
+        source_errors=0.03,
+        target_errors=0.03,
+        users=1000,
+        gateways=4,
     ),
     Scenario("restless load and an outage of both versions", 10_000, restless=True),
 )
@@ -170,7 +180,7 @@ class _World:
                 settings=SETTINGS, source="v1", target="v2", step=scenario.step, steps=scenario.steps, first_revision=1
             )
         )
-        self.source, self.target = _Arm(), _Arm()
+        self.arms = [(_Arm(), _Arm()) for _ in range(scenario.gateways)]
         self.canary = self.passed = 0
         self.alarms = [0, 0, 0]
         self.metric = ""
@@ -211,18 +221,20 @@ class _World:
             if scenario.restless:
                 pace += 6.0 * math.sin(n / 1500.0)
                 errors = 0.3 if 4000 <= n < 4500 else errors
-            arm = self.target if is_target else self.source
+            gateway = int(draw() * scenario.gateways) if scenario.gateways > 1 else 0
+            arm = self.arms[gateway][is_target]
             self.canary += is_target
             failed = draw() < errors
-            fresh = user < 0 or user not in self.seen
+            here = user if user < 0 else user * scenario.gateways + gateway
+            fresh = user < 0 or here not in self.seen
             if fresh:
                 arm.assigned += 1
                 if user >= 0:
                     arm.users += 1
-                    self.seen.add(user)
+                    self.seen.add(here)
             arm.requests += 1
             if failed:
-                self._fail(arm, user, scenario.refused and is_target)
+                self._fail(arm, user, here, scenario.refused and is_target)
             else:
                 arm.run = 0
                 first = max(0, int(first_ms[int(draw() * _POOL)] + pace + late))
@@ -236,8 +248,8 @@ class _World:
                 arm.total[last] = arm.total.get(last, 0) + 1
                 if draw() < (scenario.empty if faulty else EMPTY):
                     arm.empty += 1
-                    arm.unit_empty += user < 0 or user not in self.found_empty
-                    self.found_empty.add(user)
+                    arm.unit_empty += user < 0 or here not in self.found_empty
+                    self.found_empty.add(here)
             in_window += 1
             if failed or in_window >= WINDOW:
                 in_window = 0
@@ -246,7 +258,7 @@ class _World:
                     break
         return Run((self.alarms[0], self.alarms[1], self.alarms[2]), self.metric, self.passed, self.invalid)
 
-    def _fail(self, arm: _Arm, user: int, refused: bool) -> None:
+    def _fail(self, arm: _Arm, user: int, here: int, refused: bool) -> None:
         arm.errors += 1
         arm.refused += refused
         arm.run = arm.run + 1 if refused else 0
@@ -254,30 +266,30 @@ class _World:
             arm.unit_errors += 1
             return
         arm.bad_users[f"{user:x}"] = arm.bad_users.get(f"{user:x}", 0) + 1
-        arm.unit_errors += user not in self.failed
-        self.failed.add(user)
+        arm.unit_errors += here not in self.failed
+        self.failed.add(here)
 
     def _flush(self) -> None:
-        """The gateway's samples of both arms, and what each rule says of them."""
+        """The gateways' samples of both arms, and what each rule says of them."""
         started, self.at = self.at, self.at + timedelta(milliseconds=250)
-        target_moved = self.target.requests > 0
-        for version, arm, share in (
-            ("v1", self.source, 1.0 - self.scenario.weight),
-            ("v2", self.target, self.scenario.weight),
-        ):
-            if arm.requests:
-                self._sample(version, arm, share, started)
+        for number, arms in enumerate(self.arms):
+            shares = 1.0 - self.scenario.weight, self.scenario.weight
+            for version, arm, share in zip(("v1", "v2"), arms, shares, strict=True):
+                if arm.requests:
+                    self._sample(f"g{number}", version, arm, share, started)
         if not self.alarms[0]:
             self._ask()
-        if target_moved:
-            if not self.alarms[1] and self.fixed.alarms(self.source, self.target):
+        source, target = (_together([arms[side] for arms in self.arms]) for side in (0, 1))
+        if target.requests:
+            if not self.alarms[1] and self.fixed.alarms(source, target):
                 self.alarms[1] = self.canary
-            if not self.alarms[2] and self.target.sum_requests % LOOK < self.target.requests:
-                self.alarms[2] = self.canary if mann_whitney(self.source, self.target) else 0
-        self.source.clear()
-        self.target.clear()
+            if not self.alarms[2] and target.sum_requests % LOOK < target.requests:
+                self.alarms[2] = self.canary if mann_whitney(source, target) else 0
+        for arms in self.arms:
+            for arm in arms:
+                arm.clear()
 
-    def _sample(self, version: str, arm: _Arm, share: float, started: datetime) -> None:
+    def _sample(self, gateway: str, version: str, arm: _Arm, share: float, started: datetime) -> None:
         arm.window += 1
         arm.sum_requests += arm.requests
         arm.sum_errors += arm.errors
@@ -286,7 +298,7 @@ class _World:
         outcomes = {"ok": arm.requests - arm.errors, "refused": arm.refused, "http_error": arm.errors - arm.refused}
         self.judge.take(
             HealthSampled(
-                gateway="g1",
+                gateway=gateway,
                 model="chat",
                 version=version,
                 window=arm.window,
@@ -318,6 +330,21 @@ class _World:
         elif decision is Decision.PASS and not self.passed:
             self.passed = self.canary
         self.invalid = self.invalid or decision is Decision.INVALID
+
+
+def _together(arms: list[_Arm]) -> _Arm:
+    """What the rivals look at: the same version's windows of all gateways."""
+    if len(arms) == 1:
+        return arms[0]
+    whole = _Arm()
+    for arm in arms:
+        whole.requests += arm.requests
+        whole.errors += arm.errors
+        whole.sum_requests += arm.sum_requests
+        whole.sum_errors += arm.sum_errors
+        whole.first = merged(whole.first, arm.first)
+        whole.all_first = merged(whole.all_first, arm.all_first)
+    return whole
 
 
 class _Fixed:
