@@ -19,6 +19,7 @@ BENCHES = {
     "replay": "events read back through JetStream in a second, and latency of an append",
     "rules": "what rules cost for each request",
     "judging": "how often the judge is wrong, and how soon it is right",
+    "scenarios": "what a bad candidate costs before it is gone, and how fast the control loop is",
     "connections": "memory of a gateway for each 1,000 connections",
     "up": "from turnout up to the first completion",
 }
