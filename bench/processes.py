@@ -163,9 +163,12 @@ class Process:
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time of one process so far, seconds; 0 where it has ended."""
-    fields = _stat(pid)
-    return (int(fields[11]) + int(fields[12])) * _TICK_S if fields else 0.0
+    """Processor time of one process's running threads so far, seconds, to the nanosecond; 0 where it has ended."""
+    total_ns = 0
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total_ns += int((task / "schedstat").read_text().split()[0])
+    return total_ns / 1e9
 
 
 def resident_bytes(pid: int) -> int:

@@ -5,6 +5,7 @@ Runs on any event loop; for the speed in docs/benchmarks.md it needs uvloop.
 
 from __future__ import annotations
 
+import gc
 import resource
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,14 @@ class Gateway:
             OSError: the address or port can't be used.
         """
         _raise_file_limit()
-        await self._agent.run(ready)
+
+        def started(url: str) -> None:
+            # What is there now stays: the collector need not look at it again and again while requests wait.
+            gc.collect()
+            gc.freeze()
+            ready(url)
+
+        await self._agent.run(started)
 
     def stop(self) -> None:
         """Make ``run`` end in order: no new request, the running ones to their end, then leave."""

@@ -120,16 +120,15 @@ class Copy:
         self._shape = shape
         if shape.status < 400 and (shape.stream or (readable(self._head.path) and self.tally.looks.take())):
             self._reading = Reading(shape.stream)
-        self.upstream_data(data)
+        self.upstream_data(data, self._connection is not None and self._connection.complete)
 
-    def upstream_data(self, data: bytes) -> None:
+    def upstream_data(self, data: bytes, last: bool) -> None:
         """A part of the answer."""
         if self._ended:
             return
         if self._reading is not None:
             self._reading.add(data)
-        connection = self._connection
-        if connection is not None and connection.complete:
+        if last:
             self._complete()
 
     def upstream_lost(self, reason: str) -> None:

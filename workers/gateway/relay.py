@@ -99,6 +99,7 @@ class Relay:
     _first_s = 0.0
     _tally: Tally | None
     _plain: _Plain | None = None
+    _pass_on: Callable[[bytes], None]
     _delimited = False
 
     def __init__(self, ctx: GatewayContext, client: Client, request: Request, choice: Choice) -> None:
@@ -163,25 +164,22 @@ class Relay:
         else:
             self._begin(connection, shape, data, at)
 
-    def upstream_data(self, data: bytes) -> None:
-        """Pass on."""
-        connection = self._connection
+    def upstream_data(self, data: bytes, last: bool) -> None:
+        """Pass on, and only then look at it."""
         if self.phase == STREAMING:
-            if self._plain is None:
-                self._write(data)
-            else:
-                self._plain.pass_on(data, self._write)
+            self._pass_on(data)
             self.active = self._ctx.now
-            if self._note is not None:
-                self._note(data)
-            if connection is not None and connection.complete:
+            note = self._note
+            if note is not None:
+                note(data)
+            if last and self._connection is not None:
                 self._count_total()
-                self._complete(connection)
-        elif connection is not None and self._shape is not None:
+                self._complete(self._connection)
+        elif self._connection is not None and self._shape is not None:
             if self.phase == HOLDING:
-                self._hold(connection, self._shape, self._held + data)
+                self._hold(self._connection, self._shape, self._held + data)
             else:
-                self._begin(connection, self._shape, self._held + data, self._at)
+                self._begin(self._connection, self._shape, self._held + data, self._at)
 
     def upstream_lost(self, reason: str) -> None:
         """The connection is gone: before the first byte that is a failed try, after it the answer is broken."""
@@ -282,19 +280,25 @@ class Relay:
         request = self.request
         tally = self._tally
         choice = self.choice
+        numbers = choice.lane.numbers or ctx.numbers(choice)
         if (
-            tally is None
-            or not (tally.looks is None or self._needs_no_look(tally, data))
-            or not request.keep_alive
+            not request.keep_alive
             or ctx.stopping
             or choice.slot.failures
+            or (
+                numbers.tally is not None
+                if tally is None
+                else tally.looks is not None and not self._needs_no_look(tally, data)
+            )
         ):
             return False
         self._write(b"".join((data[: at - 4], choice.stamp, request.id, data[at - 4 :])))
         seconds = ctx.monotonic() - self.started
-        (choice.lane.numbers or ctx.numbers(choice)).whole(seconds)
-        tally.done((None if request.apart else request.key, seconds, len(request.body)))
-        self._connection = self._tally = None
+        numbers.whole(seconds)
+        if tally is not None:
+            tally.done((None if request.apart else request.key, seconds, len(request.body)))
+            self._tally = None
+        self._connection = None
         client = self._client
         if client.paused:
             connection.transport.resume_reading()
@@ -335,10 +339,12 @@ class Relay:
         self.active = ctx.now
         head = data[: at - 4]
         if shape.chunked and request.head.http10:
-            self._plain = _Plain()
+            self._plain = _Plain(self._write)
+            self._pass_on = self._plain.pass_on
             self._write(b"".join((shape.without_chunks(head), choice.stamp, request.id, end, b"\r\n\r\n")))
-            self._plain.pass_on(data, self._write)
+            self._pass_on(data)
         else:
+            self._pass_on = self._write
             if not shape.plain:
                 head = shape.passed_on(head)
             self._write(b"".join((head, choice.stamp, request.id, end, data[at - 4 :])))
@@ -558,17 +564,18 @@ class Relay:
 class _Plain:
     """Takes the chunks off an answer for a client that speaks HTTP/1.0 and knows none."""
 
-    __slots__ = ("_parser", "_parts")
+    __slots__ = ("_parser", "_parts", "_write")
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
         self._parser = httptools.HttpResponseParser(self)
         self._parts: list[bytes] = []
 
-    def pass_on(self, data: bytes, write: Callable[[bytes], None]) -> None:
+    def pass_on(self, data: bytes) -> None:
         """Send what the chunks hold. The connection's own parser has accepted the bytes before."""
         self._parser.feed_data(data)
         if self._parts:
-            write(b"".join(self._parts))
+            self._write(b"".join(self._parts))
             self._parts.clear()
 
     def on_body(self, body: bytes) -> None:

@@ -46,8 +46,8 @@ class Exchange(Protocol):
         """The head of the answer, as ``shape`` says; its body begins at ``data[at]``, as far as it has come."""
         ...
 
-    def upstream_data(self, data: bytes) -> None:
-        """More of its body."""
+    def upstream_data(self, data: bytes, last: bool) -> None:
+        """More of its body; ``last``: to its end."""
         ...
 
     def upstream_lost(self, reason: str) -> None:
@@ -103,6 +103,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     __slots__ = (
         "_chunks",
+        "_following",
         "_left",
         "_part",
         "_pool",
@@ -130,6 +131,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._part = b""  # of a head that is not
         self._left = 0  # bytes of a body with a length that have not come
         self._chunks: Chunks | None = None  # made for the first answer that comes in chunks
+        self._following: Chunks | None = None  # the same, while the current answer comes in chunks
 
     @property
     def heard(self) -> bool:
@@ -138,15 +140,14 @@ class UpstreamConnection(asyncio.Protocol):
 
     def between_chunks(self) -> bool:
         """Whether the answer comes in chunks, and the next one could begin here; it must be given up then."""
-        chunks = self._chunks
-        return self._shape is not None and self._shape.chunked and chunks is not None and chunks.between()
+        return self._following is not None and self._following.between()
 
     def send(self, exchange: Exchange, head: RequestHead, id: bytes, body: bytes) -> None:
         """Send a request; the exchange hears of the answer."""
         self.exchange = exchange
         self.uses += 1
         self.complete = False
-        self._shape = None
+        self._shape = self._following = None
         if len(body) < _JOINED_MOST_BYTES:
             self.transport.write(head.for_engine(self.target, id, body))
         else:
@@ -172,14 +173,19 @@ class UpstreamConnection(asyncio.Protocol):
             self.discard()
             return
         try:
-            shape = self._shape
-            if shape is not None:
-                if shape.chunked:
-                    self._feed(data)
-                elif shape.sized:
+            chunks = self._following
+            if chunks is not None:
+                chunks.feed(data)
+                if chunks.ended:
+                    self._end()
+                exchange.upstream_data(data, chunks.ended)
+                return
+            if self._shape is not None:
+                if self._shape.sized:
                     self._left -= len(data)
-                    self._count()
-                exchange.upstream_data(data)
+                    if self._left <= 0:
+                        self._end()
+                exchange.upstream_data(data, self.complete)
                 return
             known = self.target.sized
             if known is not None and not self._part:
@@ -193,10 +199,10 @@ class UpstreamConnection(asyncio.Protocol):
                         self._shape = known
                         self.keep = known.keep
                         left = self._left = int(digits) + at - len(data)
-                        if left == 0:
+                        if not left:
                             self.complete = True
-                        else:
-                            self._count()
+                        elif left < 0:
+                            self._end()
                         exchange.upstream_answer(known, data, at)
                         return
             self._read_head(exchange, self._part + data)
@@ -237,35 +243,28 @@ class UpstreamConnection(asyncio.Protocol):
             self._shape, self.keep = shape, shape.keep
             if shape.sized:
                 self._left = shape.length + at - len(data)
-                self._count()
+                if self._left <= 0:
+                    self._end()
             elif shape.chunked:
                 if self._chunks is None:
                     self._chunks = Chunks()
-                self._chunks.ended = False
-                self._feed(data)
+                chunks = self._following = self._chunks
+                chunks.ended = False
+                chunks.feed(data)
+                if chunks.ended:
+                    self._end()
             exchange.upstream_answer(shape, data, at)
             return
         if len(data) > HEAD_MOST_BYTES:
             raise BadAnswer("the engine's answer has no end of its head")
         self._part = data
 
-    def _feed(self, data: bytes) -> None:
-        """Follow chunks."""
-        chunks = self._chunks
-        if chunks is not None:
-            chunks.feed(data)
-            if chunks.ended:
-                if chunks.extra or self.complete:
-                    raise BadAnswer("the engine sent more than its answer")
-                self.complete = True
-
-    def _count(self) -> None:
-        """See whether the last byte of a body with a length has come."""
-        if self._left <= 0:
-            # More than one answer to one request: what is behind the end must not reach the client.
-            if self._left or self.complete:
-                raise BadAnswer("the engine sent more than its answer")
-            self.complete = True
+    def _end(self) -> None:
+        """The last byte of the answer has come, and nothing behind it: that must not reach the client."""
+        extra = self._left < 0 if self._following is None else self._following.extra
+        if extra or self.complete:
+            raise BadAnswer("the engine sent more than its answer")
+        self.complete = True
 
 
 class Pool:
