@@ -8,6 +8,7 @@ software, not of a guess.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -19,11 +20,11 @@ from turnout.core import gateway, instance, worker
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Accepted
 from turnout.core.handling import Defaults, StartSwitch
-from turnout.core.model import DeregisterVersion, RegisterVersion
+from turnout.core.model import DeregisterVersion, RegisterVersion, ReportInspected, digest
 from turnout.core.sagas import placement, switch
 from turnout.core.sagas.owed import merge
 from turnout.events.memory import MemoryStore
-from turnout.events.model import EngineSpec
+from turnout.events.model import EngineSpec, Inspection
 from turnout.workers.controller.commands import Commands
 from turnout.workers.controller.log import Log
 from turnout.workers.ports import Request
@@ -98,6 +99,8 @@ class _Player:
             newest = f"v{self._versions[model]}"
             spec = EngineSpec("vllm", path=f"models/{model}/{newest}", args=("--max-model-len=4096",))
             await self._ask("ops", "version.register", RegisterVersion(model, newest, spec, "new weights"))
+            seen = ReportInspected(model, newest, WORKERS[0], digest(spec), _inspection(f"{model}@{newest}"))
+            await self._ask("worker", "version.inspected", seen)
             if self._versions[model] > KEPT_VERSIONS:
                 oldest = f"v{self._versions[model] - KEPT_VERSIONS}"
                 await self._ask("ops", "version.deregister", DeregisterVersion(model, oldest))
@@ -167,6 +170,12 @@ class _Player:
 
     def _lost(self, error: Exception) -> None:
         raise error
+
+
+def _inspection(name: str) -> Inspection:
+    """What a worker says of a version's files."""
+    sha = hashlib.sha256(name.encode()).hexdigest()
+    return Inspection(sha, 2**33, 291, "LlamaForCausalLM", "bfloat16", sha, sha)
 
 
 def play(events: int) -> list[Recorded]:

@@ -499,7 +499,10 @@ def _set_rules(state: ModelState, command: SetRules) -> tuple[ModelEvent, ...] |
 
 
 def _without(versions: tuple[str, ...], version: str) -> tuple[str, ...]:
-    return tuple(v for v in versions if v != version)
+    if version not in versions:
+        return versions
+    at = versions.index(version)
+    return versions[:at] + versions[at + 1 :]
 
 
 def _uninspected(state: ModelState, version: str) -> ModelState:

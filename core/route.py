@@ -29,7 +29,7 @@ class RouteState(msgspec.Struct, frozen=True):
     @property
     def parts(self) -> tuple[Split | Mirror, ...]:
         """Everything that has a version and instances."""
-        return (*self.splits, *self.mirrors)
+        return (*self.splits, *self.mirrors) if self.mirrors else self.splits
 
 
 initial = RouteState()
@@ -39,7 +39,9 @@ def evolve(state: RouteState, event: RouteEvent) -> RouteState:
     """State after the event. A revision that is not newer changes nothing."""
     if event.revision <= state.revision:
         return state
-    here = {split.version for split in event.splits} | {mirror.version for mirror in event.mirrors}
+    here = [split.version for split in event.splits]
+    if event.mirrors:
+        here += [mirror.version for mirror in event.mirrors]
     left = state.left
     for version in here:
         left = left.minus(version)

@@ -64,11 +64,16 @@ class Done(msgspec.Struct, frozen=True, gc=False):
     switch: str
 
 
-def _with(done: Done, recorded: Recorded, switch_id: str) -> Done:
-    """What a command has written, with one more event; they may come in any order: each subject has its own."""
-    sequence = recorded.sequence
-    subject, first = (recorded.subject, sequence) if sequence < done.first else (done.subject, done.first)
-    return Done(subject, first, max(sequence, done.sequence), done.events + 1, switch_id or done.switch)
+class _Writing(msgspec.Struct, gc=False):
+    """What the newest command has written so far: its events stand side by side in the log, so it is noted once."""
+
+    command: str = ""
+    actor: str = ""
+    subject: str = ""
+    first: int = 0
+    sequence: int = 0
+    events: int = 0
+    switch: str = ""
 
 
 class Failures(msgspec.Struct, frozen=True, gc=False):
@@ -135,6 +140,7 @@ class World:
         self._ready_at: dict[str, datetime] = {}
         self._last: dict[str, _Subject] = {}
         #: Operators' commands; others', of this generation and the one before.
+        self._writing = _Writing()
         self._asked: dict[str, Done] = {}
         self._done: dict[str, Done] = {}
         self._done_before: dict[str, Done] = {}
@@ -167,6 +173,8 @@ class World:
 
     def done(self, command: str) -> Done | None:
         """What the command has written, None where it has not taken effect (or long ago, and was no operator's)."""
+        if command == self._writing.command:
+            self._noted()
         return self._asked.get(command) or self._done.get(command) or self._done_before.get(command)
 
     def apply(self, recorded: Recorded) -> bool:
@@ -220,17 +228,32 @@ class World:
         envelope = recorded.envelope
         if envelope.epoch > self.epoch:
             self.epoch = envelope.epoch
-        switch_id = known.id if known.aggregate == "switch" else ""
-        command = envelope.command
-        done = self.done(command)
-        if done is None:
-            done = Done(recorded.subject, recorded.sequence, recorded.sequence, 1, switch_id)
-        else:
-            done = _with(done, recorded, switch_id)
-        if envelope.actor.startswith(_OPERATORS):
-            self._asked[command] = done
+        command, sequence, writing = envelope.command, recorded.sequence, self._writing
+        if command != writing.command:
+            self._noted()
+            writing = self._writing = _Writing(command, envelope.actor)
+        if not writing.events or sequence < writing.first:  # a batch may come in any order: each subject has its own
+            writing.subject, writing.first = recorded.subject, sequence
+        if sequence > writing.sequence:
+            writing.sequence = sequence
+        writing.events += 1
+        if known.aggregate == "switch":
+            writing.switch = known.id
+
+    def _noted(self) -> None:
+        """Keep what the newest command has written, together with what it is known to have written before."""
+        new = self._writing
+        if not new.events:
             return
-        self._done[command] = done
+        command, kept = new.command, self._asked if new.actor.startswith(_OPERATORS) else self._done
+        done = self._asked.get(command) or self._done.get(command) or self._done_before.get(command)
+        subject, first, sequence, events, switch_id = new.subject, new.first, new.sequence, new.events, new.switch
+        if done is not None:
+            if done.first < first:
+                subject, first = done.subject, done.first
+            sequence, events, switch_id = max(sequence, done.sequence), events + done.events, switch_id or done.switch
+        kept[command] = Done(subject, first, sequence, events, switch_id)
+        self._writing = _Writing()
         if len(self._done) >= COMMANDS_MOST:
             self._done_before, self._done = self._done, {}
 
@@ -339,12 +362,14 @@ class World:
             self._end(one)
 
     def _index_route(self, id: str, before: route.RouteState, after: route.RouteState, recorded: Recorded) -> None:
-        was = {e.instance for part in before.parts for e in part.endpoints}
-        now = {e.instance for part in after.parts for e in part.endpoints}
+        was = [e.instance for part in before.parts for e in part.endpoints]
+        now = [e.instance for part in after.parts for e in part.endpoints]
+        if was == now:
+            return
         for one in now:
             self.idle_since.pop(one, None)
-        for one in was - now:
-            if one in self.alive:
+        for one in was:
+            if one not in now and one in self.alive:
                 self.idle_since[one] = recorded.envelope.time
 
     def _index_instance(
