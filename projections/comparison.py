@@ -211,8 +211,8 @@ def _layers(first: Mapping[str, str], second: Mapping[str, str]) -> Layers:
 
 def _ways(first: Side, second: Side) -> tuple[Way, ...]:
     one, two = first.inspection, second.inspection
-    if first.engine.kind != "vllm" or second.engine.kind != "vllm":
-        why = "only vllm engines can take other weights"
+    if first.engine.kind != second.engine.kind or first.engine.kind == "openai":
+        why = "only two engines of kind vllm (or fake) can take each other's weights"
         return (Way("spare", False, why), Way("adapter", False, why), _cold(second))
     if one is None or two is None:
         why = "nobody has looked at the files of both"

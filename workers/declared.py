@@ -44,8 +44,11 @@ class Declared:
         await self._controller.leading.wait()
         engines = self._settings.engines()
         for (model, version), engine in engines.items():
-            note = self._settings.models[model].versions[version].note
-            await self._ask("version.register", RegisterVersion(model, version, engine, note))
+            one = self._settings.models[model].versions[version]
+            body = RegisterVersion(
+                model, version, engine, one.note, one.tags, one.metrics, one.parent, one.trust_architecture
+            )
+            await self._ask("version.register", body)
         for model, declared in self._settings.models.items():
             for name, policy in declared.policies.items():
                 await self._ask("model.policy", SetPolicy(model, name, policy))

@@ -86,7 +86,10 @@ class MetricsSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeclaredVersion(msgspec.Struct, frozen=True, kw_only=True):
-    """A version of turnout.toml. Fields as in ``EngineSpec``; ``source`` is its path, ``command`` a line or words."""
+    """A version of turnout.toml. Fields as in ``EngineSpec`` and ``RegisterVersion``.
+
+    ``source`` is the path of its weights, ``command`` a line or words.
+    """
 
     engine: str
     source: str = ""
@@ -95,12 +98,17 @@ class DeclaredVersion(msgspec.Struct, frozen=True, kw_only=True):
     args: tuple[str, ...] = ()
     note: str = ""
     probe: Probe = Probe()
+    adapter: str = ""
+    tags: tuple[str, ...] = ()
+    metrics: dict[str, float] = {}
+    parent: str = ""
+    trust_architecture: bool = False
 
     def spec(self, folder: Path) -> EngineSpec:
         """The engine settings; a path is relative to the file's folder."""
         command = tuple(shlex.split(self.command)) if isinstance(self.command, str) else self.command
-        path = str((folder / self.source).resolve()) if self.source else ""
-        return EngineSpec(self.engine, path, self.url, command, self.args, self.probe)
+        path, adapter = (str((folder / p).resolve()) if p else "" for p in (self.source, self.adapter))
+        return EngineSpec(self.engine, path, self.url, command, self.args, self.probe, adapter)
 
 
 class DeclaredModel(msgspec.Struct, frozen=True, kw_only=True):

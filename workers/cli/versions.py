@@ -227,7 +227,15 @@ def _weights_of(side: Side) -> str:
 def _loads(side: Side) -> str:
     if not side.loads or side.load_s is None:
         return "-"
+    if side.loads == 1:
+        return f"once, in {seconds(side.load_s)}"
     return f"{side.loads} times, the newest in {seconds(side.load_s)}"
+
+
+def _failures(side: Side) -> str:
+    if not side.failures:
+        return "-"
+    return f"once: {side.failure}" if side.failures == 1 else f"{side.failures} times, the newest: {side.failure}"
 
 
 _ROWS: tuple[tuple[str, Callable[[Side], str]], ...] = (
@@ -244,7 +252,7 @@ _ROWS: tuple[tuple[str, Callable[[Side], str]], ...] = (
     ("host memory, estimated", lambda s: _seen("host_bytes", s)),
     ("host memory, measured", lambda s: size(s.bytes) if s.bytes else "-"),
     ("loaded", _loads),
-    ("failed", lambda s: f"{s.failures} times, the newest: {s.failure}" if s.failures else "-"),
+    ("failed", _failures),
     ("newest verdict", lambda s: f"{s.verdict}: {s.verdict_reason}" if s.verdict else "-"),
     ("health now", lambda s: s.health or "-"),
     ("requests, newest minutes", lambda s: "-" if s.requests is None else f"{s.requests:,}"),
@@ -257,6 +265,8 @@ _ROWS: tuple[tuple[str, Callable[[Side], str]], ...] = (
 def weights(made: Comparison) -> list[str]:
     """Which layers differ, in sentences."""
     found = made.layers
+    if bool(made.first.engine.adapter) != bool(made.second.engine.adapter):
+        return [_one_adapter(made)]
     if found is None:
         return ["weights: what is in them is not known of both versions"]
     if not found.changed and not found.only_first and not found.only_second:
@@ -271,6 +281,17 @@ def weights(made: Comparison) -> list[str]:
         if names:
             told.append(f"  only in {side.version}: {', '.join(ranges(names))}")
     return told
+
+
+def _one_adapter(made: Comparison) -> str:
+    """Of a version with an adapter and one without."""
+    tuned, plain = (made.first, made.second) if made.first.engine.adapter else (made.second, made.first)
+    if tuned.inspection is None or plain.inspection is None:
+        return f"weights: {tuned.version} is an adapter, and what is in the files is not known of both versions"
+    rank = f"an adapter of rank {tuned.inspection.adapter_rank}"
+    if tuned.inspection.base_digest == plain.inspection.digest:
+        return f"weights: {tuned.version} adds {rank} to those of {plain.version}"
+    return f"weights: {tuned.version} adds {rank} to others than those of {plain.version}"
 
 
 def ways(made: Comparison) -> list[str]:

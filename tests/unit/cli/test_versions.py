@@ -153,6 +153,17 @@ def test_the_ways_from_one_version_to_the_other_follow_from_what_they_share(
     assert ways["adapter"]["possible"] == adapter.startswith("one engine")
 
 
+@pytest.mark.parametrize(("base", "says"), [("c0ffee12", "those of v1"), ("12345678", "others than those of v1")])
+def test_an_adapter_is_set_beside_its_base_by_what_it_adds(
+    base: str, says: str, turnout: Turnout, models: Callable[..., None]
+) -> None:
+    models("v1", seen("c0ffee12"), Contents(LAYERS))
+    models("v2", seen("badcafe1", base_digest=base * 8, adapter_rank=8), Contents(LAYERS), "--adapter", "/models/lora")
+    shown = turnout("compare", "chat", "v1", "v2").stdout.splitlines()
+    assert f"weights: v2 adds an adapter of rank 8 to {says}" in shown
+    assert not any("only in" in line for line in shown)
+
+
 @pytest.mark.parametrize(
     ("names", "code"), [(("v1", "v9"), "version_unknown"), (("v1", "v1"), "versions_equal"), (("v9", "v1"), "version_")]
 )
