@@ -4,6 +4,9 @@ Whole runs are simulated as a gateway reports them: windows of 25 requests (100 
 ended early by each error, in one stream of samples that the real Judge folds, with every detector on and asked after
 every window. Nothing is vectorised or left out, so there is nothing to cross-check. The two rivals look at the same
 requests. Each run has a seed of its own (scenario and number) and no time passes: no figure depends on the machine.
+
+    python bench/judging.py [--quick] [--runs 10000]
+    python bench/judging.py --only "first byte" --runs 100
 """
 
 from __future__ import annotations
@@ -440,6 +443,14 @@ def run(quick: bool, runs: int) -> report.Outcome:
     )
 
 
+def some(only: str, runs: int) -> None:
+    """So many runs of each scenario whose name holds a text; printed, not kept."""
+    for scenarios, table in ((SAME, _alike_table), (FAULTS, _faulty_table)):
+        if chosen := tuple(one for one in scenarios if only in one.name):
+            made = table(study(chosen, runs))
+            print("\n".join((made.title, *(" | ".join(row) for row in (made.columns, *made.rows)))))
+
+
 def _false_alarm_goal(alike: dict[str, list[Run]]) -> report.Goal:
     count = sum(len(runs) for runs in alike.values())
     alarms = sum(_alarms(runs, 0) for runs in alike.values())
@@ -504,4 +515,7 @@ if __name__ == "__main__":
         at = sys.argv.index("--runs")
         wanted = int(sys.argv[at + 1])
         del sys.argv[at : at + 2]
+    if "--only" in sys.argv:
+        some(sys.argv[sys.argv.index("--only") + 1], wanted)
+        raise SystemExit(0)
     raise SystemExit(report.main("judging", lambda quick: run(quick, wanted)))

@@ -53,8 +53,8 @@ p { margin: .3rem 0; }
 figure, pre { margin: .6rem 0; padding: .8rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; overflow-x: auto; }
 figcaption { color: var(--faint); font-size: .85rem; }
-.panels { display: flex; flex-wrap: wrap; gap: .8rem; }
-.panels figure { flex: 1 1 22rem; margin: 0; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: .8rem; }
+.panels figure { margin: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th { text-align: left; color: var(--faint); font-weight: 500; }

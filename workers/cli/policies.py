@@ -117,6 +117,7 @@ def set_policy(io: Terminal, model: str, name: str, file: dict[str, Any]) -> Non
     """  # noqa: D301  click reads the backspace
 
     async def work(client: Client) -> int:
+        parsed(file)  # here, too: JSON has no word for what TOML calls nan and inf
         new = await ModelSwitcher(client).set_policy(model, name, file)
         if io.json:
             io.emit({"status": "accepted", "model": model, "name": name, "new": new, "policy": file})

@@ -86,6 +86,10 @@ def test_a_policy_that_can_not_be_meant_is_refused_with_the_field(
         refused = turnout(*args, "--json")
         assert refused.exit_code == 1
         assert "steps[0].setWeight is 120" in one_json(refused)["reason"]
+    never = tmp_path / "n.toml"
+    never.write_text('strategy = "canary"\njudge = {errorCeiling = nan}')
+    refused = turnout("policy", "set", "chat", "p", str(never), "--json")
+    assert "judge.errorCeiling is nan" in one_json(refused)["reason"]
     assert one_json(turnout("policy", "show", "chat", "--json"))["policies"] == {}
 
 
