@@ -470,7 +470,7 @@ def _back(world: World, state: SwitchState, cause: str, reason: str, context: Co
             f"register another one and switch to it: turnout switch {state.model} VERSION",
         )
     home = routes.way_back(world, state)
-    if not home or (cause == "abort" and home != state.source):
+    if not home or (cause == "abort" and home not in (state.source, state.to)):
         other = f"; {home} is ready and known to be good: turnout undo {state.model}" if home else ""
         return Rejected(
             "source_not_ready",

@@ -297,6 +297,20 @@ def test_an_undo_of_a_completed_switch_is_a_switch_back_without_a_bake() -> None
     assert (asked.source, asked.undo, asked.bake_s, asked.reason) == ("v2", True, 0.0, "bad answers")
 
 
+def test_an_undo_with_a_dead_source_takes_an_older_good_version_and_an_abort_says_so() -> None:
+    story = source_dead()
+    story.happens(VersionRegistered("chat", "v0", FAKE, ""), KnownGoodMarked("chat", "v0", "sw-a")).instance("i7", "v0")
+    aborted = handled(story, "ops", "switch.abort", StopSwitch("sw-1"))
+    assert isinstance(aborted, Rejected)
+    assert "v0 is ready and known to be good: turnout undo chat" in aborted.hint
+    back, route = handled(story, "ops", "model.undo", UndoModel("chat", "bad answers"))
+    assert (back.cause, back.to, back.reason) == ("undo", "v0", "bad answers")
+    assert [split.version for split in route.splits] == ["v0"]
+    story.happens(back, route)
+    for verb, body in (("model.undo", UndoModel("chat")), ("switch.abort", StopSwitch("sw-1"))):
+        assert handled(story, "ops", verb, body, command="again") == [], "it is on its way"
+
+
 def test_an_abort_twice_or_after_the_rollback_began_is_no_second_rollback() -> None:
     story = baking()
     story.happens(*handled(story, "ops", "switch.abort", StopSwitch("sw-1")))
