@@ -472,6 +472,13 @@ def _back(world: World, state: SwitchState, cause: str, reason: str, context: Co
     home = routes.way_back(world, state)
     if not home or (cause == "abort" and home not in (state.source, state.to)):
         other = f"; {home} is ready and known to be good: turnout undo {state.model}" if home else ""
+        if full := _no_way(world, state.model, state.source):
+            return Rejected(
+                "source_not_ready",
+                f"{state.source} has no ready instance to take the traffic back, and {full.reason}",
+                "make room for it: start another worker (turnout worker), or end an instance: turnout stop INSTANCE "
+                f"--force --reason TEXT{other}",
+            )
         return Rejected(
             "source_not_ready",
             f"{state.source} has no ready instance to take the traffic back",

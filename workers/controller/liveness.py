@@ -64,6 +64,7 @@ class Liveness:
         live = [("gateway", id) for id in sorted(world.live_gateways)]
         live += [("worker", id) for id, worker in sorted(world.workers.items()) if worker.live]
         self._live = {key: self._live.get(key, now) for key in live}
+        self._heard = {key: at for key, at in self._heard.items() if key in self._live}  # each start has a new id
         owed: list[Owed] = []
         for kind, id in live:
             silent_s = round(now - max(self._live[kind, id], self._heard.get((kind, id), 0.0)), 3)

@@ -91,3 +91,12 @@ def test_what_is_in_flight_is_what_gateways_that_live_have_said_last() -> None:
     liveness.heard("gateway", "g2", b'{"in_flight":{"chat":{"v1":2}}}')
     clock.seconds += 0.1
     assert liveness.in_flight("chat") == {"v1": 2}
+
+
+def test_beats_of_those_that_the_log_does_not_know_are_not_kept() -> None:
+    builder, liveness, _ = told()
+    liveness.heard("gateway", "g1", b"")
+    for n in range(100):
+        liveness.heard("gateway", f"old-{n}", b"")
+    liveness.owed(builder.world)
+    assert list(getattr(liveness, "_heard")) == [("gateway", "g1")]  # noqa: B009  what it holds is the question

@@ -30,7 +30,7 @@ from turnout.core.handling import (
 )
 from turnout.core.sagas.owed import decide
 from turnout.events.alert import AlertRaised, AlertResolved
-from turnout.events.instance import InstanceDraining, InstanceFailed
+from turnout.events.instance import InstanceDraining, InstanceFailed, InstanceRequested
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
@@ -315,6 +315,17 @@ def test_an_abort_twice_or_after_the_rollback_began_is_no_second_rollback() -> N
     story = baking()
     story.happens(*handled(story, "ops", "switch.abort", StopSwitch("sw-1")))
     assert handled(story, "ops", "switch.abort", StopSwitch("sw-1"), command="c2") == []
+
+
+def test_a_source_that_has_no_room_to_come_back_is_told_with_what_makes_some() -> None:
+    story = serving(capacity=2).instance("i2", "v2").asked("v2")
+    story.carry()
+    story.applied().carry()
+    story.happens(InstanceFailed("i1", "serving", "x"), InstanceRequested("i3", "other", "v1", "w1", FAKE, "restore"))
+    refused = handled(story, "ops", "model.undo", UndoModel("chat"))
+    assert refused.code == "source_not_ready"
+    assert "chat v1 can't be loaded: all 2 places" in refused.reason
+    assert "turnout stop INSTANCE --force" in refused.hint
 
 
 # --- stopping an instance ----------------------------------------------------------------------------------------
