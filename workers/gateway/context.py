@@ -53,7 +53,7 @@ class GatewayContext:
         self.now = clock.monotonic()
         self.stopping = False
         self.tracker = RequestTracker()
-        self.manager = TransitionManager(self.tracker, clock.jitter())
+        self.manager = TransitionManager(self.tracker, clock.jitter(), settings.prefix_affinity)
         self.pool = Pool(settings, loop)
         self.copies = Copies(settings, loop, clock.monotonic, clock.jitter())
         self.health = HealthCollector(metrics_interval_s)

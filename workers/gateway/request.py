@@ -48,6 +48,10 @@ NO_MODEL = Refusal(
 )
 
 
+#: So much of a prompt decides where prompts that begin alike go.
+PREFIX_BYTES = 1024
+_PROMPT = re.compile(rb'"(?:messages|prompt|input)"[ \t\r\n]*:[ \t\r\n]*')
+
 _ABSENT = msgspec.Raw(b"")
 
 
@@ -135,6 +139,12 @@ def with_model(content_type: bytes, body: bytes, model: str) -> bytes:
     members = _members(body)
     members["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(members)
+
+
+def prompt_start(body: bytes) -> bytes:
+    """How the prompt of a JSON body begins: the same for prompts that an engine may answer from one prefix cache."""
+    found = _PROMPT.search(body)
+    return b"" if found is None else body[found.end() : found.end() + PREFIX_BYTES]
 
 
 def _form_fields(content_type: bytes, body: bytes) -> dict[bytes, list[slice]] | Refusal:

@@ -299,12 +299,15 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(routing, request)
             return
         key = request.key = head.sticky or routing.key or head.authorization
-        if ctx.manager.ruled and routing.model in ctx.manager.ruled and body and not request.pin:
-            choice = self._by_rules(request, routing.model)
+        manager, model = ctx.manager, routing.model
+        if manager.ruled and model in manager.ruled and body and not request.pin:
+            choice = self._by_rules(request, model)
+        elif manager.affine and model in manager.affine:
+            choice = manager.handle_request_routing(model, key, ctx.now, request.pin, requests.prompt_start(body))
         else:
-            choice = ctx.manager.handle_request_routing(routing.model, key, ctx.now, request.pin)
+            choice = manager.handle_request_routing(model, key, ctx.now, request.pin)
         if not isinstance(choice, Choice):
-            self._refuse(self._no_route(choice, routing.model, request.pin), request)
+            self._refuse(self._no_route(choice, model, request.pin), request)
             return
         self.deadline = _NEVER
         relay = self.relay = Relay(ctx, self, request, choice)
@@ -315,7 +318,8 @@ class ClientConnection(asyncio.Protocol):
         manager, head = self._ctx.manager, request.head
         rules = manager.ruled[model]
         facts = facts_of(rules, head.path, head.values(rules.headers), head.content_type, request.body)
-        choice, by_split = manager.handle_ruled_request(model, facts, request.key, self._ctx.now)
+        prefix = requests.prompt_start(request.body) if manager.affine else b""
+        choice, by_split = manager.handle_ruled_request(model, facts, request.key, self._ctx.now, prefix)
         request.apart = not by_split
         if isinstance(choice, Choice) and choice.model != model:
             request.body = requests.with_model(head.content_type, request.body, choice.model)

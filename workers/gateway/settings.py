@@ -44,6 +44,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         sticky_header: request header whose value keeps a user on one version; without it ``user``,
             ``prompt_cache_key``, ``safety_identifier`` and the API key are looked at, in this order.
         allow_pin: clients may choose a version with ``x-turnout-version`` (testers); else the header is dropped.
+        prefix_affinity: served names whose prompts that begin alike go to the same instance, so that it finds their
+            beginning in its prefix cache, unless it has clearly more to do than the others.
         metrics: answer ``/metrics``.
         track_requests: answer ``/requests`` with a list of what is running.
         shutdown_s: how long running requests may go on after a stop was asked for.
@@ -66,6 +68,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     pool_most: int = 256
     sticky_header: str = ""
     allow_pin: bool = False
+    prefix_affinity: tuple[str, ...] = ()
     metrics: bool = True
     track_requests: bool = True
     shutdown_s: float = 30.0

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from turnout.core.affinity import Affinity
 from turnout.core.rules import Rules
-from turnout.core.split import SplitTable, Spread
+from turnout.core.split import BUCKETS, SplitTable, Spread
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -36,6 +37,10 @@ EJECT_AFTER = 3
 #: Seconds of the first ejection; each further failure doubles it up to the limit.
 EJECT_FIRST_S = 1.0
 EJECT_MOST_S = 30.0
+#: Of so many instances all are looked at for the least busy one, of more than that two.
+FEW = 4
+#: A request goes where its prompt's beginning is known unless that instance has so many times its share in flight.
+AFFINITY_MOST = 1.25
 
 
 class Slot:
@@ -209,9 +214,9 @@ class RequestTracker:
 class _Table:
     """One applied revision, compiled for lookups."""
 
-    __slots__ = ("choices", "revision", "ruled", "single", "source", "split", "view", "weighted")
+    __slots__ = ("affinity", "choices", "revision", "ruled", "single", "source", "split", "view", "weighted")
 
-    def __init__(self, view: RouteView, lanes: dict[str, Lane]) -> None:
+    def __init__(self, view: RouteView, lanes: dict[str, Lane], affine: bool) -> None:
         self.view = view
         self.revision = view.revision
         self.choices: dict[str, tuple[Choice, ...]] = {}
@@ -239,6 +244,12 @@ class _Table:
         others = [split for split in weighted if split.version != view.candidate]
         #: The version that keeps its requests while rules restrict who takes part in a switch; empty where none runs.
         self.source = max(others, key=lambda s: (s.weight, s.version)).version if view.candidate and others else ""
+        #: By version, where its prompts are to stay together and there is more than one instance.
+        self.affinity = {
+            version: Affinity([choice.instance for choice in made])
+            for version, made in self.choices.items()
+            if affine and len(made) > 1
+        }
         #: Choices as a rule made them, by the rule's name.
         self.ruled: dict[tuple[Choice, str], Choice] = {}
 
@@ -256,17 +267,21 @@ class TransitionManager:
     Args:
         tracker: what is in flight; shared with whoever ends requests.
         seed: in [0, 1), so that several gateways spread requests without a key differently.
+        affine: models whose prompts that begin alike go to the same instance.
 
     Attributes:
+        affine: the same.
         ruled: model → its rules, of the models that have some.
     """
 
-    def __init__(self, tracker: RequestTracker, seed: float = 0.0) -> None:
+    def __init__(self, tracker: RequestTracker, seed: float = 0.0, affine: Collection[str] = ()) -> None:
         self.tracker = tracker
+        self.affine = frozenset(affine)
         self.ruled: dict[str, Rules] = {}
         self._tables: dict[str, _Table] = {}
         self._seed = seed
         self._spread = Spread(seed)
+        self._second = Spread(seed)
         self._turn = 0
 
     def begin_transition(self, route: RouteView, now: float) -> Transition | None:
@@ -282,7 +297,7 @@ class TransitionManager:
         lanes = {version: self.tracker.lane(model, version) for version in here}
         for lane in lanes.values():
             lane.left, lane.deadline, lane.ended = 0, 0.0, 0
-        self._tables[model] = _Table(route, lanes)
+        self._tables[model] = _Table(route, lanes, model in self.affine)
         self._take_rules(route)
         drained = self._let_go(route, old, here, now)
         draining = tuple(
@@ -294,7 +309,9 @@ class TransitionManager:
         """Apply a revision that takes a version back out. A rollback is a revision like any other, and only that."""
         return self.begin_transition(route, now)
 
-    def handle_request_routing(self, model: str, key: bytes = b"", now: float = 0.0, pin: str = "") -> Choice | NoRoute:
+    def handle_request_routing(
+        self, model: str, key: bytes = b"", now: float = 0.0, pin: str = "", prefix: bytes = b""
+    ) -> Choice | NoRoute:
         """Choose where a request goes; ``RequestTracker.begin`` must follow before anything else happens.
 
         Args:
@@ -302,6 +319,7 @@ class TransitionManager:
             key: the sticky key; empty for a choice by turns.
             now: seconds, for ejected instances.
             pin: the version that a tester asks for.
+            prefix: how the prompt begins, for models whose prompts stay together.
         """
         table = self._tables.get(model)
         if table is None:
@@ -322,10 +340,10 @@ class TransitionManager:
             return choices[0]
         if not choices:
             return NOTHING_READY if pin else self._any(table, (), now)
-        return self._least(choices, now)
+        return self._near(table, choices, prefix, now) if prefix else self._least(choices, now)
 
     def handle_ruled_request(
-        self, model: str, facts: Facts, key: bytes = b"", now: float = 0.0
+        self, model: str, facts: Facts, key: bytes = b"", now: float = 0.0, prefix: bytes = b""
     ) -> tuple[Choice | NoRoute, bool]:
         """Choose for a model that has rules; else as ``handle_request_routing``.
 
@@ -337,6 +355,7 @@ class TransitionManager:
             facts: what the rules may ask of the request.
             key: the sticky key; empty for a choice by turns.
             now: seconds, for ejected instances.
+            prefix: how the prompt begins, for models whose prompts stay together.
 
         Returns:
             The choice, and whether the model's split has made it.
@@ -344,14 +363,15 @@ class TransitionManager:
         rules, table = self.ruled[model], self._tables[model]
         rule = rules.choose(facts, key, lambda rule: self._takes(table, rule))
         if rule is not None and rule.model:
-            choice, table = self.handle_request_routing(rule.model, key, now), self._tables[rule.model]
+            choice = self.handle_request_routing(rule.model, key, now, prefix=prefix)
+            table = self._tables[rule.model]
         elif rule is not None and rule.version:
-            choice = self._least(table.choices[rule.version], now)
+            choice = self._near(table, table.choices[rule.version], prefix, now)
         elif rule is None and rules.restricted and table.source:
-            choice = self.handle_request_routing(model, key, now, table.source)
+            choice = self.handle_request_routing(model, key, now, table.source, prefix)
             return self._any(table, (), now) if isinstance(choice, NoRoute) else choice, False
         else:
-            choice = self.handle_request_routing(model, key, now)
+            choice = self.handle_request_routing(model, key, now, prefix=prefix)
         if rule is None or isinstance(choice, NoRoute):
             return choice, rule is None
         return table.by_rule(choice, rule.name), rule.candidate
@@ -490,10 +510,32 @@ class TransitionManager:
                 return self._least(left, now)
         return NOTHING_READY
 
+    def _near(self, table: _Table, choices: tuple[Choice, ...], prefix: bytes, now: float) -> Choice:
+        """The instance that has seen prompts which begin like this, or its second, unless they have too much to do."""
+        lane = choices[0].lane
+        affinity = table.affinity.get(lane.version) if prefix else None
+        if affinity is not None:
+            most = AFFINITY_MOST * (len(lane.requests) + 1) / len(choices)
+            for index in affinity.of(prefix):
+                slot = choices[index].slot
+                if slot.in_flight < most and slot.ejected_until <= now:
+                    return choices[index]
+        return self._least(choices, now)
+
     def _least(self, choices: tuple[Choice, ...], now: float) -> Choice:
-        """The instance with the least in flight that is not ejected; in turn among equals; any if all are ejected."""
+        """The instance with the least in flight that is not ejected; in turn among equals; any if all are ejected.
+
+        Of many instances two are looked at, which spreads the load nearly as well in the same time however many there
+        are (Mitzenmacher, "The power of two choices in randomized load balancing", 1996).
+        """
         self._turn += 1
         start, count = self._turn % len(choices), len(choices)
+        if count > FEW:
+            step = 1 + self._second.bucket() * (count - 1) // BUCKETS
+            one, two = choices[start], choices[(start + step) % count]
+            better = one if one.slot.in_flight <= two.slot.in_flight else two
+            if better.slot.ejected_until <= now:
+                return better
         best: Choice | None = None
         for offset in range(count):
             choice = choices[(start + offset) % count]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from turnout.workers.gateway.errors import Refusal
 from turnout.workers.gateway.request import (
+    PREFIX_BYTES,
     BadRequest,
     ChunkedBody,
     Repeat,
@@ -18,6 +19,7 @@ from turnout.workers.gateway.request import (
     from_form,
     from_json,
     from_query,
+    prompt_start,
     read_head,
     served,
 )
@@ -121,6 +123,23 @@ def test_the_sticky_header_is_read_and_passed_on() -> None:
     request = read_head(POST + b"X-User: alice\r\n\r\n", b"x-user")
     assert request.sticky == b"alice"
     assert b"X-User: alice\r\n" in request.for_engine(ENGINE, b"r1", b"")
+
+
+@pytest.mark.parametrize(
+    ("body", "start"),
+    [
+        (
+            b'{"model":"m","messages":[{"role":"system","content":"You are"}]}',
+            b'[{"role":"system","content":"You are"}]}',
+        ),
+        (b'{"prompt" : "Once upon", "model":"m"}', b'"Once upon", "model":"m"}'),
+        (b'{"model":"m","input":["a"]}', b'["a"]}'),
+        (b'{"model":"m"}', b""),
+    ],
+)
+def test_it_is_known_how_a_prompt_begins(body: bytes, start: bytes) -> None:
+    assert prompt_start(body) == start
+    assert len(prompt_start(b'{"prompt":"' + b"x" * 5000)) == PREFIX_BYTES
 
 
 @pytest.mark.parametrize("id", [b"", b"a b", b"x" * 129, b"\xc3\xa4"])

@@ -225,6 +225,69 @@ def test_the_least_busy_instance_is_taken() -> None:
     assert [slot.in_flight for slot in lane.slots.values()] == [3, 3, 3]
 
 
+def test_of_many_instances_the_less_busy_of_two_is_taken() -> None:
+    m = manager()
+    names = [f"i{n}" for n in range(10)]
+    m.begin_transition(route(1, split("v1", 100, *names)), 0.0)
+    for _ in range(1000):
+        begin(m)
+    load = [slot.in_flight for slot in m.tracker.lanes["chat", "v1"].slots.values()]
+    assert max(load) - min(load) <= 6
+    ejected = list({c.instance: c for c in (choose(m) for _ in range(200))}.values())[:9]
+    for choice in ejected:
+        for _ in range(EJECT_AFTER):
+            m.connection_failed(choice, 0.0)
+    left = set(names) - {choice.instance for choice in ejected}
+    assert {choose(m, now=0.5).instance for _ in range(50)} == left, "ejected ones are passed over, whoever is picked"
+
+
+def affine(*names: str, revision: int = 1) -> TransitionManager:
+    m = TransitionManager(RequestTracker(), affine=("chat",))
+    m.begin_transition(route(revision, split("v1", 100, *names)), 0.0)
+    return m
+
+
+def near(m: TransitionManager, prefix: bytes, now: float = 0.0) -> Choice:
+    choice = m.handle_request_routing("chat", now=now, prefix=prefix)
+    assert isinstance(choice, Choice)
+    return choice
+
+
+def test_prompts_that_begin_alike_go_to_one_instance_in_every_gateway() -> None:
+    m, other = affine("a", "b", "c"), affine("a", "b", "c")
+    prompts = [b"prompt %d" % n for n in range(300)]
+    assert {len({near(m, prompt).instance for _ in range(5)}) for prompt in prompts} == {1}
+    assert [near(m, p).instance for p in prompts] == [near(other, p).instance for p in prompts]
+    spread = [near(m, p).instance for p in prompts]
+    assert all(spread.count(name) > 60 for name in "abc")
+
+
+def test_an_instance_that_comes_moves_only_the_prompts_that_it_gets() -> None:
+    before, after = affine("a", "b", "c"), affine("a", "b", "c", "d")
+    prompts = [b"prompt %d" % n for n in range(300)]
+    moved = {near(after, p).instance for p in prompts if near(before, p).instance != near(after, p).instance}
+    assert moved == {"d"}
+
+
+def test_an_instance_that_has_clearly_more_to_do_gets_no_more_of_its_prompts() -> None:
+    m = affine("a", "b", "c", "d")
+    for _ in range(40):
+        m.tracker.begin(Ticket(near(m, b"the same prompt")))
+    load = [slot.in_flight for slot in m.tracker.lanes["chat", "v1"].slots.values()]
+    assert max(load) <= 14, "10 would be its share"
+    assert sum(load) == 40
+
+
+def test_prompts_of_an_ejected_instance_go_to_the_next_one() -> None:
+    m = affine("a", "b", "c")
+    home = near(m, b"prompt")
+    for _ in range(EJECT_AFTER):
+        m.connection_failed(home, 0.0)
+    second = {near(m, b"prompt", now=0.5).instance for _ in range(10)}
+    assert len(second) == 1
+    assert home.instance not in second
+
+
 def test_failures_in_a_row_take_an_instance_out_for_a_growing_time() -> None:
     m = manager()
     m.begin_transition(route(1, split("v1", 100, "a", "b")), 0.0)
