@@ -526,7 +526,16 @@ def _retry(world: World, body: RetrySwitch, context: Context) -> Writes | Reject
         bake_s=state.bake_s,
         drain_s=state.drain_s,
     )
-    return _start(world, again, context)
+    writes = _start(world, again, context)
+    if isinstance(writes, Rejected):
+        return writes
+    replace = msgspec.structs.replace  # what it follows was frozen then; the policy's name goes with it
+    return tuple(
+        replace(write, command=replace(write.command, policy=state.policy))
+        if isinstance(write.command, OpenSwitch)
+        else write
+        for write in writes
+    )
 
 
 def _stop(world: World, body: StopInstance, context: Context) -> Writes | Rejected:

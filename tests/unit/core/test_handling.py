@@ -37,6 +37,7 @@ from turnout.events.model import (
     Inspection,
     KnownGoodMarked,
     ModelRegistered,
+    PolicyChanged,
     RulesChanged,
     SwitchAdmitted,
     SwitchClosed,
@@ -186,6 +187,18 @@ def test_each_word_of_an_operator_on_a_switch_writes_its_events(
         story.happens(SwitchClosed("chat", "sw-1", "aborted"))
         kinds = ["SwitchAdmitted", *kinds]
     assert [type(e).__name__ for e in handled(story, "ops", verb, body, command="c9")] == kinds
+
+
+def test_a_retry_names_the_policy_whose_parameters_it_follows_though_that_may_have_changed() -> None:
+    careful: dict[str, object] = {"strategy": "gradual", "steps": [{"setWeight": 10}], "bake": "7s"}
+    story = serving().happens(PolicyChanged("chat", "careful", careful))
+    story.happens(*handled(story, "ops", "switch.start", StartSwitch("chat", "v2", policy="careful"), command="c1"))
+    (first,) = story.world.switches.values()
+    story.happens(SwitchClosed("chat", first.switch, "aborted"), SwitchAborted(first.switch, "no"))
+    story.happens(PolicyChanged("chat", "careful", {"strategy": "immediate"}))
+    again = handled(story, "ops", "switch.retry", RetrySwitch(first.switch), command="c2")[1]
+    assert isinstance(again, SwitchRequested)
+    assert (again.policy, again.strategy, again.bake_s) == ("careful", "gradual", 7.0)
 
 
 def test_a_worker_that_can_not_see_the_files_rejects_them_only_when_no_other_is_left_to_look() -> None:
