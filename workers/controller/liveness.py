@@ -47,7 +47,7 @@ class Liveness:
     def in_flight(self, model: str) -> dict[str, int]:
         """Version → requests in flight at all gateways that were heard of within their lease, by their newest beats."""
         since = self._clock.monotonic() - GATEWAY_LEASE_S
-        self._said = {id: beat for id, beat in self._said.items() if self._heard["gateway", id] >= since}
+        self._said = {id: beat for id, beat in self._said.items() if self._heard.get(("gateway", id), 0.0) >= since}
         found: dict[str, int] = {}
         for beat in self._said.values():
             for version, count in beat.in_flight.get(model, {}).items():
@@ -64,7 +64,8 @@ class Liveness:
         live = [("gateway", id) for id in sorted(world.live_gateways)]
         live += [("worker", id) for id, worker in sorted(world.workers.items()) if worker.live]
         self._live = {key: self._live.get(key, now) for key in live}
-        self._heard = {key: at for key, at in self._heard.items() if key in self._live}  # each start has a new id
+        recent = now - WORKER_LEASE_S  # each start has a new id: old ones are of no use
+        self._heard = {key: at for key, at in self._heard.items() if key in self._live or at >= recent}
         owed: list[Owed] = []
         for kind, id in live:
             silent_s = round(now - max(self._live[kind, id], self._heard.get((kind, id), 0.0)), 3)

@@ -93,10 +93,13 @@ def test_what_is_in_flight_is_what_gateways_that_live_have_said_last() -> None:
     assert liveness.in_flight("chat") == {"v1": 2}
 
 
-def test_beats_of_those_that_the_log_does_not_know_are_not_kept() -> None:
-    builder, liveness, _ = told()
+def test_beats_of_processes_that_are_gone_are_forgotten_after_a_lease() -> None:
+    builder, liveness, clock = told()
     liveness.heard("gateway", "g1", b"")
-    for n in range(100):
-        liveness.heard("gateway", f"old-{n}", b"")
+    liveness.heard("gateway", "old", b'{"connected": true, "in_flight": {"chat": {"v1": 2}}}')
     liveness.owed(builder.world)
+    assert liveness.in_flight("chat") == {"v1": 2}
+    clock.seconds += WORKER_LEASE_S + 0.1
+    liveness.owed(builder.world)
+    assert liveness.in_flight("chat") == {}
     assert list(getattr(liveness, "_heard")) == [("gateway", "g1")]  # noqa: B009  what it holds is the question
