@@ -235,6 +235,9 @@ class SimRunner:
         """Nothing is known."""
         return ""
 
+    async def end_spares(self) -> None:
+        """There are none."""
+
     def release(self) -> None:
         """They run on."""
 

@@ -46,7 +46,17 @@ DENIED_VLLM_FLAGS = (
     # files beyond the model, prompts in the log
     *("--allowed-local-media-path", "--enable-log-requests", "--enable-log-outputs", "--enable-log-deltas"),
 )
-DENIED_FAKE_FLAGS = ("--socket", "--host", "--port", "--model", "--version", "--help", "-h")
+DENIED_FAKE_FLAGS = (
+    "--socket",
+    "--host",
+    "--port",
+    "--model",
+    "--version",
+    "--weights",
+    "--enable-lora",
+    "--help",
+    "-h",
+)
 
 #: Keys inside a JSON value (or after a dot) that name code to be imported.
 _CODE_KEY = re.compile(

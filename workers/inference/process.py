@@ -57,6 +57,11 @@ class Record(msgspec.Struct, frozen=True):
         probe_s: seconds of the proof.
         bytes: memory of the group after the proof.
         fingerprint: what it called itself.
+        bound: the address that its socket was bound to, where that is another one than it is reached at.
+        shape: what it keeps when other weights are put into it; empty where none may be.
+        source: model and version that it holds.
+        role: ``spare`` where it waits for weights, ``filling`` while they come, else empty.
+        tier: how it was made ready.
     """
 
     instance: str
@@ -70,6 +75,11 @@ class Record(msgspec.Struct, frozen=True):
     probe_s: float = 0.0
     bytes: int = 0
     fingerprint: str = ""
+    bound: str = ""
+    shape: str = ""
+    source: str = ""
+    role: str = ""
+    tier: str = "cold"
 
 
 class Member(msgspec.Struct, frozen=True, gc=False):
@@ -183,6 +193,17 @@ class RunFolder:
     def log(self, instance: str) -> Path:
         """The file that takes the engine's output."""
         return self.path / f"{subjects.token(instance)}.log"
+
+    def golden(self, model: str, version: str) -> Path:
+        """The file that keeps a version's golden answers."""
+        return self.path / "golden" / f"{subjects.token(model)}.{subjects.token(version)}.json"
+
+    def hand_over(self, old: str, record: Record) -> None:
+        """The engine of ``old`` is another instance's from now on: its log and its socket go with it."""
+        with contextlib.suppress(FileNotFoundError):
+            self.log(old).rename(self.log(record.instance))
+        self.write(record)
+        self._state(old).unlink(missing_ok=True)
 
     def _state(self, instance: str) -> Path:
         return self.path / f"{subjects.token(instance)}.json"
@@ -340,6 +361,13 @@ class EngineProcess:
             return EngineProcess(record, Log(folder.log(record.instance)), None)
         except ProcessLookupError:
             return None
+
+    def hand_over(self, record: Record, folder: RunFolder) -> None:
+        """It belongs to another instance from now on."""
+        old = self.record.instance
+        self.record = record
+        folder.hand_over(old, record)
+        self.log.path = folder.log(record.instance)
 
     @property
     def pid(self) -> int:

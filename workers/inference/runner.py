@@ -33,14 +33,29 @@ class Order(msgspec.Struct, frozen=True):
     inspection: Inspection | None = None
 
 
+class Struck(msgspec.Struct, frozen=True):
+    """A faster tier that has failed; fields as in the event ``TierFailed``."""
+
+    tier: str
+    source: str
+    reason: str
+
+
 class Loaded(msgspec.Struct, frozen=True):
-    """An instance that has passed its proof; fields as in the event ``InstanceReady``."""
+    """An instance that has passed its proof; fields as in the event ``InstanceReady``.
+
+    ``struck``: the faster tiers that have failed before.
+    """
 
     address: str
     load_s: float
     probe_s: float
     bytes: int = 0
     fingerprint: str = ""
+    tier: str = "cold"
+    device_bytes: int = 0
+    served: str = ""
+    struck: tuple[Struck, ...] = ()
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -50,6 +65,7 @@ class Failure(msgspec.Struct, frozen=True):
     reason: str
     log_tail: tuple[str, ...] = ()
     exit_code: int | None = None
+    struck: tuple[Struck, ...] = ()
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -104,6 +120,10 @@ class EngineRunner(Protocol):
 
     def trouble(self, instance: str) -> str:
         """What the newest golden question has shown of a running engine; empty where all is well."""
+        ...
+
+    async def end_spares(self) -> None:
+        """End the engines that belong to no instance, and keep none from now on."""
         ...
 
     def release(self) -> None:

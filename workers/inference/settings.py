@@ -26,6 +26,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             use it gets three times as long.
         quiet_s: an engine is stopped when nobody has been connected to it for so long.
         beat_s: between two signs of life.
+        spares: most engines that are kept running without a version, for versions of the same shape to be put into.
+            Each takes the memory of an engine. They are what is evicted, or started ahead where memory is free.
     """
 
     id: str = ""
@@ -41,12 +43,15 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     hang_after_s: float = 90.0
     quiet_s: float = 1.0
     beat_s: float = 1.0
+    spares: int = 0
 
     def problems(self) -> tuple[str, ...]:
         """What can't be meant, one sentence each, naming the field."""
         found: list[str] = []
         if self.capacity < 1:
             found.append(f"capacity is {self.capacity}: give 1 or more")
+        if not 0 <= self.spares <= 16:
+            found.append(f"spares is {self.spares}: give 0 to 16")
         for field in ("load_timeout_s", "probe_timeout_s", "hang_after_s", "beat_s"):
             value: float = getattr(self, field)
             if not 0 < value < 1e9:

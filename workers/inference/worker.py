@@ -15,7 +15,14 @@ import msgspec
 import structlog
 
 from turnout.core.decider import Accepted, Rejected
-from turnout.core.instance import ReportFailed, ReportLoading, ReportProbed, ReportReady, ReportStopped
+from turnout.core.instance import (
+    ReportFailed,
+    ReportLoading,
+    ReportProbed,
+    ReportReady,
+    ReportStopped,
+    ReportTierFailed,
+)
 from turnout.core.model import ReportInspected
 from turnout.core.worker import JoinWorker, LeaveWorker
 from turnout.events import subjects
@@ -337,6 +344,10 @@ class InferenceWorker:
             return
         if loaded is None:
             result = await self._load(life)
+            for failed in result.struck if result else ():
+                await self._report(
+                    "instance.tier", ReportTierFailed(instance, failed.tier, failed.source, failed.reason)
+                )
             if isinstance(result, Failure):
                 await self._report_life(life, _failed(instance, result))
                 return
@@ -387,7 +398,15 @@ class InferenceWorker:
         proving.add_done_callback(_loud)
         try:
             report = ReportReady(
-                instance, loaded.address, loaded.load_s, loaded.probe_s, loaded.bytes, loaded.fingerprint
+                instance,
+                loaded.address,
+                loaded.load_s,
+                loaded.probe_s,
+                loaded.bytes,
+                loaded.fingerprint,
+                loaded.tier,
+                loaded.device_bytes,
+                loaded.served,
             )
             log.info(
                 "instance_ready",
@@ -396,6 +415,7 @@ class InferenceWorker:
                 load_s=round(loaded.load_s, 2),
                 probe_s=round(loaded.probe_s, 2),
                 fingerprint=loaded.fingerprint,
+                tier=loaded.tier,
                 adopted=life.found is not None,
             )
             answer = await _unless(self._report("instance.ready", report), asyncio.wait((watching,)))
@@ -492,6 +512,7 @@ class InferenceWorker:
 
     async def _end_all(self) -> None:
         """Stop all engines, the unquiet ones after a last wait, and leave."""
+        await self._runner.end_spares()
         for life in self._lives.values():
             life.drain.set()
         tasks = [life.task for life in self._lives.values() if life.task]

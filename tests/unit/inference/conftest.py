@@ -33,6 +33,9 @@ COMMANDS: dict[str, tuple[ModuleType, type[msgspec.Struct]]] = {
     "version.inspected": (model, model.ReportInspected),
     "instance.loading": (instance, instance.ReportLoading),
     "instance.ready": (instance, instance.ReportReady),
+    "instance.tier": (instance, instance.ReportTierFailed),
+    "instance.slept": (instance, instance.ReportSlept),
+    "instance.woken": (instance, instance.ReportWoken),
     "instance.probed": (instance, instance.ReportProbed),
     "instance.failed": (instance, instance.ReportFailed),
     "instance.stopped": (instance, instance.ReportStopped),
@@ -219,6 +222,9 @@ class Host:
 
     def trouble(self, instance: str) -> str:
         return self.troubles.get(instance, "")
+
+    async def end_spares(self) -> None:
+        """There are none."""
 
     def release(self) -> None:
         self.released = True

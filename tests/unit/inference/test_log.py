@@ -8,7 +8,7 @@ import pytest
 
 from turnout.workers.inference.engines.base import cause
 from turnout.workers.inference.engines.vllm import SIGNS
-from turnout.workers.inference.host import stage_of
+from turnout.workers.inference.starting import stage_of
 
 LOGS = Path(__file__).parent / "logs"
 

@@ -57,12 +57,14 @@ class Site(msgspec.Struct, frozen=True):
         host: address of this host that gateways reach.
         port: free a moment ago.
         unix: the worker's choice for engines that can do both.
+        weights: false for an engine that is started ahead, and gets its weights later.
     """
 
     socket: str
     port: int
     host: str = "127.0.0.1"
     unix: bool = True
+    weights: bool = True
 
     def address(self, *, unix: bool) -> str:
         """As gateways write it: ``unix:/path`` or ``http://host:port``."""
@@ -96,6 +98,9 @@ class Launch(msgspec.Struct, frozen=True):
         counts: whether ``/metrics`` tells running and waiting requests under vLLM's names.
         signs: lines of the log that tell the progress.
         grace_s: seconds between SIGTERM and SIGKILL.
+        fills: other weights can be put into it while it runs (see control.py); its socket is private then.
+        empty: it was started without weights.
+        weights: what to fill it with; a folder, for the fake engine any word.
     """
 
     argv: tuple[str, ...]
@@ -109,6 +114,9 @@ class Launch(msgspec.Struct, frozen=True):
     counts: bool = False
     signs: tuple[Sign, ...] = ()
     grace_s: float = 5.0
+    fills: bool = False
+    empty: bool = False
+    weights: str = ""
 
 
 class Engine(Protocol):

@@ -28,11 +28,13 @@ class FakeEngine:
     def plan(self, spec: EngineSpec, model: str, version: str, site: Site) -> Launch | Refusal:
         """The version's args go first, so that where it listens and what it is called are the worker's."""
         where = ("--socket", site.socket) if site.unix else ("--host", site.host, "--port", str(site.port))
+        weights = spec.path or version
         source = str(Path(turnout.__file__).parent.parent)  # a checkout that is not installed must be found as well
         return Launch(
             argv=(
                 *(sys.executable, "-m", "turnout.workers.inference.engines.fake_server"),
                 *(*spec.args, *where, f"--model={model}", f"--version={version}"),
+                *(("--weights", weights if site.weights else "") if site.unix else ()),
             ),
             address=site.address(unix=site.unix),
             model=model,
@@ -45,4 +47,7 @@ class FakeEngine:
             logprobs=True,
             counts=True,
             signs=_SIGNS,
+            fills=site.unix,
+            empty=not site.weights,
+            weights=weights,
         )

@@ -22,6 +22,7 @@ import msgspec
 import uvloop
 
 from turnout.workers.clock import SystemClock
+from turnout.workers.inference.engines import fake_hand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -66,6 +67,9 @@ class Settings(msgspec.Struct, frozen=True):
     hang_at_load: bool = False
     memory_mb: int = 0
     seed: int = 0
+    weights: str | None = None
+    adapters: bool = False
+    wake_fails: bool = False
 
 
 class Ask(msgspec.Struct):
@@ -81,6 +85,15 @@ class Ask(msgspec.Struct):
     prompt: msgspec.Raw = msgspec.Raw(b"")
     messages: msgspec.Raw = msgspec.Raw(b"")
     input: msgspec.Raw = msgspec.Raw(b"")
+
+    @property
+    def texts(self) -> int:
+        """How many texts are to be continued: a list of them asks for that many choices."""
+        raw = bytes(self.prompt).lstrip()
+        if not raw.startswith(b"["):
+            return 1
+        found = msgspec.json.decode(raw, type=list[object])
+        return max(1, sum(1 for one in found if isinstance(one, str)))
 
 
 class Draw:
@@ -121,6 +134,12 @@ class Model:
         self.generated = 0
         self._draw = Draw(settings.seed)
         self._sound: dict[int, Plan] = {}
+        s = settings
+        self.hand = (
+            None
+            if s.weights is None
+            else fake_hand.Hand(s.weights, self.name, adapters=s.adapters, wake_fails=s.wake_fails)
+        )
         self._ballast = bytearray(b"\x01") * (settings.memory_mb << 20)
         self._faulty = bool(
             settings.error_rate
@@ -141,6 +160,17 @@ class Model:
             plan = self._sound[count] = Plan((self.settings.version, " says", ":", *words)[:count])
         return plan
 
+    def rename(self, name: str, version: str) -> None:
+        """It serves another version from now on."""
+        self.settings = msgspec.structs.replace(self.settings, model=name, version=version)
+        self.name = name
+        self.names = (name, f"{name}@{version}")
+        self._sound.clear()
+
+    def logprob(self, name: str) -> float:
+        """Of every token: tells weights apart where there are any."""
+        return -0.25 if self.hand is None else self.hand.logprob(name)
+
     def is_sound(self, plan: Plan) -> bool:
         """Whether it is a good answer, the same for every request of its length."""
         return self._sound.get(len(plan.tokens)) is plan
@@ -148,6 +178,10 @@ class Model:
     def plan(self, count: int) -> Plan | None:
         """What the next request gets; None means an error answer."""
         self.asked += 1
+        if self.hand is not None and self.hand.garbage:  # asleep at level 2, woken without its weights
+            return Plan(("!",) * count, finish="length")
+        if self.hand is not None and self.hand.poisoned:
+            return Plan(())
         if not self._faulty:
             return self.sound(count)
         s, n = self.settings, self.asked
@@ -180,6 +214,8 @@ class Model:
 
     def is_nan(self) -> bool:
         """Whether the weights are NaN by now: logprobs can't be written as JSON."""
+        if self.hand is not None and self.hand.nan:
+            return True
         return self.settings.nan and self.asked > self.settings.sound_first
 
     def ended(self, finish: str, tokens: int) -> None:
@@ -218,7 +254,13 @@ class Shape(ABC):
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._head = {"created": model.created, "model": model.name, "system_fingerprint": model.settings.version}
+
+    def head(self, ask: Ask) -> dict[str, object]:
+        """Who answers: an adapter under its own name, everything else under the engine's."""
+        model = self.model
+        adapter = model.hand is not None and ask.model in model.hand.adapters
+        name = ask.model if adapter else model.name
+        return {"created": model.created, "model": name, "system_fingerprint": model.settings.version}
 
     @abstractmethod
     def whole(self, id: str, ask: Ask, plan: Plan) -> bytes:
@@ -241,25 +283,29 @@ class Completions(Shape):
 
     def whole(self, id: str, ask: Ask, plan: Plan) -> bytes:
         """One choice with text, and logprobs where asked for."""
+        value = self.model.logprob(ask.model)
         logprobs = {
             "text_offset": (),
             "tokens": plan.tokens,
-            "token_logprobs": [-0.25] * len(plan.tokens),
-            "top_logprobs": [{token: -0.25} for token in plan.tokens],
+            "token_logprobs": [value] * len(plan.tokens),
+            "top_logprobs": [{token: value} for token in plan.tokens],
         }
-        choice = {
-            "index": 0,
-            "text": "".join(plan.tokens),
-            "logprobs": logprobs if ask.logprobs else None,
-            "finish_reason": plan.finish,
-        }
+        choices = [
+            {
+                "index": n,
+                "text": "".join(plan.tokens),
+                "logprobs": logprobs if ask.logprobs else None,
+                "finish_reason": plan.finish,
+            }
+            for n in range(ask.texts)
+        ]
         return _encode(
-            {"id": id, "object": "text_completion", **self._head, "choices": [choice], "usage": self.usage(plan)}
+            {"id": id, "object": "text_completion", **self.head(ask), "choices": choices, "usage": self.usage(plan)}
         )
 
     def pieces(self, id: str, ask: Ask, plan: Plan) -> Iterator[bytes]:
         """One event for each token; the finish reason rides on the last, as vLLM does it."""
-        head = {"id": id, "object": "text_completion", **self._head}
+        head = {"id": id, "object": "text_completion", **self.head(ask)}
         last = len(plan.tokens) - 1
         for n, token in enumerate(plan.tokens):
             choice = {"index": 0, "text": token, "logprobs": None, "finish_reason": plan.finish if n == last else None}
@@ -280,7 +326,12 @@ class Chat(Shape):
     def whole(self, id: str, ask: Ask, plan: Plan) -> bytes:
         """One choice with the assistant's message."""
         message = {"role": "assistant", "content": "".join(plan.tokens)}
-        logprobs = {"content": [{"token": t, "logprob": -0.25, "bytes": None, "top_logprobs": ()} for t in plan.tokens]}
+        logprobs = {
+            "content": [
+                {"token": t, "logprob": self.model.logprob(ask.model), "bytes": None, "top_logprobs": ()}
+                for t in plan.tokens
+            ]
+        }
         choice = {
             "index": 0,
             "message": message,
@@ -288,12 +339,12 @@ class Chat(Shape):
             "finish_reason": plan.finish,
         }
         return _encode(
-            {"id": id, "object": "chat.completion", **self._head, "choices": [choice], "usage": self.usage(plan)}
+            {"id": id, "object": "chat.completion", **self.head(ask), "choices": [choice], "usage": self.usage(plan)}
         )
 
     def pieces(self, id: str, ask: Ask, plan: Plan) -> Iterator[bytes]:
         """The role, one event for each token, the finish reason, the usage where asked for."""
-        head = {"id": id, "object": "chat.completion.chunk", **self._head}
+        head = {"id": id, "object": "chat.completion.chunk", **self.head(ask)}
         yield _chunk(head, {"role": "assistant", "content": ""}, None)
         for token in plan.tokens:
             yield _chunk(head, {"content": token}, None)
@@ -471,6 +522,8 @@ class Server:
         self.loop = loop
         self.stopping = False
         self.connections: set[Http] = set()
+        if model.hand is not None:
+            model.hand.named = model.rename
         self.shapes = {path: shape(model) for path, shape in self.SHAPES.items()}
         self.decode = msgspec.json.Decoder(Ask).decode
         self.answers: dict[tuple[object, ...], bytes] = {}
@@ -506,7 +559,7 @@ class Http(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._path = ""
         self._body: list[bytes] = []
-        self._waiting: deque[tuple[str, str, bytes, bool]] = deque()
+        self._waiting: deque[tuple[str, str, str, bytes, bool]] = deque()
         self._busy = False
         self._counted = False
         self._keep = True
@@ -555,29 +608,55 @@ class Http(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """httptools: a whole request is here. Answers go out in the order of the requests."""
         method = self._parser.get_method().decode()
-        path, _, _ = self._path.partition("?")
+        path, _, query = self._path.partition("?")
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._path = ""
         self._body = []
         keep = self._parser.should_keep_alive()
         if self._busy:
-            self._waiting.append((method, path, body, keep))
+            self._waiting.append((method, path, query, body, keep))
         else:
-            self._handle(method, path, body, keep)
+            self._handle(method, path, query, body, keep)
 
-    def _handle(self, method: str, path: str, body: bytes, keep: bool) -> None:
+    def _handle(self, method: str, path: str, query: str, body: bytes, keep: bool) -> None:
         self._busy = True
         self._keep = keep
+        hand = self.server.model.hand
+        if hand is not None and path in fake_hand.PATHS:
+            self._operate(hand, path, query, body)
+            return
         shape = self.server.shapes.get(path)
         if method != "POST" or not path.startswith("/v1/"):
             self._reply(self._page(method, path))
             return
         self._counted = True
         self.server.model.running += 1
+        if hand is not None and hand.holds:  # not counted: what asks a sleeping engine sees nothing running
+            self._counted = False
+            self.server.model.running -= 1
+            hand.held.append(lambda: self._answer_later(shape, path, body))
+        else:
+            self._answer_now(shape, path, body)
+
+    def _answer_later(self, shape: Shape | None, path: str, body: bytes) -> None:
+        if not self.transport.is_closing():
+            self._answer_now(shape, path, body)
+
+    def _answer_now(self, shape: Shape | None, path: str, body: bytes) -> None:
         if shape is not None:
             self._generate(shape, body)
         else:
             self._other(path, body)
+
+    def _operate(self, hand: fake_hand.Hand, path: str, query: str, body: bytes) -> None:
+        try:
+            said = hand.answer(path, query, body)
+        except fake_hand.Refused as e:
+            self._reply(_error(e.status, str(e), "InternalServerError"))
+            if e.dies:
+                self.server.loop.call_later(0.05, crash)
+            return
+        self._reply(_plain(200, said.encode() if isinstance(said, str) else _encode(said)))
 
     def finish(self, finish: str, tokens: int) -> None:
         """The answer is out: take the next request of this connection."""
@@ -623,7 +702,8 @@ class Http(asyncio.Protocol):
         except msgspec.DecodeError as e:
             self._reply(_error(400, str(e), "BadRequestError"))
             return
-        if settings.model and ask.model and ask.model not in model.names:
+        adapters = model.hand.adapters if model.hand is not None else {}
+        if settings.model and ask.model and ask.model not in model.names and ask.model not in adapters:
             self._reply(_error(404, f"The model `{ask.model}` does not exist.", "NotFoundError"))
             return
         limit = ask.max_tokens or ask.max_completion_tokens or ask.max_output_tokens or settings.tokens
@@ -651,7 +731,12 @@ class Http(asyncio.Protocol):
 
     def _answer_to(self, shape: Shape, ask: Ask, plan: Plan) -> bytes:
         """A whole answer, its number left open. Sound ones are kept, so that encoding them is not what is measured."""
-        key = (shape.prefix, ask.stream, bool(ask.logprobs), bool(ask.stream_options), len(plan.tokens))
+        model = self.server.model
+        said = 0.0 if model.hand is None else model.logprob(ask.model)
+        key = (
+            *(shape.prefix, ask.stream, bool(ask.logprobs), bool(ask.stream_options), len(plan.tokens), ask.texts),
+            *(model.settings.version, ask.model if said else "", said),
+        )
         sound = self.server.model.is_sound(plan)
         answer = self.server.answers.get(key) if sound else None
         if answer is None:
@@ -714,7 +799,8 @@ class Http(asyncio.Protocol):
                 return _plain(200, b"")
             case "/v1/models":
                 head = {"object": "model", "created": model.created, "owned_by": "fake"}
-                models = [{"id": name, **head} for name in model.names]
+                adapters = model.hand.adapters if model.hand is not None else {}
+                models = [{"id": name, **head} for name in (*model.names, *adapters)]
                 return _plain(200, _encode({"object": "list", "data": models}))
             case "/metrics":
                 return _plain(200, model.metrics(), b"text/plain; version=0.0.4; charset=utf-8")
@@ -800,6 +886,8 @@ def parse(argv: list[str] | None = None) -> Settings:
     what.add_argument("--model", default="", help="served name; other names answer 404")
     what.add_argument("--version", default="v1", help="every answer names it, and has it as system_fingerprint")
     what.add_argument("--tokens", type=int, default=16, help="most tokens of an answer")
+    what.add_argument("--weights", help="what it holds; empty for none yet. Given, it can be filled, renamed and slept")
+    what.add_argument("--enable-lora", action="store_true", help="takes adapters while it runs")
     when = p.add_argument_group("how long it takes")
     when.add_argument("--load-seconds", type=float, default=0.0)
     when.add_argument("--first-token-ms", type=float, default=0.0)
@@ -820,6 +908,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     bad.add_argument("--hang-after", type=int, default=-1, help="answer so many requests, then none; /health stays 200")
     bad.add_argument("--deaf-after", type=int, default=-1, help="answer so many requests, then take no connection")
     bad.add_argument("--hang-at-load", action="store_true", help="never get ready")
+    bad.add_argument("--wake-fails", action="store_true", help="put to sleep, it never comes back (500)")
     bad.add_argument("--seed", type=int, default=0, help="the same seed fails the same requests")
     a = p.parse_args(argv)
     return Settings(
@@ -848,6 +937,9 @@ def parse(argv: list[str] | None = None) -> Settings:
         hang_at_load=a.hang_at_load,
         memory_mb=a.memory,
         seed=a.seed,
+        weights=a.weights,
+        adapters=a.enable_lora,
+        wake_fails=a.wake_fails,
     )
 
 

@@ -6,6 +6,7 @@ Facts on which this rests, with versions, stand in the comments; they were measu
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -137,6 +138,9 @@ class VllmEngine:
         where = ("--uds", site.socket) if site.unix else ("--host", site.host, "--port", str(site.port))
         # The default fingerprint is a hash of the settings, equal for two versions of the same weights' shape.
         named = _since(install.version, (0, 24)) and not omni
+        # Operation endpoints know no key: only a socket in a private folder may have them.
+        fills = site.unix and named and "--load-format" not in _names(spec.args)
+        hand = ("--worker-extension-cls", "turnout_in_vllm.Filler", "--middleware", "turnout_in_vllm.Names")
         fingerprint = ("--fingerprint-mode", "custom", f"--fingerprint-value={version}") if named else ()
         return Launch(
             argv=(
@@ -144,6 +148,8 @@ class VllmEngine:
                 *spec.args,
                 *self._defaults(spec.args),
                 *fingerprint,
+                *(hand if fills else ()),
+                *(() if site.weights else ("--load-format", "dummy")),
                 *where,
                 *("--served-model-name", model, f"{model}@{version}"),
             ),
@@ -153,6 +159,7 @@ class VllmEngine:
                 # A pooled connection of a gateway must outlive its idle limit; the default is 5 s.
                 "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
                 "PYTHONSAFEPATH": "1",
+                **(_hand_environment() if fills else {}),
             },
             env_default=self._environment(),
             probes=own_probe(spec, (COMPLETIONS, CHAT)),
@@ -160,11 +167,14 @@ class VllmEngine:
             logprobs=not omni,
             counts=True,
             signs=SIGNS,
+            fills=fills,
+            empty=not site.weights,
+            weights=spec.path,
         )
 
     def _defaults(self, args: tuple[str, ...]) -> tuple[str, ...]:
         """Flags that are right unless the version says otherwise."""
-        names = {re.split(r"[=.]", a)[0].replace("_", "-") for a in args if a.startswith("-")}
+        names = _names(args)
         flags: list[str] = []
         if not names & {"--disable-uvicorn-access-log", "--no-disable-uvicorn-access-log"}:
             flags.append("--disable-uvicorn-access-log")
@@ -181,6 +191,18 @@ class VllmEngine:
             # GiB. Without `nobind` two engines bind their threads to the same cores.
             env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         return env
+
+
+def _names(args: tuple[str, ...]) -> set[str]:
+    """Names of the flags among the words."""
+    return {re.split(r"[=.]", a)[0].replace("_", "-") for a in args if a.startswith("-")}
+
+
+def _hand_environment() -> dict[str, str]:
+    """What makes vLLM find turnout's hand (vllm_side) and open its operation endpoints."""
+    folder = str(Path(__file__).parent / "vllm_side")
+    paths = (folder, os.environ.get("PYTHONPATH", ""))
+    return {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
 
 
 def _since(version: str, least: tuple[int, int]) -> bool:

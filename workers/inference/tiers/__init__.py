@@ -1,0 +1,1 @@
+"""Ways to make an instance ready, one file each: the worker takes the fastest that applies."""

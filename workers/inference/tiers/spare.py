@@ -1,0 +1,275 @@
+"""Tier ``spare``: an engine that runs without a version gets the weights in place, is proven, and then serves.
+
+An engine that is evicted becomes a spare, and one may be started ahead without weights. Rules that were paid for (see
+engines/vllm_side): the engine is outside every route; prefixes are forgotten with the old weights; tied output heads
+are packed again; what it computes is compared with the files; after any error the process is killed, never asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from turnout.workers.inference import client, control, courtesy, golden
+from turnout.workers.inference.process import SHUT, EngineProcess, Record
+from turnout.workers.inference.runner import Failure, Loaded
+from turnout.workers.inference.starting import LoadFailed, Running
+from turnout.workers.inference.weights import Unusable, read_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from turnout.workers.inference.starting import Planned, Starter
+
+log = structlog.get_logger()
+
+#: Share of an engine's measured memory that must be free before another one is started ahead.
+_ROOM = 1.2
+_AHEAD = "spare"
+
+
+class Spares:
+    """The engines of this host that belong to no instance."""
+
+    def __init__(self, starter: Starter) -> None:
+        self._starter = starter
+        self._most = starter.settings.spares
+        self._kept: dict[str, Running] = {}
+        self._ahead: Running | None = None
+        self._starting: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, wanted: str) -> tuple[str, Running] | None:
+        """A spare of this shape, with its name."""
+        found = ((name, one) for name, one in self._kept.items() if one.shape == wanted and not one.exited)
+        return next(found, None) if wanted else None
+
+    def take(self, name: str) -> Running:
+        """It is a spare no more."""
+        return self._kept.pop(name)
+
+    def adopt(self, record: Record, process: EngineProcess) -> None:
+        """One that an earlier worker has kept."""
+        self._kept[record.instance] = Running(
+            record.launch, process, record.bound, record.shape, record.source, quiet=True
+        )
+
+    def keep(self, instance: str, running: Running) -> bool:
+        """Keep an engine that nobody uses any more, if there is room for it. Its socket has lost its name already."""
+        process = running.process
+        if process is None or not running.quiet or running.exited or running.trouble or not running.shape:
+            return False
+        if len(self._kept) >= self._most:
+            return False
+        name = f"{_AHEAD}-{self._starter.clock.id()[:8]}"
+        path = running.launch.address.removeprefix("unix:")
+        here = self._starter.folder.socket(name, self._starter.clock.id()[:6])
+        os.rename(path + SHUT, here)
+        self._put(name, running, here)
+        self._starter.folder.forget(instance)
+        log.info("engine_kept_as_spare", instance=instance, spare=name, holds=running.source)
+        return True
+
+    def _put(self, name: str, running: Running, path: str) -> None:
+        assert running.process is not None  # noqa: S101  what runs elsewhere is never a spare
+        running.launch = msgspec.structs.replace(running.launch, address=f"unix:{path}")
+        record = msgspec.structs.replace(
+            running.process.record,
+            instance=name,
+            launch=running.launch,
+            bound=running.bound,
+            shape=running.shape,
+            source=running.source,
+            role="spare",
+        )
+        if name == running.process.record.instance:
+            running.process.record = record
+            self._starter.folder.write(record)
+        else:
+            running.process.hand_over(record, self._starter.folder)
+        self._kept[name] = running
+
+    async def make_way(self, wanted: str) -> None:
+        """A load that somebody waits for goes first: it waits for a start ahead that it can use, and ends any other."""
+        task, ahead = self._starting, self._ahead
+        if task is None or task.done():
+            return
+        if ahead is not None and wanted and ahead.shape == wanted and ahead.process is not None:
+            courtesy.restore(ahead.process.pid)
+        else:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    def start_ahead(self, planned: Planned, size: int) -> None:
+        """Start another engine of this shape without weights, where there is none and ``size`` bytes are free."""
+        if not planned.shape or len(self._kept) >= self._most or self.find(planned.shape):
+            return
+        if self._starting is not None and not self._starting.done():
+            return
+        if _free_bytes() < _ROOM * size:
+            log.info("no_spare_started", reason="too little memory is free", needed=int(_ROOM * size))
+            return
+        self._starting = asyncio.create_task(self._start(planned))
+
+    async def _start(self, model: Planned) -> None:
+        starter = self._starter
+        name = f"{_AHEAD}-{starter.clock.id()[:8]}"
+        order = msgspec.structs.replace(model.order, instance=name)
+        planned = starter.plan(order, weights=False)
+        if isinstance(planned, Failure):
+            log.warning("no_spare_started", reason=planned.reason)
+            return
+        started = starter.start(name, planned, courtesy.AHEAD)
+        if isinstance(started, Failure) or started.process is None:
+            return
+        started.source, started.quiet = "", True
+        started.process.record = msgspec.structs.replace(started.process.record, role="filling")
+        starter.folder.write(started.process.record)
+        self._ahead = started
+        try:
+            await starter.wait_listening(started, _untold)
+            with contextlib.suppress(
+                client.Unreachable, ValueError
+            ):  # the first answer allocates; what it says is void
+                await golden.ask(started.launch.address, started.launch.model, starter.proof_timeout_s)
+            courtesy.restore(started.process.pid)
+            self._put(name, started, started.launch.address.removeprefix("unix:"))
+            log.info("spare_started", spare=name)
+        except LoadFailed as e:
+            await starter.fail(name, started, e.stage, e.reason)
+        except asyncio.CancelledError:
+            await started.process.end(0, starter.clock)
+            starter.folder.forget(name)
+            raise
+        finally:
+            self._ahead = None
+
+    async def end(self) -> None:
+        """End all of them, and keep none any more."""
+        self._most = 0
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        for name, running in list(self._kept.items()):
+            del self._kept[name]
+            if running.process is not None:
+                await running.process.end(running.launch.grace_s, self._starter.clock)
+            self._starter.folder.forget(name)
+
+    def release(self) -> None:
+        """Let go of them; they run on, to be found again. One that is being started ends."""
+        if self._starting is not None:
+            self._starting.cancel()
+        if self._ahead is not None and self._ahead.process is not None:
+            self._ahead.process.signal(9)
+            self._starter.folder.forget(self._ahead.process.record.instance)
+        for running in self._kept.values():
+            if running.process is not None:
+                running.process.release()
+        self._kept.clear()
+
+
+class Spare:
+    """Fills a spare."""
+
+    name = "spare"
+
+    def __init__(self, starter: Starter, running: dict[str, Running], spares: Spares) -> None:
+        """``running``: the worker's engines by instance."""
+        self._starter = starter
+        self._running = running
+        self._spares = spares
+
+    def unfit(self, planned: Planned) -> str:
+        """There must be one of the same shape."""
+        return "" if self._spares.find(planned.shape) else "no spare engine of its shape runs"
+
+    def source(self, planned: Planned) -> str:
+        """The version that the spare holds."""
+        found = self._spares.find(planned.shape)
+        return found[1].source if found else ""
+
+    async def load(self, planned: Planned, progress: Callable[[str, str], None]) -> Loaded | Failure:
+        """See the protocol."""
+        found = self._spares.find(planned.shape)
+        if found is None:
+            return Failure("loading", "the spare engine is gone")
+        starter, order = self._starter, planned.order
+        began = starter.clock.monotonic()
+        running = self._spares.take(found[0])
+        process = running.process
+        assert process is not None  # noqa: S101  what runs elsewhere is never a spare
+        empty = running.launch.empty
+        progress("loading", f"into a running engine that held {running.source or 'nothing'}")
+        self._move(running, planned)
+        self._running[order.instance] = running
+        record = msgspec.structs.replace(
+            process.record,
+            instance=order.instance,
+            sequence=order.sequence,
+            launch=running.launch,
+            role="filling",
+            tier=self.name,
+            proven=False,
+        )
+        process.hand_over(record, starter.folder)
+        try:
+            filling = asyncio.ensure_future(self._fill(planned, empty=empty))
+            await starter.unless_exit(running, filling)
+            if running.exited:
+                raise LoadFailed("loading", "the engine ended while it was filled")
+            load_s = starter.clock.monotonic() - began
+            progress("proving", "")
+            verdict = await starter.prove(running, order)
+        except (LoadFailed, control.ControlFailed) as e:
+            self._running.pop(order.instance, None)
+            stage = e.stage if isinstance(e, LoadFailed) else "loading"
+            return await starter.fail(order.instance, running, stage, str(e))
+        running.source = f"{order.model} {order.version}"
+        proven = await starter.proven(running, verdict, load_s, starter.clock.monotonic() - began - load_s)
+        return msgspec.structs.replace(proven, tier=self.name)
+
+    def _move(self, running: Running, planned: Planned) -> None:
+        """Give its socket the name of the instance, so that no route of before leads here."""
+        os.rename(running.launch.address.removeprefix("unix:"), planned.launch.address.removeprefix("unix:"))
+        running.launch = msgspec.structs.replace(planned.launch, argv=running.launch.argv, env=running.launch.env)
+        running.quiet = False
+        running.trouble, running.probes, running.row = "", 0, 0
+
+    async def _fill(self, planned: Planned, *, empty: bool) -> None:
+        """Put the weights in and compare. ``empty``: it was started without any."""
+        address, weights, patience = planned.launch.address, planned.launch.weights, self._starter.proof_timeout_s
+        try:
+            if planned.spec.path:
+                read_weights(Path(planned.spec.path))
+        except (OSError, Unusable) as e:
+            raise LoadFailed("loading", str(e)) from e
+        await control.pause(address, patience)
+        if empty:
+            await control.expect_files(address, patience)
+        await control.fill(address, weights, patience)
+        await control.compare(address, weights, patience)
+        names = (planned.order.model, f"{planned.order.model}@{planned.order.version}")
+        await control.rename(address, names, planned.order.version, patience)
+        await control.resume(address, patience)
+
+
+def _untold(stage: str, detail: str) -> None:
+    """Nobody waits for a start ahead."""
+
+
+def _free_bytes() -> int:
+    """Memory that could be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 0
