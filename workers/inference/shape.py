@@ -52,7 +52,7 @@ def stamp(folder: str) -> str:
     """Tells whether the weight files are the ones that were there before: names, sizes and times."""
     if not folder:
         return ""
-    seen = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in (*files(folder), *Path(folder).glob("*.json"))]
+    seen = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in files(folder)]
     return hashlib.sha256(msgspec.json.encode(sorted(seen))).hexdigest()
 
 

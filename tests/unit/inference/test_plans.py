@@ -13,6 +13,7 @@ from turnout.workers.inference.engines.openai import OpenAIEngine
 from turnout.workers.inference.engines.vllm import VllmEngine, VllmInstall
 
 SITE = Site(socket="/run/i-1.sock", port=4711)
+AHEAD = Site(socket="/run/i-1.sock", port=4711, weights=False)
 TCP = Site(socket="/run/i-1.sock", port=4711, host="10.0.0.5", unix=False)
 CPU = VllmInstall("py", "0.32.0", "vllm.entrypoints.launchers.api_server.entry", cpu=True)
 GPU = VllmInstall("py", "0.32.0", "vllm.entrypoints.launchers.api_server.entry", omni=True)
@@ -29,9 +30,12 @@ def test_vllm_on_a_cpu() -> None:
     assert plan.argv == (
         *("py", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", "/m/v1"),
         *("--max-model-len", "1024", "--disable-uvicorn-access-log", "--enforce-eager"),
-        *("--fingerprint-mode", "custom", "--fingerprint-value=v1", "--uds", "/run/i-1.sock"),
-        *("--served-model-name", "chat", "chat@v1"),
+        *("--fingerprint-mode", "custom", "--fingerprint-value=v1"),
+        *("--worker-extension-cls", "turnout_in_vllm.Filler", "--middleware", "turnout_in_vllm.Names"),
+        *("--uds", "/run/i-1.sock", "--served-model-name", "chat", "chat@v1"),
     )
+    assert plan.env["VLLM_SERVER_DEV_MODE"] == "1"
+    assert (plan.fills, plan.empty, plan.weights) == (True, False, "/m/v1")
     assert plan.address == "unix:/run/i-1.sock"
     assert plan.fingerprint == "v1"
     assert plan.env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "75"
@@ -44,7 +48,20 @@ def test_vllm_on_a_gpu_compiles_and_may_listen_on_tcp() -> None:
     assert "--enforce-eager" not in plan.argv
     assert plan.argv[-7:-3] == ("--host", "10.0.0.5", "--port", "4711")
     assert plan.address == "http://10.0.0.5:4711"
+    assert not plan.fills
+    assert "VLLM_SERVER_DEV_MODE" not in plan.env  # no key guards those endpoints
     assert "VLLM_CPU_KVCACHE_SPACE" not in plan.env_default
+
+
+def test_vllm_started_ahead_reads_no_weights() -> None:
+    plan = launched(VllmEngine(CPU).plan(EngineSpec("vllm", path="/m/v1"), "chat", "v1", AHEAD))
+    assert plan.argv[plan.argv.index("--load-format") + 1] == "dummy"
+    assert plan.empty
+
+
+def test_vllm_with_a_load_format_of_its_own_is_never_filled() -> None:
+    spec = EngineSpec("vllm", path="/m/v1", args=("--load-format=bitsandbytes",))
+    assert not launched(VllmEngine(CPU).plan(spec, "chat", "v1", SITE)).fills
 
 
 @pytest.mark.parametrize("flag", ["--no-enforce-eager", "--enforce_eager", "-cc.mode=3", "-O3"])

@@ -175,14 +175,17 @@ class Model:
         """Whether it is a good answer, the same for every request of its length."""
         return self._sound.get(len(plan.tokens)) is plan
 
-    def plan(self, count: int) -> Plan | None:
-        """What the next request gets; None means an error answer."""
-        self.asked += 1
+    def plan(self, count: int, texts: int = 1) -> Plan | None:
+        """What the next request gets; None means an error answer.
+
+        One with several texts is how a worker compares engines: it is not counted, and no planned fault meets it.
+        """
+        self.asked += texts == 1
         if self.hand is not None and self.hand.garbage:  # asleep at level 2, woken without its weights
             return Plan(("!",) * count, finish="length")
         if self.hand is not None and self.hand.poisoned:
             return Plan(())
-        if not self._faulty:
+        if not self._faulty or texts > 1:
             return self.sound(count)
         s, n = self.settings, self.asked
         if 0 <= s.crash_after < n:
@@ -707,8 +710,8 @@ class Http(asyncio.Protocol):
             self._reply(_error(404, f"The model `{ask.model}` does not exist.", "NotFoundError"))
             return
         limit = ask.max_tokens or ask.max_completion_tokens or ask.max_output_tokens or settings.tokens
-        plan = model.plan(min(limit, settings.tokens))
-        if model.hangs():
+        plan = model.plan(min(limit, settings.tokens), ask.texts)
+        if model.hangs() and ask.texts == 1:
             return
         if plan is None:
             self._reply(_error(500, settings.error_says, "InternalServerError"))

@@ -42,6 +42,7 @@ class Spares:
         self._most = starter.settings.spares
         self._kept: dict[str, Running] = {}
         self._ahead: Running | None = None
+        self._ahead_shape = ""
         self._starting: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -102,10 +103,10 @@ class Spares:
         task, ahead = self._starting, self._ahead
         if task is None or task.done():
             return
-        if ahead is not None and wanted and ahead.shape == wanted and ahead.process is not None:
-            courtesy.restore(ahead.process.pid)
-        else:
+        if wanted != self._ahead_shape:
             task.cancel()
+        elif ahead is not None and ahead.process is not None:
+            courtesy.restore(ahead.process.pid)
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
@@ -118,6 +119,7 @@ class Spares:
         if _free_bytes() < _ROOM * size:
             log.info("no_spare_started", reason="too little memory is free", needed=int(_ROOM * size))
             return
+        self._ahead_shape = planned.shape
         self._starting = asyncio.create_task(self._start(planned))
 
     async def _start(self, model: Planned) -> None:
