@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from turnout.core.split import BUCKETS, Spread
 from turnout.workers.gateway.reading import Reading, readable
-from turnout.workers.gateway.request import is_form
+from turnout.workers.gateway.request import is_form, with_model
 from turnout.workers.gateway.upstream import Pool
 
 if TYPE_CHECKING:
@@ -58,13 +58,15 @@ class Copy:
         "tally",
     )
 
-    def __init__(self, copies: Copies, tally: ShadowTally, address: str, request: Request) -> None:
+    def __init__(self, copies: Copies, tally: ShadowTally, endpoint: Endpoint, request: Request) -> None:
         self._copies = copies
         self.tally = tally
-        self.address = address
+        self.address = endpoint.address
         self._head: Head = request.head
         self._id = request.id + b"-copy"
         self._body = request.body
+        if endpoint.served:
+            self._body = with_model(request.head.content_type, request.body, endpoint.served)
         self._connection: UpstreamConnection | None = None
         self._limit: asyncio.TimerHandle | None = None
         self._reading: Reading | None = None
@@ -208,7 +210,7 @@ class _Shadow:
             self._tally.dropped()
             return None
         self._turn += 1
-        copy = Copy(copies, self._tally, self._endpoints[self._turn % len(self._endpoints)].address, request)
+        copy = Copy(copies, self._tally, self._endpoints[self._turn % len(self._endpoints)], request)
         copies.running.add(copy)
         self._tally.running += 1
         copy.start()

@@ -16,6 +16,7 @@ import httptools
 
 from turnout.workers.gateway.errors import Refusal, stream_error
 from turnout.workers.gateway.reading import Reading, readable, stream_outcome, whole_outcome
+from turnout.workers.gateway.request import with_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,7 +141,10 @@ class Relay:
         self.phase = SENT
         self.sent_at = self._ctx.now
         request = self.request
-        connection.send(self, request.head, request.id, request.body)
+        served, body = self.choice.slot.served, request.body
+        if served:
+            body = with_model(request.head.content_type, body, served)
+        connection.send(self, request.head, request.id, body)
 
     def connect_failed(self, reason: str) -> None:
         """Try elsewhere."""
@@ -154,7 +158,7 @@ class Relay:
             return
         if shape.ordinary and connection.complete and self._pass_whole(connection, data, at):
             return
-        if shape.status in _DOUBTFUL:
+        if shape.status in _DOUBTFUL or (shape.status == 404 and self.choice.slot.served):
             self._shape, self._at = shape, at
             self._hold(connection, shape, data)
         elif shape.stream and len(data) == at and not connection.complete:
@@ -310,11 +314,12 @@ class Relay:
         return True
 
     def _hold(self, connection: UpstreamConnection, shape: Shape, data: bytes) -> None:
-        """Wait for the rest of an answer with status 500 or 503, then pass it on or try elsewhere."""
+        """Wait for the rest of an answer that may be the engine's own trouble, then pass it on or try elsewhere."""
         self.phase = HOLDING
         self._held = data
         if connection.complete:
-            if shape.status == 503 or any(sign in data for sign in _DEAD):
+            # 404: a name that the gateway made of its route, for an adapter that has been unloaded since
+            if shape.status in (404, 503) or any(sign in data for sign in _DEAD):
                 other = self._other()
                 if other is not None:
                     self._count("engine_dead")

@@ -46,11 +46,12 @@ AFFINITY_MOST = 1.25
 class Slot:
     """One instance of a version, as this gateway sees it. ``ejected_until`` in seconds of the caller's clock."""
 
-    __slots__ = ("address", "ejected_until", "failures", "in_flight", "instance")
+    __slots__ = ("address", "ejected_until", "failures", "in_flight", "instance", "served")
 
-    def __init__(self, instance: str, address: str) -> None:
+    def __init__(self, instance: str, address: str, served: str = "") -> None:
         self.instance = instance
         self.address = address
+        self.served = served  # name that its requests must carry; empty for the model's own
         self.in_flight = 0
         self.failures = 0
         self.ejected_until = 0.0
@@ -227,7 +228,7 @@ class _Table:
                 key = (endpoint.instance, endpoint.address)
                 slot = lane.slots.get(key)
                 if slot is None:
-                    slot = lane.slots[key] = Slot(endpoint.instance, endpoint.address)
+                    slot = lane.slots[key] = Slot(endpoint.instance, endpoint.address, endpoint.served)
                 made.append(Choice(lane, slot, view.revision))
             self.choices[split.version] = tuple(made)
             lane.slots = {

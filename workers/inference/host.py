@@ -24,6 +24,7 @@ from turnout.workers.inference.engines.vllm import VllmEngine, find_vllm
 from turnout.workers.inference.process import SHUT, EngineProcess, Record, RunFolder
 from turnout.workers.inference.runner import Failure, Found, Loaded, Order, Struck
 from turnout.workers.inference.starting import Planned, Running, Starter
+from turnout.workers.inference.tiers.adapter import Adapter, AdapterCold, Bases
 from turnout.workers.inference.tiers.cold import Cold
 from turnout.workers.inference.tiers.spare import Spare, Spares
 
@@ -90,7 +91,13 @@ class HostRunner:
         self._starter = Starter(settings, engines, clock, self._folder)
         self._spares = Spares(self._starter)
         self._cold = Cold(self._starter, self._running)
-        self._tiers: tuple[Tier, ...] = (Spare(self._starter, self._running, self._spares), self._cold)
+        self._bases = Bases(self._starter, self._running)
+        self._tiers: tuple[Tier, ...] = (
+            Adapter(self._bases),
+            Spare(self._starter, self._running, self._spares),
+            AdapterCold(self._starter, self._bases),
+            self._cold,
+        )
         self._struck: set[tuple[str, str, str]] = set()
         self._probed: Probed | None = None
 
@@ -118,8 +125,11 @@ class HostRunner:
             if record.role == "spare":
                 self._spares.adopt(record, taken)
                 continue
+            if record.role == "base":
+                self._bases.adopt(record, taken)
+                continue
             self._running[record.instance] = Running(
-                record.launch, taken, record.bound or record.launch.address, record.shape, record.source
+                record.launch, taken, record.bound or record.launch.address, record.shape, record.source, record.base
             )
             self._open_door(record.launch)
             loaded = None
@@ -131,8 +141,10 @@ class HostRunner:
                     record.bytes,
                     record.fingerprint,
                     record.tier,
+                    served=record.launch.model if record.base else "",
                 )
             answer[record.instance] = Found(record.sequence, loaded)
+        self._bases.adopted()
         for instance, leader in self._folder.unrecorded():
             if leader.pid not in kept:
                 log.warning("engine_unrecorded", instance=instance, pid=leader.pid)
@@ -176,13 +188,14 @@ class HostRunner:
             result = await tier.load(planned, progress)
             if isinstance(result, Loaded):
                 break
-            if tier is not self._cold:
+            if tier.name != "cold":
                 self._struck.add(pair)
                 struck.append(Struck(tier.name, source, result.reason))
                 log.warning("tier_failed", instance=order.instance, tier=tier.name, source=source, reason=result.reason)
         if isinstance(result, Loaded):
             log.info("tier_took", instance=order.instance, tier=result.tier, seconds=round(result.load_s, 2))
-            self._spares.start_ahead(planned, result.bytes)
+            if not planned.spec.adapter:
+                self._spares.start_ahead(planned, result.bytes)
         return msgspec.structs.replace(result, struck=tuple(struck))
 
     async def _changed(self, planned: Planned, progress: Callable[[str, str], None]) -> Failure | None:
@@ -200,7 +213,10 @@ class HostRunner:
 
     async def _failed(self, instance: str, running: Running, stage: str, reason: str) -> Failure:
         self._running.pop(instance, None)
-        return await self._starter.fail(instance, running, stage, reason)
+        failure = await self._starter.fail(instance, running, stage, reason)
+        if running.base:  # it is gone for all who share it
+            await self._bases.end(running.base)
+        return failure
 
     async def watch(self, instance: str) -> Failure:
         """Until the engine dies or hangs. See the port."""
@@ -283,10 +299,10 @@ class HostRunner:
             return None
         process = running.process
         while True:
-            what = await self._wait_unused(running)
+            what = await (self._wait_unused_adapter(running) if running.base else self._wait_unused(running))
             if process.exited:
                 return await self._failed(instance, running, "serving", "the engine ended before it was stopped")
-            if not what and self._shut_door(running):
+            if not what and (running.base or self._shut_door(running)):
                 running.quiet = True
                 log.info("engine_quiet", instance=instance, quiet_s=self._settings.quiet_s)
                 return None
@@ -306,6 +322,22 @@ class HostRunner:
         while self._clock.monotonic() < deadline and not running.exited:
             if count := quiet.connections(running.bound):
                 return f"{count} connections are open"
+            await self._starter.pause(running, _QUIET_TICK_S)
+        return ""
+
+    async def _wait_unused_adapter(self, running: Running) -> str:
+        """As above, for one name of an engine whose connections others share: only the engine can tell.
+
+        A gateway that is cut off, still routes here and was silent for so long is not seen, as no connection tells
+        names apart. Its next request finds the name gone (404), and it tries the version's other instances.
+        """
+        deadline = self._clock.monotonic() + self._settings.quiet_s
+        while not running.exited:
+            names = await quiet.adapters(running.launch.address, 1.0)
+            if running.launch.model in names:
+                return f"the engine runs requests on {running.launch.model}"
+            if self._clock.monotonic() >= deadline:
+                return ""
             await self._starter.pause(running, _QUIET_TICK_S)
         return ""
 
@@ -339,6 +371,9 @@ class HostRunner:
         running = self._running.pop(instance, None)
         if running is None or running.process is None:
             return
+        if running.base:
+            await self._bases.detach(instance, running)
+            return
         if self._spares.keep(instance, running):
             return
         code = await running.process.end(running.launch.grace_s, self._clock)
@@ -365,6 +400,7 @@ class HostRunner:
     def release(self) -> None:
         """Let go of all engines; they run on."""
         self._spares.release()
+        self._bases.release()
         for running in self._running.values():
             if running.process is not None:
                 running.process.release()

@@ -60,7 +60,9 @@ class Record(msgspec.Struct, frozen=True):
         bound: the address that its socket was bound to, where that is another one than it is reached at.
         shape: what it keeps when other weights are put into it; empty where none may be.
         source: model and version that it holds.
-        role: ``spare`` where it waits for weights, ``filling`` while they come, else empty.
+        role: ``spare`` where it waits for weights, ``filling`` while they come, ``base`` of adapters, ``adapter`` in
+            another one's engine, else empty.
+        base: of an adapter: name of the engine that it shares.
         tier: how it was made ready.
     """
 
@@ -80,6 +82,7 @@ class Record(msgspec.Struct, frozen=True):
     source: str = ""
     role: str = ""
     tier: str = "cold"
+    base: str = ""
 
 
 class Member(msgspec.Struct, frozen=True, gc=False):

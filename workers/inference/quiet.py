@@ -6,6 +6,7 @@ still be using it. The kernel's tables name every connection, whoever made it an
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,7 @@ def _table(name: str) -> list[str]:
 
 
 REQUESTS = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+_ADAPTERS = re.compile(r'(?:running|waiting)_lora_adapters="([^"]*)"')
 TOKENS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
 
@@ -79,6 +81,22 @@ def total(metrics: str, names: tuple[str, ...]) -> float:
 async def running(address: str, timeout_s: float) -> float | None:
     """Requests that the engine itself counts as running or waiting; None where it does not answer."""
     return await _ask(address, REQUESTS, timeout_s)
+
+
+async def adapters(address: str, timeout_s: float) -> frozenset[str]:
+    """Names of the adapters that the engine runs or holds requests for; none where it does not answer."""
+    try:
+        reply = await client.ask(address, "/metrics", timeout_s=timeout_s)
+        text = reply.body.decode("utf-8", "replace")
+        if reply.status != 200 or not total(text, REQUESTS):
+            return frozenset()
+    except (client.Unreachable, ValueError):
+        return frozenset()
+    # One series for each set of names there ever was; its value is the time of its newest sight.
+    seen = [line for line in text.splitlines() if line.startswith("vllm:lora_requests_info{")]
+    newest = max(seen, key=lambda line: float(line.rpartition("}")[2].split()[0]), default="")
+    said = _ADAPTERS.findall(newest)
+    return frozenset(name for names in said for name in names.split(",") if name)
 
 
 async def tokens(address: str, timeout_s: float) -> float:

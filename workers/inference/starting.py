@@ -53,6 +53,7 @@ class Running(msgspec.Struct):
         bound: the address that its socket was bound to, by which the kernel knows its connections.
         shape: what it keeps when other weights are put into it; empty where none may be.
         source: model and version that it holds.
+        base: of an adapter: name of the engine that it shares with others.
         quiet: nobody uses it, and nobody can reach it any more.
         trouble: what its newest golden question has shown.
         probes: golden questions since the watch began, and ``row`` those that failed in a row.
@@ -63,6 +64,7 @@ class Running(msgspec.Struct):
     bound: str = ""
     shape: str = ""
     source: str = ""
+    base: str = ""
     quiet: bool = False
     trouble: str = ""
     probes: int = 0
@@ -122,10 +124,11 @@ class Starter:
 
     @staticmethod
     def _shape(spec: EngineSpec, launch: Launch) -> str:
-        if not launch.fills:
+        if not launch.fills and not spec.adapter:
             return ""
+        settings = (spec.kind, *spec.args, *((spec.path, *launch.adapters) if spec.adapter else ()))
         try:
-            return shape.digest((spec.kind, *spec.args), spec.path)
+            return shape.digest(settings, spec.path)
         except (OSError, Unusable) as e:
             log.info("engine_shape_unknown", path=spec.path, reason=str(e))
             return ""

@@ -35,6 +35,10 @@ CHAT = Probe(
 )
 
 
+#: Added to a model's name where an engine serves adapters of it: no client asks for the bare base.
+BASE = "@base"
+
+
 class Refusal(msgspec.Struct, frozen=True):
     """Why a worker does not start an engine. ``stage`` is what the failure is reported under."""
 
@@ -101,6 +105,7 @@ class Launch(msgspec.Struct, frozen=True):
         fills: other weights can be put into it while it runs (see control.py); its socket is private then.
         empty: it was started without weights.
         weights: what to fill it with; a folder, for the fake engine any word.
+        adapters: flags by which it takes adapters; empty where it takes none.
     """
 
     argv: tuple[str, ...]
@@ -117,6 +122,17 @@ class Launch(msgspec.Struct, frozen=True):
     fills: bool = False
     empty: bool = False
     weights: str = ""
+    adapters: tuple[str, ...] = ()
+
+
+def unshared() -> Refusal:
+    """Adapters come and go by operation endpoints, which know no key: only a private socket may have them."""
+    return Refusal(
+        "adapter_needs_socket",
+        "this worker's engines listen on TCP, where anybody could load and unload adapters",
+        "let the worker's owner set `unix = true`, or merge the adapter into its base",
+        "starting",
+    )
 
 
 class Engine(Protocol):

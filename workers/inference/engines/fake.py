@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import turnout
-from turnout.workers.inference.engines.base import CHAT, COMPLETIONS, Launch, Refusal, Sign, Site, own_probe
+from turnout.workers.inference.engines.base import (
+    BASE,
+    CHAT,
+    COMPLETIONS,
+    Launch,
+    Refusal,
+    Sign,
+    Site,
+    own_probe,
+    unshared,
+)
 
 if TYPE_CHECKING:
     from turnout.events.model import EngineSpec
@@ -27,13 +37,16 @@ class FakeEngine:
 
     def plan(self, spec: EngineSpec, model: str, version: str, site: Site) -> Launch | Refusal:
         """The version's args go first, so that where it listens and what it is called are the worker's."""
+        if spec.adapter and not site.unix:
+            return unshared()
         where = ("--socket", site.socket) if site.unix else ("--host", site.host, "--port", str(site.port))
         weights = spec.path or version
         source = str(Path(turnout.__file__).parent.parent)  # a checkout that is not installed must be found as well
         return Launch(
             argv=(
                 *(sys.executable, "-m", "turnout.workers.inference.engines.fake_server"),
-                *(*spec.args, *where, f"--model={model}", f"--version={version}"),
+                *(*spec.args, *where, f"--model={model}{BASE if spec.adapter else ''}", f"--version={version}"),
+                *(("--enable-lora",) if spec.adapter else ()),
                 *(("--weights", weights if site.weights else "") if site.unix else ()),
             ),
             address=site.address(unix=site.unix),
@@ -47,7 +60,8 @@ class FakeEngine:
             logprobs=True,
             counts=True,
             signs=_SIGNS,
-            fills=site.unix,
+            fills=site.unix and not spec.adapter,
+            adapters=("--enable-lora",) if spec.adapter else (),
             empty=not site.weights,
             weights=weights,
         )

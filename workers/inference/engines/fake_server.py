@@ -129,6 +129,7 @@ class Model:
         self.name = settings.model or "fake"
         self.names = (self.name, f"{self.name}@{settings.version}")
         self.running = 0
+        self.answering: list[str] = []  # the names that running requests were sent under
         self.asked = 0
         self.finished: dict[str, int] = {}
         self.generated = 0
@@ -226,6 +227,16 @@ class Model:
         self.finished[finish] = self.finished.get(finish, 0) + 1
         self.generated += tokens
 
+    def _adapter_metrics(self) -> tuple[str, ...]:
+        """Which adapters run now, in vLLM's words."""
+        if self.hand is None or not self.settings.adapters:
+            return ()
+        names = ",".join(sorted({name for name in self.answering if name in self.hand.adapters}))
+        return (
+            "# TYPE vllm:lora_requests_info gauge",
+            f'vllm:lora_requests_info{{max_lora="4",running_lora_adapters="{names}",waiting_lora_adapters=""}} 1.0',
+        )
+
     def metrics(self) -> bytes:
         """The figures that vLLM shows under the same names."""
         label = f'engine="0",model_name="{self.name}"'
@@ -234,6 +245,7 @@ class Model:
             f"vllm:num_requests_running{{{label}}} {float(self.running)}",
             "# TYPE vllm:num_requests_waiting gauge",
             f"vllm:num_requests_waiting{{{label}}} 0.0",
+            *self._adapter_metrics(),
             "# TYPE vllm:generation_tokens_total counter",
             f"vllm:generation_tokens_total{{{label}}} {float(self.generated)}",
             "# TYPE vllm:request_success_total counter",
@@ -565,6 +577,7 @@ class Http(asyncio.Protocol):
         self._waiting: deque[tuple[str, str, str, bytes, bool]] = deque()
         self._busy = False
         self._counted = False
+        self._under = ""
         self._keep = True
         self._answer: Stream | asyncio.TimerHandle | None = None
 
@@ -579,6 +592,7 @@ class Http(asyncio.Protocol):
             self._answer.cancel()
         if self._counted:
             self.server.model.running -= 1
+        self._forget_adapter()
         self.server.connections.discard(self)
         self.server.gone()
 
@@ -661,9 +675,15 @@ class Http(asyncio.Protocol):
             return
         self._reply(_plain(200, said.encode() if isinstance(said, str) else _encode(said)))
 
+    def _forget_adapter(self) -> None:
+        if self._under:
+            self.server.model.answering.remove(self._under)
+            self._under = ""
+
     def finish(self, finish: str, tokens: int) -> None:
         """The answer is out: take the next request of this connection."""
         model = self.server.model
+        self._forget_adapter()
         if self._counted:
             model.running -= 1
         self._counted = self._busy = False
@@ -719,6 +739,9 @@ class Http(asyncio.Protocol):
         if ask.logprobs and model.is_nan():
             self._reply(_error(400, "Out of range float values are not JSON compliant: nan", "BadRequestError"))
             return
+        if ask.model in adapters:
+            self._under = ask.model
+            model.answering.append(ask.model)
         number = b"%08d" % model.asked
         if ask.stream and (settings.first_token_s or settings.token_s or plan.crash):
             stream = Stream(self, self._id(shape, number), ask, plan, shape)

@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from turnout.workers.inference.engines.base import CHAT, COMPLETIONS, Launch, Refusal, Sign, Site, own_probe
+from turnout.workers.inference.engines.base import (
+    BASE,
+    CHAT,
+    COMPLETIONS,
+    Launch,
+    Refusal,
+    Sign,
+    Site,
+    own_probe,
+    unshared,
+)
 
 if TYPE_CHECKING:
     from turnout.events.model import EngineSpec
@@ -139,7 +149,11 @@ class VllmEngine:
         # The default fingerprint is a hash of the settings, equal for two versions of the same weights' shape.
         named = _since(install.version, (0, 24)) and not omni
         # Operation endpoints know no key: only a socket in a private folder may have them.
-        fills = site.unix and named and "--load-format" not in _names(spec.args)
+        fills = site.unix and named and not spec.adapter and "--load-format" not in _names(spec.args)
+        if spec.adapter and not site.unix:
+            return unshared()
+        adapters = _adapter_flags(spec) if spec.adapter else ()
+        names = (f"{model}{BASE}",) if spec.adapter else (model, f"{model}@{version}")
         hand = ("--worker-extension-cls", "turnout_in_vllm.Filler", "--middleware", "turnout_in_vllm.Names")
         fingerprint = ("--fingerprint-mode", "custom", f"--fingerprint-value={version}") if named else ()
         return Launch(
@@ -150,8 +164,9 @@ class VllmEngine:
                 *fingerprint,
                 *(hand if fills else ()),
                 *(() if site.weights else ("--load-format", "dummy")),
+                *adapters,
                 *where,
-                *("--served-model-name", model, f"{model}@{version}"),
+                *("--served-model-name", *names),
             ),
             address=site.address(unix=site.unix),
             model=model,
@@ -160,6 +175,7 @@ class VllmEngine:
                 "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
                 "PYTHONSAFEPATH": "1",
                 **(_hand_environment() if fills else {}),
+                **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if adapters else {}),
             },
             env_default=self._environment(),
             probes=own_probe(spec, (COMPLETIONS, CHAT)),
@@ -170,6 +186,7 @@ class VllmEngine:
             fills=fills,
             empty=not site.weights,
             weights=spec.path,
+            adapters=adapters,
         )
 
     def _defaults(self, args: tuple[str, ...]) -> tuple[str, ...]:
@@ -191,6 +208,26 @@ class VllmEngine:
             # GiB. Without `nobind` two engines bind their threads to the same cores.
             env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         return env
+
+
+#: Ranks that vLLM (0.32) makes room for; an engine takes adapters up to its own.
+_RANKS = (16, 32, 64, 128, 256, 320, 512)
+
+
+def _adapter_flags(spec: EngineSpec) -> tuple[str, ...]:
+    """Flags by which the base takes this adapter, and others of like rank, while it runs; the version's own win."""
+    try:
+        config = msgspec.json.decode((Path(spec.adapter) / "adapter_config.json").read_bytes(), type=_AdapterConfig)
+    except (OSError, msgspec.MsgspecError):
+        config = _AdapterConfig()  # the engine will say what is wrong with it
+    rank = next((r for r in _RANKS if r >= config.r), _RANKS[-1])
+    given = _names(spec.args)
+    flags = (("--max-lora-rank", str(rank)), ("--max-loras", "4"), ("--max-cpu-loras", "16"))
+    return ("--enable-lora", *(word for flag in flags if flag[0] not in given for word in flag))
+
+
+class _AdapterConfig(msgspec.Struct):
+    r: int = 8
 
 
 def _names(args: tuple[str, ...]) -> set[str]:

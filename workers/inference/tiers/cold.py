@@ -25,8 +25,8 @@ class Cold:
         self._running = running
 
     def unfit(self, planned: Planned) -> str:
-        """Never."""
-        return ""
+        """Adapters share an engine."""
+        return "it is an adapter" if planned.spec.adapter else ""
 
     def source(self, planned: Planned) -> str:
         """Nothing."""

@@ -193,6 +193,8 @@ class Spare:
 
     def unfit(self, planned: Planned) -> str:
         """There must be one of the same shape."""
+        if planned.spec.adapter:
+            return "it is an adapter"
         return "" if self._spares.find(planned.shape) else "no spare engine of its shape runs"
 
     def source(self, planned: Planned) -> str:
