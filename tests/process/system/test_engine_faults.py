@@ -68,6 +68,24 @@ async def test_engines_serve_on_and_are_adopted_when_their_worker_is_killed(c: C
 
 
 @on_stage
+async def test_with_source_and_target_dead_an_older_good_version_that_is_warm_takes_over(c: Cluster) -> None:
+    before = len(c.seen)
+    home, source = _versions(c)  # the first becomes the older version
+    assert (await c.switched(source)).phase == "completed"
+    await c.register("newest", *ARGS)
+    operation = await c.switch("newest", bake_s=30.0)
+    await c.event(BakeStarted, before)
+    # when the engines of the new version and of the one before die together
+    for pid in (*c.engine_pids("newest"), *c.engine_pids(source)):
+        os.kill(pid, signal.SIGKILL)
+    # then the version before those two serves, and is the active one
+    view = await c.ended(operation)
+    assert (view.phase, view.back_to) == ("rolled_back", home), view
+    assert c.world.models["chat"].active == home
+    await c.answered(c.load(5))
+
+
+@on_stage
 async def test_a_switch_completes_when_the_worker_is_killed_in_the_middle_of_the_load(c: Cluster) -> None:
     load = c.load(15)
     await c.answered(load)
