@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from tests.unit.inference import files
 
 from turnout.events.model import EngineSpec
@@ -367,3 +369,34 @@ def test_a_stopping_worker_gives_up_what_it_reads(root: Path, tmp_path: Path) ->
     hashes.stop()
     with pytest.raises(OSError, match="the worker stops"):
         hashes.of(root / "model.safetensors")
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+_NAMES = (
+    *("architectures", "num_hidden_layers", "num_attention_heads", "hidden_size", "head_dim", "text_config", "dtype"),
+    *("kv_lora_rank", "chat_template", "weight_map", "peft_type", "r", "target_modules", "metadata"),
+)
+_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
+
+
+@hypothesis.given(
+    st.sampled_from((*_FILES, "adapter_config.json")),
+    st.dictionaries(st.sampled_from(_NAMES), _JSON, max_size=4),
+    st.booleans(),
+)
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_whatever_a_files_json_holds_is_an_answer(
+    tmp_path_factory: pytest.TempPathFactory, name: str, content: dict[str, Any], trusted: bool
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("any")
+    root, lora = files.folder(tmp_path / "models" / "v1"), files.adapter(tmp_path / "models" / "lora")
+    spoilt = (lora if name.startswith("adapter") else root) / name
+    known = json.loads(spoilt.read_text()) if spoilt.exists() else {}
+    spoilt.write_text(json.dumps({**known, **content}))
+    spec = EngineSpec("vllm", str(root), adapter=str(lora))
+    found = inspector(tmp_path).inspect(spec, "chat", "v1", trusted=trusted)
+    assert isinstance(found, Refusal | Inspected)
