@@ -167,7 +167,6 @@ class Comparing:
         if first is None or second is None:
             return None
         one, two = (self._contents.get(name) for name in self._names)
-        known = one is not None and two is not None
         return Comparison(
             model=self._model,
             first=first,
@@ -176,7 +175,7 @@ class Comparing:
             config=_differences(one.config, two.config) if one and two else (),
             sampling=_differences(one.sampling, two.sampling) if one and two else (),
             tokenizer=one.tokenizer == two.tokenizer if one and two and one.tokenizer and two.tokenizer else None,
-            template=one.template == two.template if known and one and two else None,
+            template=one.template == two.template if one and two else None,
             layers=_layers(one.layers, two.layers) if one and two and one.layers and two.layers else None,
             ways=_ways(first, second),
         )
