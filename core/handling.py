@@ -130,6 +130,13 @@ class UndoModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str = ""
 
 
+class WakeModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``model.wake``: a request waits at this gateway for a model that is served on demand."""
+
+    model: str
+    gateway: str
+
+
 class Step(msgspec.Struct, frozen=True):
     """One line of a plan."""
 
@@ -238,6 +245,14 @@ def _set_rules(world: World, body: model.SetRules, context: Context) -> Writes |
     return (Write("model", body.model, body),)
 
 
+def _set_serving(world: World, body: model.SetServing, context: Context) -> Writes | Rejected:
+    return (Write("model", body.model, body),)
+
+
+def _wake(world: World, body: WakeModel, context: Context) -> Writes | Rejected:
+    return (Write("model", body.model, model.SeeDemand(body.model, body.gateway, context.now)),)
+
+
 def _acknowledge(world: World, body: alert.AcknowledgeAlert, context: Context) -> Writes | Rejected:
     by = msgspec.structs.replace(body, by=body.by or context.actor)
     return (Write("alert", body.alert, by),) if body.alert else _nameless("alert")
@@ -325,7 +340,7 @@ def _open(world: World, body: StartSwitch, context: Context, *, undo: bool) -> W
         switch=id,
         model=body.model,
         target=body.version,
-        source=state.active,
+        source="" if state.at_zero else state.active,
         strategy=strategy,
         parameters=body.parameters,
         undo=undo,
@@ -595,9 +610,11 @@ VERBS: dict[tuple[str, str], tuple[type[msgspec.Struct], Handler]] = {
     ("ops", "switch.retry"): (RetrySwitch, _retry),
     ("ops", "model.policy"): (model.SetPolicy, _set_policy),
     ("ops", "model.rules"): (model.SetRules, _set_rules),
+    ("ops", "model.serving"): (model.SetServing, _set_serving),
     ("ops", "alert.acknowledge"): (alert.AcknowledgeAlert, _acknowledge),
     ("ops", "model.undo"): (UndoModel, _undo),
     ("ops", "instance.stop"): (StopInstance, _stop),
+    ("gw", "model.wake"): (WakeModel, _wake),
     ("gw", "gateway.join"): (gateway.JoinGateway, _gateway),
     ("gw", "gateway.applied"): (gateway.ReportApplied, _gateway),
     ("gw", "gateway.drained"): (gateway.ReportDrained, _gateway),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from datetime import datetime
 
 import msgspec
 
-from turnout.core import policy, rules
+from turnout.core import policy, rules, serving
 from turnout.core.decider import Rejected
 from turnout.events.model import (
     ActiveVersionChanged,
     Contents,
+    DemandEnded,
+    DemandSeen,
     EngineSpec,
     Inspection,
     KnownGoodMarked,
@@ -21,6 +24,8 @@ from turnout.events.model import (
     ModelRegistered,
     PolicyChanged,
     RulesChanged,
+    Serving,
+    ServingChanged,
     SwitchAdmitted,
     SwitchClosed,
     VersionDeregistered,
@@ -51,6 +56,9 @@ class ModelState(msgspec.Struct, frozen=True):
         unseen: version → workers that can't see its files, as long as nobody has looked at them.
         policies: name → as it was given.
         rules: in their order.
+        serving: always loaded, or on demand.
+        wanted: a model that is served on demand is in use, since ``wanted_at`` (UTC, None where a switch loaded it).
+        failed: how often it could not be loaded when it was asked for; ``why``: the last time.
     """
 
     model: str = ""
@@ -64,6 +72,16 @@ class ModelState(msgspec.Struct, frozen=True):
     target: str = ""
     policies: dict[str, dict[str, object]] = {}
     rules: tuple[Rule, ...] = ()
+    serving: Serving = Serving()
+    wanted: bool = False
+    wanted_at: datetime | None = None
+    failed: int = 0
+    why: str = ""
+
+    @property
+    def at_zero(self) -> bool:
+        """Whether nothing of it needs to be loaded until somebody asks."""
+        return self.serving.on_demand and not self.wanted
 
     @property
     def undo_target(self) -> str:
@@ -113,7 +131,9 @@ def evolve(state: ModelState, event: ModelEvent) -> ModelState:
         case SwitchClosed():
             return replace(state, switch="", target="")
         case ActiveVersionChanged():
-            return replace(state, active=event.version)
+            if not event.switch:
+                return replace(state, active=event.version)
+            return replace(state, active=event.version, wanted=True)
         case KnownGoodMarked():
             return replace(state, known_good=(*_without(state.known_good, event.version), event.version))
         case KnownGoodRevoked():
@@ -123,6 +143,14 @@ def evolve(state: ModelState, event: ModelEvent) -> ModelState:
             return replace(state, policies={**others, event.name: event.policy} if event.policy else others)
         case RulesChanged():
             return replace(state, rules=event.rules)
+        case ServingChanged():
+            return replace(state, serving=event.serving)
+        case DemandSeen():
+            return replace(state, wanted=True, wanted_at=event.at)
+        case DemandEnded():
+            if event.cause != "failed":
+                return replace(state, wanted=False, wanted_at=None)
+            return replace(state, wanted=False, wanted_at=None, failed=state.failed + 1, why=event.reason)
 
 
 class RegisterVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -212,6 +240,31 @@ class SetRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rules: tuple[Rule, ...]
 
 
+class SetServing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Serve the model like this. ``version``: what a model loads on demand that serves none yet; empty: its first."""
+
+    model: str
+    serving: Serving
+    version: str = ""
+
+
+class SeeDemand(msgspec.Struct, frozen=True):
+    """A request waits at a gateway for a model that is served on demand."""
+
+    model: str
+    gateway: str
+    at: datetime
+
+
+class EndDemand(msgspec.Struct, frozen=True):
+    """A model that is served on demand is not needed any more. ``cause`` as in ``DemandEnded``."""
+
+    model: str
+    cause: str
+    reason: str
+    at: datetime
+
+
 ModelCommand = (
     RegisterVersion
     | ReportInspected
@@ -221,6 +274,9 @@ ModelCommand = (
     | CloseSwitch
     | SetPolicy
     | SetRules
+    | SetServing
+    | SeeDemand
+    | EndDemand
 )
 
 
@@ -245,6 +301,14 @@ def decide(state: ModelState, command: ModelCommand) -> tuple[ModelEvent, ...] |
             return _set_policy(state, command)
         case SetRules():
             return _set_rules(state, command)
+        case SetServing():
+            return _set_serving(state, command)
+        case SeeDemand(model, gateway, at):
+            return _see_demand(state, model, gateway, at)
+        case EndDemand(model, cause, reason, at):
+            if not state.serving.on_demand or not state.wanted or state.switch:
+                return ()
+            return (DemandEnded(model, state.active, cause, reason, at),)
 
 
 def unknown_model(model: str) -> Rejected:
@@ -496,6 +560,41 @@ def _set_rules(state: ModelState, command: SetRules) -> tuple[ModelEvent, ...] |
     if problems:
         return Rejected("rules_invalid", "; ".join(problems), "docs/rules.md has every name that a rule may use")
     return (RulesChanged(command.model, command.rules),)
+
+
+def _set_serving(state: ModelState, command: SetServing) -> tuple[ModelEvent, ...] | Rejected:
+    wanted = command.serving
+    if problems := serving.problems(wanted):
+        return Rejected("serving_invalid", "; ".join(problems), "docs/on-demand.md says what each field means")
+    if command.version and command.version not in state.versions:
+        return Rejected(
+            "version_unknown",
+            f"{state.model} has no version {command.version!r} (registered: {', '.join(state.versions) or 'none'})",
+            f"register it first: turnout register {state.model} {command.version} --engine …",
+        )
+    changed: list[ModelEvent] = []
+    if wanted != state.serving:
+        changed.append(ServingChanged(state.model, wanted))
+    first = command.version or next(iter(state.versions), "")
+    if wanted.on_demand and not state.active and not state.switch and first:
+        changed.append(ActiveVersionChanged(state.model, first, "", ""))
+    return tuple(changed)
+
+
+def _see_demand(state: ModelState, model: str, gateway: str, at: datetime) -> tuple[ModelEvent, ...] | Rejected:
+    if not state.serving.on_demand:
+        return Rejected(
+            "not_on_demand",
+            f"{model} is not served on demand",
+            f"allow it: turnout on-demand {model}",
+        )
+    if not state.active:
+        return Rejected(
+            "nothing_active",
+            f"{model} has no active version that could be loaded",
+            f"switch to one: turnout switch {model} VERSION",
+        )
+    return () if state.wanted else (DemandSeen(model, state.active, gateway, at),)
 
 
 def _without(versions: tuple[str, ...], version: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import msgspec
 
 from turnout.core.decider import Rejected
 from turnout.core.persistent import PersistentMap
-from turnout.events.route import Mirror, RouteChanged, RouteEvent, Rule, Split
+from turnout.events.route import Hold, Mirror, RouteChanged, RouteEvent, Rule, Split
 
 
 class RouteState(msgspec.Struct, frozen=True):
@@ -21,6 +21,7 @@ class RouteState(msgspec.Struct, frozen=True):
     rules: tuple[Rule, ...] = ()
     mirrors: tuple[Mirror, ...] = ()
     candidate: str = ""
+    hold: Hold | None = None
 
     def names(self, instance: str) -> bool:
         """Whether a gateway that routes by this revision may send to the instance."""
@@ -58,6 +59,7 @@ def evolve(state: RouteState, event: RouteEvent) -> RouteState:
         event.rules,
         event.mirrors,
         event.candidate,
+        event.hold,
     )
 
 
@@ -73,6 +75,7 @@ class ChangeRoute(msgspec.Struct, frozen=True):
     rules: tuple[Rule, ...] = ()
     mirrors: tuple[Mirror, ...] = ()
     candidate: str = ""
+    hold: Hold | None = None
 
 
 RouteCommand = ChangeRoute
@@ -103,6 +106,7 @@ def decide(state: RouteState, command: RouteCommand) -> tuple[RouteEvent, ...] |
             command.rules,
             command.mirrors,
             command.candidate,
+            command.hold,
         ),
     )
 
@@ -115,4 +119,5 @@ def same(state: RouteState, command: ChangeRoute) -> bool:
         and command.rules == state.rules
         and command.mirrors == state.mirrors
         and command.candidate == state.candidate
+        and command.hold == state.hold
     )

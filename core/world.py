@@ -77,10 +77,12 @@ class _Writing(msgspec.Struct, gc=False):
 
 
 class Failures(msgspec.Struct, frozen=True, gc=False):
-    """Failed loads of one version in a row, and when the last one was (UTC)."""
+    """Failed loads of one version in a row; of the last one when it was (UTC), in which stage, and why."""
 
     count: int
     last: datetime
+    stage: str = ""
+    reason: str = ""
 
 
 class Load(msgspec.Struct, frozen=True, gc=False):
@@ -295,6 +297,10 @@ class World:
         """Proven instances of a version that were not asked to stop, oldest id first."""
         return self.instances_of(model, version, "ready")
 
+    def ready_at(self, instance: str) -> datetime | None:
+        """When the instance was proven first (UTC)."""
+        return self._ready_at.get(instance)
+
     def instances_of(self, model: str, version: str, *phases: str) -> tuple[instance.InstanceState, ...]:
         """Instances of a version in one of the phases."""
         found = [self.instances[i] for i in self.alive]
@@ -391,11 +397,11 @@ class World:
                 if not self.state("route", after.model).names(id):
                     self.idle_since.setdefault(id, time)
                 self.loads[key] = Load(load_s, size)
-            case InstanceFailed():
+            case InstanceFailed() as failed:
                 ready = self._ready_at.pop(id, None)
                 sound = ready is not None and (time - ready).total_seconds() >= SOUND_S
                 count = 0 if sound or key not in self.failures else self.failures[key].count
-                self.failures[key] = Failures(count + 1, time)
+                self.failures[key] = Failures(count + 1, time, failed.stage, failed.reason)
             case InstanceStopped():
                 self._ready_at.pop(id, None)
             case _:

@@ -6,6 +6,8 @@ written in the same atomic batch as the first and the last event of the switch. 
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import msgspec
 
 from turnout.events.route import Rule
@@ -188,7 +190,7 @@ class SwitchClosed(msgspec.Struct, frozen=True, gc=False):
 
 
 class ActiveVersionChanged(msgspec.Struct, frozen=True, gc=False):
-    """The version that the model serves when no switch runs."""
+    """The version that the model serves when no switch runs. ``switch`` is empty where no switch has led to it."""
 
     model: str
     version: str
@@ -227,6 +229,54 @@ class RulesChanged(msgspec.Struct, frozen=True):
     rules: tuple[Rule, ...]
 
 
+class Serving(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Whether a model is always loaded, or only while somebody uses it.
+
+    Attributes:
+        on_demand: loaded when a request asks for it, which waits for it.
+        keep_alive_s: seconds after the last byte of the last request until it is unloaded; 0 at once, -1 never.
+        queue: requests that may wait in each gateway; more are refused.
+        max_wait_s: seconds that a request waits at most.
+        residency_s: seconds for which a loaded model is not unloaded for another one that is asked for.
+    """
+
+    on_demand: bool = False
+    keep_alive_s: float = 300.0
+    queue: int = 64
+    max_wait_s: float = 120.0
+    residency_s: float = 5.0
+
+
+class ServingChanged(msgspec.Struct, frozen=True):
+    """From now on the model is served like this."""
+
+    model: str
+    serving: Serving
+
+
+class DemandSeen(msgspec.Struct, frozen=True, gc=False):
+    """A request waits for a model that is served on demand: its active version is needed. ``gateway`` said so first."""
+
+    model: str
+    version: str
+    gateway: str
+    at: datetime
+
+
+class DemandEnded(msgspec.Struct, frozen=True, gc=False):
+    """A model that is served on demand is not needed any more, until the next request.
+
+    ``cause``: ``idle`` (its keep_alive is over), ``room`` (another model is asked for) or ``failed`` (it can't be
+    loaded; those who wait are told).
+    """
+
+    model: str
+    version: str
+    cause: str
+    reason: str
+    at: datetime
+
+
 ModelEvent = (
     ModelRegistered
     | VersionRegistered
@@ -241,4 +291,7 @@ ModelEvent = (
     | KnownGoodRevoked
     | PolicyChanged
     | RulesChanged
+    | ServingChanged
+    | DemandSeen
+    | DemandEnded
 )

@@ -54,6 +54,24 @@ class Mirror(msgspec.Struct, frozen=True, gc=False):
     endpoints: tuple[Endpoint, ...]
 
 
+class Hold(msgspec.Struct, frozen=True, gc=False):
+    """What a gateway does with a request while no version in the route has an instance: it waits, within these bounds.
+
+    Attributes:
+        queue: requests that may wait in each gateway.
+        wait_s: seconds that each of them waits at most.
+        wake: the model is loaded on demand: ask for it when a request waits.
+        failed: loads that have failed in a row; one more ends the wait of those that wait.
+        reason: why the newest of them failed.
+    """
+
+    queue: int
+    wait_s: float
+    wake: bool = False
+    failed: int = 0
+    reason: str = ""
+
+
 class RouteChanged(msgspec.Struct, frozen=True, gc=False):
     """The whole table of one model from ``revision`` on. Weights are percent and add up to 100, or there is no split.
 
@@ -67,6 +85,7 @@ class RouteChanged(msgspec.Struct, frozen=True, gc=False):
         rules: in the order in which they are asked.
         mirrors: whom to send copies to.
         candidate: version of the running switch's target; empty where none runs.
+        hold: where requests wait while there is no instance; None where they are refused.
     """
 
     model: str
@@ -78,6 +97,7 @@ class RouteChanged(msgspec.Struct, frozen=True, gc=False):
     rules: tuple[Rule, ...] = ()
     mirrors: tuple[Mirror, ...] = ()
     candidate: str = ""
+    hold: Hold | None = None
 
 
 RouteEvent = RouteChanged

@@ -28,12 +28,15 @@ from turnout.events.instance import (
 )
 from turnout.events.model import (
     ActiveVersionChanged,
+    DemandEnded,
+    DemandSeen,
     EngineSpec,
     KnownGoodMarked,
     KnownGoodRevoked,
     ModelRegistered,
     PolicyChanged,
     RulesChanged,
+    ServingChanged,
     SwitchAdmitted,
     SwitchClosed,
     VersionDeregistered,
@@ -188,7 +191,7 @@ def tone(event: object) -> str:
         return "detail" if event.ok else "bad"
     if isinstance(event, AlertRaised):
         return {"critical": "bad", "warning": "warning"}.get(event.severity, "")
-    if isinstance(event, _BAD):
+    if isinstance(event, _BAD) or (isinstance(event, DemandEnded) and event.cause == "failed"):
         return "bad"
     if isinstance(event, _WARNING) or (isinstance(event, VersionDrained) and event.ended):
         return "warning"
@@ -306,6 +309,8 @@ def _say_model(event: object, actor: str, names: Mapping[str, str]) -> str:
             return f"{model} is reserved for switch {switch} to {target}"
         case SwitchClosed(model, switch, outcome):
             return f"{model} is free for the next switch: {switch} {_OUTCOMES.get(outcome, outcome)}"
+        case ActiveVersionChanged(model, version, _, switch) if not switch:
+            return f"{model} serves {version} as soon as somebody asks for it"
         case ActiveVersionChanged(model, version, previous):
             return f"{model} serves {version} now" + (f" (before: {previous})" if previous else "")
         case KnownGoodMarked(model, version):
@@ -317,6 +322,17 @@ def _say_model(event: object, actor: str, names: Mapping[str, str]) -> str:
         case RulesChanged(model, rules):
             named = _several(tuple(rule.name for rule in rules))
             return f"{actor} set the rules of {model}: {named}" if rules else f"{actor} removed the rules of {model}"
+        case ServingChanged(model, serving):
+            if not serving.on_demand:
+                return f"{actor} decided that {model} is always loaded"
+            kept = "for ever" if serving.keep_alive_s < 0 else f"for {seconds(serving.keep_alive_s)} after its last use"
+            return f"{actor} decided that {model} is loaded on demand and kept {kept}"
+        case DemandSeen(model, version, gateway):
+            return f"a request waits for {model} at {gateway}: {version} is needed"
+        case DemandEnded(model, version, cause, reason):
+            if cause == "failed":
+                return f"{model} {version} could not be loaded, and those who wait are told{_because(reason)}"
+            return f"{model} {version} is not needed any more{_because(reason)}"
         case _:
             return type(event).__name__
 
@@ -422,7 +438,8 @@ def _say_route(event: RouteChanged, names: Mapping[str, str]) -> str:
     )
     why = f" ({event.cause})" if event.cause == "repair" else ""
     copies = "".join(f", copies of {mirror.percent:g} % to {mirror.version}" for mirror in event.mirrors)
-    return f"{event.model} is routed by revision {event.revision}{why}: {shares or 'nothing serves it'}{copies}"
+    nothing = "requests wait" if event.hold is not None else "nothing serves it"
+    return f"{event.model} is routed by revision {event.revision}{why}: {shares or nothing}{copies}"
 
 
 def _say_gateway(event: object) -> str:

@@ -10,6 +10,8 @@ import msgspec
 from turnout.events.instance import InstanceFailed, InstanceReady, InstanceRequested, InstanceStopped
 from turnout.events.model import (
     ActiveVersionChanged,
+    DemandEnded,
+    DemandSeen,
     EngineSpec,
     Inspection,
     KnownGoodMarked,
@@ -18,6 +20,8 @@ from turnout.events.model import (
     ModelRegistered,
     PolicyChanged,
     RulesChanged,
+    Serving,
+    ServingChanged,
     SwitchAdmitted,
     SwitchClosed,
     VersionDeregistered,
@@ -82,6 +86,7 @@ class ModelView(msgspec.Struct):
         policies: name → policy as it was given.
         rules: in the order in which gateways ask them.
         sequence: of the model's newest event; a command may ask to be refused where the model has moved on since.
+        serving: always loaded, or on demand; ``wanted``: on demand and in use, or on the way to it.
     """
 
     model: str
@@ -94,6 +99,8 @@ class ModelView(msgspec.Struct):
     policies: dict[str, dict[str, object]] = {}
     rules: tuple[Rule, ...] = ()
     sequence: int = 0
+    serving: Serving = Serving()
+    wanted: bool = False
 
 
 class Registry(Fold):
@@ -120,6 +127,9 @@ class Registry(Fold):
                 InstanceReady: self._instance_ready,
                 InstanceStopped: self._instance_ended,
                 InstanceFailed: self._instance_ended,
+                ServingChanged: self._serving_changed,
+                DemandSeen: self._demand_seen,
+                DemandEnded: self._demand_ended,
             }
         )
         self.folds = {type: self._noted(self.folds.get(type)) for type in get_args(ModelEvent)}
@@ -190,7 +200,9 @@ class Registry(Fold):
         view.last_outcome = event.outcome
 
     def _active_version_changed(self, event: ActiveVersionChanged, recorded: Recorded) -> None:
-        self._model(event.model).active = event.version
+        view = self._model(event.model)
+        view.active = event.version
+        view.wanted = view.wanted or bool(event.switch)
 
     def _known_good_marked(self, event: KnownGoodMarked, recorded: Recorded) -> None:
         view = self._model(event.model)
@@ -226,6 +238,15 @@ class Registry(Fold):
 
     def _instance_ended(self, event: InstanceStopped | InstanceFailed, recorded: Recorded) -> None:
         self._homes.pop(event.instance, None)
+
+    def _serving_changed(self, event: ServingChanged, recorded: Recorded) -> None:
+        self._model(event.model).serving = event.serving
+
+    def _demand_seen(self, event: DemandSeen, recorded: Recorded) -> None:
+        self._model(event.model).wanted = True
+
+    def _demand_ended(self, event: DemandEnded, recorded: Recorded) -> None:
+        self._model(event.model).wanted = False
 
     def _model(self, name: str) -> ModelView:
         self.changed.add(name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from turnout.events.model import ModelRegistered
-from turnout.events.route import Mirror, RouteChanged, Rule, Split
+from turnout.events.route import Hold, Mirror, RouteChanged, Rule, Split
 from turnout.projections.fold import Fold
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class RouteView(msgspec.Struct, frozen=True, gc=False):
         left: version → revision that it left the route with, of versions that are not back; the newest
             ``LEFT_MOST``. A gateway that was cut off skips revisions: without this it could not report that a version
             which came and went meanwhile is drained, and the controller would wait for ever.
-        rules, mirrors, candidate: see ``events.route.RouteChanged``.
+        rules, mirrors, candidate, hold: see ``events.route.RouteChanged``.
     """
 
     model: str
@@ -46,6 +46,7 @@ class RouteView(msgspec.Struct, frozen=True, gc=False):
     rules: tuple[Rule, ...] = ()
     mirrors: tuple[Mirror, ...] = ()
     candidate: str = ""
+    hold: Hold | None = None
 
 
 class Routing(Fold):
@@ -99,6 +100,7 @@ def _view(model: str, event: RouteChanged | None, left: dict[str, int]) -> Route
         event.rules,
         event.mirrors,
         event.candidate,
+        event.hold,
     )
 
 

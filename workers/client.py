@@ -25,7 +25,7 @@ from turnout.core.handling import (
     StopSwitch,
     UndoModel,
 )
-from turnout.core.model import DeregisterVersion, RegisterVersion, SetPolicy, unknown_model
+from turnout.core.model import DeregisterVersion, RegisterVersion, SetPolicy, SetServing, unknown_model
 from turnout.core.switch import ENDED, SwitchState, unknown_switch
 from turnout.core.switch import evolve as evolve_switch
 from turnout.core.switch import initial as no_switch
@@ -40,6 +40,7 @@ from turnout.projections.registry import ModelView, VersionView
 from turnout.projections.routing import RouteView
 from turnout.projections.switches import SwitchView
 from turnout.workers.answers import CommandRejected, ControllerBug
+from turnout.workers.controller.activity import QUESTION, AskUses, UsesReport
 from turnout.workers.controller.health import AskEvidence, AskHealth, EvidenceReport, HealthReport
 from turnout.workers.ports import Request
 
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 
     from turnout.core.health import SwitchImpact, VersionHealth
     from turnout.events.envelope import Recorded
-    from turnout.events.model import EngineSpec
+    from turnout.events.model import EngineSpec, Serving
     from turnout.events.store import EventStore
     from turnout.workers.clock import Clock
     from turnout.workers.ports import Checkpoint, Closeable, ViewEntry, ViewReader
@@ -88,7 +89,7 @@ _TYPES: dict[str, type[Any]] = {
     "alert": AlertView,
 }
 _decoders = {kind: msgspec.json.Decoder(type) for kind, type in _TYPES.items()}
-_Answer = Accepted | Rejected | Failed | Plan | HealthReport | EvidenceReport
+_Answer = Accepted | Rejected | Failed | Plan | HealthReport | EvidenceReport | UsesReport
 _answers: msgspec.json.Decoder[_Answer] = msgspec.json.Decoder(_Answer)
 
 V = TypeVar("V")
@@ -187,7 +188,7 @@ class Client:
         id: str = "",
         if_sequence: int | None = None,
         deadline_s: float = DEADLINE_S,
-    ) -> Accepted | Plan | HealthReport | EvidenceReport:
+    ) -> Accepted | Plan | HealthReport | EvidenceReport | UsesReport:
         """Send a command or a question of role ``ops`` until it is answered.
 
         Args:
@@ -772,6 +773,28 @@ class DynamicModelRegistry:
             CommandRejected: it is in use, or the model is unknown.
         """
         await self._client.send("version.deregister", DeregisterVersion(model, version), actor=actor)
+
+    async def set_serving(self, model: str, serving: Serving, *, version: str = "", actor: str = "") -> bool:
+        """Say whether a model is always loaded or on demand. False where it is served like this already.
+
+        Args:
+            model: the served name.
+            serving: see ``turnout.events.model.Serving``.
+            version: what a model loads on demand that serves none yet; empty for its first one.
+            actor: who asks, where it is not the client's actor.
+
+        Raises:
+            CommandRejected: the model is unknown, or the settings can't be meant.
+        """
+        answer = await self._client.send("model.serving", SetServing(model, serving, version), actor=actor)
+        return isinstance(answer, Accepted) and bool(answer.events)
+
+    async def get_uses(self) -> UsesReport:
+        """Who uses the models that are loaded on demand."""
+        answer = await self._client.send(QUESTION, AskUses())
+        if not isinstance(answer, UsesReport):
+            raise TypeError(f"{QUESTION} was answered with {type(answer).__name__}")
+        return answer
 
     async def get_active_model(self, model: str) -> VersionView | None:
         """The version that the model serves when no switch runs; None where it serves none yet.

@@ -14,7 +14,8 @@ import structlog
 
 from turnout.core.decider import Accepted, Failed, Rejected
 from turnout.core.handling import Plan, StartSwitch
-from turnout.core.model import DeregisterVersion, RegisterVersion, SetPolicy
+from turnout.core.model import DeregisterVersion, RegisterVersion, SetPolicy, SetServing
+from turnout.events.model import Serving
 from turnout.workers.ports import Request
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class Declared:
                 for version in state.versions:
                     if (model, version) not in engines:
                         await self._ask("version.deregister", DeregisterVersion(model, version))
+        for model, declared in self._settings.models.items():
+            serving = declared.serving
+            known = self._controller.log.world.state("model", model).serving
+            if isinstance(serving, Serving) and serving.on_demand and serving != known:
+                await self._ask("model.serving", SetServing(model, serving, declared.first))
         await asyncio.gather(*(self._serve(model, one.first) for model, one in self._settings.models.items()))
 
     async def _serve(self, model: str, version: str) -> None:

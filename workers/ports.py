@@ -53,6 +53,22 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     epoch: int
 
 
+class ModelUse(msgspec.Struct, frozen=True, gc=False):
+    """What one gateway does with a model that is loaded on demand.
+
+    Attributes:
+        in_flight: requests whose last byte has not come.
+        held: requests that wait for it to be loaded.
+        idle_s: seconds since the last byte of the last request, or since the gateway could send any; 0 while in use.
+        revision: of the route that it uses.
+    """
+
+    in_flight: int
+    held: int
+    idle_s: float
+    revision: int
+
+
 class Closeable(Protocol):
     """Something that runs until it is closed."""
 
@@ -79,10 +95,12 @@ class GatewayBeat(msgspec.Struct, frozen=True):
     Attributes:
         connected: whether the gateway itself hears the control plane.
         in_flight: model → version → requests that have not ended; where there are none, the version is left out.
+        uses: what the gateway does with the models that are loaded on demand and have an instance.
     """
 
     connected: bool = True
     in_flight: dict[str, dict[str, int]] = {}
+    uses: dict[str, ModelUse] = {}
 
 
 class Beats(Protocol):

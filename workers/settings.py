@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_ty
 
 import msgspec
 
-from turnout.core import model, policy
+from turnout.core import model, policy, serving
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Rejected
 from turnout.core.handling import Defaults
 from turnout.core.strategies import STRATEGIES
-from turnout.events.model import EngineSpec, Probe
+from turnout.events.model import EngineSpec, Probe, Serving
 from turnout.workers.admin.settings import AdminSettings
 from turnout.workers.controller.settings import AlertSettings
 from turnout.workers.gateway.settings import GatewaySettings
@@ -115,10 +115,15 @@ class DeclaredModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model of turnout.toml.
 
     ``active``: version that it serves at first; empty for the first one. ``policies``: named ways to switch, in the
-    words of docs/strategies.md.
+    words of docs/strategies.md. The other fields say whether it is loaded on demand: see docs/on-demand.md.
     """
 
     active: str = ""
+    on_demand: bool = False
+    keep_alive: str | float | None = None
+    queue: int | None = None
+    max_wait: str | float | None = None
+    residency: str | float | None = None
     versions: dict[str, DeclaredVersion] = {}
     policies: dict[str, dict[str, object]] = {}
 
@@ -126,6 +131,12 @@ class DeclaredModel(msgspec.Struct, frozen=True, kw_only=True):
     def first(self) -> str:
         """The version to serve while the log knows of none."""
         return self.active or next(iter(self.versions), "")
+
+    @property
+    def serving(self) -> Serving | tuple[str, ...]:
+        """Whether it is loaded on demand, or what can't be meant."""
+        words = {word: value for word in serving.WORDS if (value := getattr(self, word)) not in (None, False)}
+        return serving.parse(words)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -374,6 +385,10 @@ def _model_problems(settings: Settings, name: str, one: DeclaredModel, reader: _
     if one.active and one.versions and one.active not in one.versions:
         what = f"[models.{name}] active is {one.active!r}, which is not declared"
         yield Problem(reader.where(("models", name, "active")), what + _nearest(one.active, list(one.versions)))
+    if isinstance(wrong := one.serving, tuple):
+        for problem in wrong:
+            word = re.split(r"[ ,]", problem, maxsplit=1)[0]
+            yield Problem(reader.where(("models", name, word)), f"[models.{name}] {problem}")
     for named, raw in one.policies.items():
         if isinstance(problems := policy.parse(raw), tuple):
             where = reader.where(("models", name, "policies", named))

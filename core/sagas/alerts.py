@@ -252,7 +252,9 @@ def _of_version(world: World, model: str, version: str, now: datetime, wakes: li
     age_s = RECENT_S if failures is None else (now - failures.last).total_seconds()
     recent = age_s < RECENT_S
     if not ready and any(worker.live for worker in world.workers.values()):
-        why = "its last one failed" if recent else _no_place(world, model, version)
+        # A model that is loaded on demand may be at zero, and waits for its turn where others have the places.
+        on_demand = world.models[model].serving.on_demand
+        why = "its last one failed" if recent else "" if on_demand else _no_place(world, model, version)
         if why:
             found.append(
                 _Trouble(

@@ -97,7 +97,7 @@ def _needed(world: World, model: str) -> tuple[str, ...]:
     """Versions that must have a ready instance or be on the way to one."""
     state = world.models[model]
     switch = world.state("switch", state.switch) if state.switch else None
-    needed = [state.active] if state.active else []
+    needed = [state.active] if state.active and not state.at_zero else []
     needed.extend(rule.version for rule in state.rules if rule.version and rule.version not in needed)
     if switch is not None and switch.phase not in ENDED:
         needed.extend(v for v in (switch.target, switch.to) if v and v not in needed)
@@ -134,7 +134,8 @@ def _repair(world: World, model: str) -> Owed | None:
     wanted = routes.table(world, model)
     switch = world.state("switch", world.models[model].switch)
     salt = switch.switch if switch.phase not in ENDED and switch.step > 0 else route.salt
-    if not route.revision and not any(world.ready(model, v) for v in wanted.shares):
+    waits = world.models[model].serving.on_demand
+    if not route.revision and not waits and not any(world.ready(model, v) for v in wanted.shares):
         return None
     write, revision = routes.change(world, model, wanted, salt=salt, drain_s=route.drain_s, cause="repair")
     if revision == route.revision:
@@ -163,7 +164,11 @@ def _unwanted(world: World, one: InstanceState) -> str:
     state = world.models.get(one.model)
     if state is None or one.version not in state.versions:
         return f"{one.version} was deregistered"
-    if one.version in _needed(world, one.model) or one.phase == "ready":
+    if one.version in _needed(world, one.model):
+        return ""
+    if state.at_zero and one.version == state.active and not state.switch:
+        return "nobody uses it: it is loaded again on demand"
+    if one.phase == "ready":
         return ""
     return "no switch waits for it any more"
 

@@ -9,9 +9,10 @@ import msgspec
 from turnout.core.route import ChangeRoute, same
 from turnout.core.sagas.owed import Write
 from turnout.core.switch import SwitchState
-from turnout.events.route import Endpoint, Mirror, Split
+from turnout.events.route import Endpoint, Hold, Mirror, Split
 
 if TYPE_CHECKING:
+    from turnout.core.model import ModelState
     from turnout.core.world import World
 
 
@@ -42,7 +43,9 @@ def table(world: World, model: str) -> Table:
         case "stepping" | "stepped" | "baking":
             return split(switch, switch.weight, switch.mirror)
         case _:
-            return source_only(state.active)
+            # At zero, also while it is being loaded again: only a version that is absent has left the gateways.
+            gone = state.serving.on_demand and not (state.wanted and world.ready(model, state.active))
+            return source_only("" if gone else state.active)
 
 
 def way_back(world: World, switch: SwitchState) -> str:
@@ -70,8 +73,13 @@ def split(switch: SwitchState, weight: float, mirror: float = 0.0) -> Table:
     return Table({switch.source: 100.0 - weight, switch.target: weight}, candidate=switch.target)
 
 
-def change(world: World, model: str, wanted: Table, *, salt: str, drain_s: float, cause: str) -> tuple[Write, int]:
-    """The route that says so over all proven instances, and the revision that it will have."""
+def change(
+    world: World, model: str, wanted: Table, *, salt: str, drain_s: float, cause: str, failed: str = ""
+) -> tuple[Write, int]:
+    """The route that says so over all proven instances, and the revision that it will have.
+
+    ``failed``: why a load has failed just now for which requests wait.
+    """
     route = world.state("route", model)
     rules = world.state("model", model).rules
     shares = dict(wanted.shares)
@@ -92,10 +100,21 @@ def change(world: World, model: str, wanted: Table, *, salt: str, drain_s: float
         rules,
         (Mirror(wanted.mirror, wanted.mirrored, endpoints(wanted.mirror)),) if wanted.mirror else (),
         wanted.candidate,
+        hold(world, model, failed),
     )
     if same(route, command):  # already the table: the decider will write nothing
         command = msgspec.structs.replace(command, revision=route.revision)
     return Write("route", model, command), command.revision
+
+
+def hold(world: World, model: str, failed: str = "") -> Hold | None:
+    """Where requests wait while the model has no instance. ``failed``: why one more load has failed."""
+    state: ModelState = world.state("model", model)
+    serving = state.serving
+    if not serving.on_demand or not state.active:
+        return None
+    failures, why = (state.failed + 1, failed) if failed else (state.failed, state.why)
+    return Hold(serving.queue, serving.max_wait_s, True, failures, why)
 
 
 def applied(world: World, model: str, revision: int) -> tuple[str, ...] | None:

@@ -37,6 +37,7 @@ from turnout.projections.fleet import GatewayView, WorkerView
 from turnout.projections.registry import ModelView
 from turnout.projections.routing import RouteView
 from turnout.projections.switches import SwitchView
+from turnout.workers.controller.activity import QUESTION, AskUses, UsesReport
 from turnout.workers.controller.health import QUESTIONS, AskEvidence, AskHealth, EvidenceReport, HealthReport
 from turnout.workers.ports import Checkpoint
 
@@ -87,6 +88,7 @@ VIEWS: dict[str, type[Any]] = {
 ASKED: dict[str, tuple[type[Any], type[Any]]] = {
     "health.get": (AskHealth, HealthReport),
     "switch.evidence": (AskEvidence, EvidenceReport),
+    QUESTION: (AskUses, UsesReport),
 }
 
 
@@ -265,10 +267,10 @@ def test_each_command_of_each_role_is_in_the_document() -> None:
 
 
 def test_each_question_is_in_the_document_with_its_fields_and_those_of_its_answer() -> None:
-    assert ASKED.keys() == QUESTIONS
+    assert ASKED.keys() == {*QUESTIONS, QUESTION}
     told = list(blocks())
     pairs = {a.rest[0]: (a, b) for a, b in pairwise(told) if a.kind == "question"}
-    assert pairs.keys() == {f"turnout.cmd.ops.{verb}" for verb in QUESTIONS}
+    assert pairs.keys() == {f"turnout.cmd.ops.{verb}" for verb in ASKED}
     for verb, (asked, answered) in ASKED.items():
         question, answer = pairs[f"turnout.cmd.ops.{verb}"]
         assert all(f"`{field}`" in _row(question.rest[0]) for field in asked.__struct_fields__)

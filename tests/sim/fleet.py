@@ -17,9 +17,10 @@ from turnout.core.rules import Facts
 from turnout.events.health import ERRORS, OUTCOMES, HealthSampled
 from turnout.events.store import Unavailable
 from turnout.workers.gateway.agent import GatewayAgent
+from turnout.workers.gateway.holding import Holding
 from turnout.workers.gateway.transition import Choice, NoRoute, RequestTracker, Slot, TransitionManager
 from turnout.workers.inference.runner import Failure, Found, Loaded, Order
-from turnout.workers.ports import Request
+from turnout.workers.ports import ModelUse, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from turnout.events.health import HealthEvent
     from turnout.events.model import EngineSpec
     from turnout.projections.routing import RouteView
+    from turnout.workers.gateway.errors import Refusal
     from turnout.workers.gateway.plane import DataPlane
     from turnout.workers.gateway.transition import Drained, Transition
     from turnout.workers.ports import Beats, Bus, ViewReader
@@ -127,12 +129,23 @@ class Fleet:
         self.holds = holds
         self.engines: dict[str, SimEngine] = {}
         self.gateways: list[SimPlane] = []
-        self.counts = {"requests": 0, "ruled": 0, "answered": 0, "excused": 0, "rerouted": 0, "ended": 0, "errors": 0}
+        self.counts = {
+            "requests": 0,
+            "ruled": 0,
+            "answered": 0,
+            "excused": 0,
+            "rerouted": 0,
+            "ended": 0,
+            "errors": 0,
+            "held": 0,
+        }
         self.on_stop: Callable[[SimEngine], None] = lambda _: None
         self.on_sent: Callable[[SimPlane, Choice], None] = lambda gateway, choice: None
         self.on_failed: Callable[[SimPlane, Flight, str], None] = lambda gateway, flight, code: None
         #: After a choice: gateway, model that the client named, its facts, the choice.
-        self.on_chosen: Callable[[SimPlane, str, Facts, Choice | NoRoute], None] = lambda *_: None
+        self.on_chosen: Callable[[SimPlane, str, Facts, Choice | NoRoute], None] = (
+            lambda gateway, model, facts, choice: None
+        )
         self.on_applied: Callable[[SimPlane, RouteView, int], None] = lambda gateway, view, before: None
 
     def quiet(self, engine: SimEngine) -> bool:
@@ -328,6 +341,7 @@ class Flight:
         "done",
         "duration_s",
         "engine",
+        "facts",
         "first",
         "gateway",
         "hit",
@@ -352,6 +366,7 @@ class Flight:
         #: Whether the split chose, and no rule; what a rule chose is counted, and compared with nothing.
         self.split = True
         self.key = b""
+        self.facts: Facts = Facts()
         self.engine: SimEngine | None = None
         self.tried: list[Slot] = []
         #: The engine that it was last connected to.
@@ -361,8 +376,8 @@ class Flight:
         self.timer: asyncio.TimerHandle | None = None
 
     def begin(self, key: bytes, facts: Facts) -> None:
-        """Choose and send."""
-        gateway = self.gateway
+        """Choose and send, or wait."""
+        gateway, self.key, self.facts = self.gateway, key, facts
         manager, now = gateway.manager, gateway.process.monotonic()
         if self.model in manager.ruled:
             chosen, self.split = manager.handle_ruled_request(self.model, facts, key, now)
@@ -370,11 +385,37 @@ class Flight:
             chosen = manager.handle_request_routing(self.model, key, now)
         gateway.fleet.on_chosen(gateway, self.model, facts, chosen)
         if isinstance(chosen, NoRoute):
-            self._fail(chosen.code)
+            if gateway.holding.waits(self.model):
+                refusal = gateway.holding.wait(self.model, self, gateway.process.monotonic())
+                gateway.fleet.counts["held"] += 1
+                if refusal is not None:
+                    self.give_up(refusal)
+            else:
+                self._fail(chosen.code)
         else:
             self.first, self.key, self.model = chosen, key, chosen.model
             gateway.collector.began(self)
             self._send(chosen)
+
+    # Holding's waiter
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds."""
+        return 100
+
+    def go_on(self) -> None:
+        """Its model has an instance."""
+        self.gateway.holding.leave(self.model, self, self.gateway.process.monotonic())
+        self.begin(self.key, self.facts)
+
+    def give_up(self, refusal: Refusal) -> None:
+        """It has waited in vain."""
+        self.gateway.holding.leave(self.model, self, self.gateway.process.monotonic())
+        self._fail(refusal.code)
+
+    def still_waits(self, seconds: float) -> None:
+        """Nobody listens."""
 
     def broken(self) -> None:
         """The engine went away under it."""
@@ -473,6 +514,7 @@ class Flight:
         self._leave_engine()
         if self.timer is not None:
             self.timer.cancel()
+        self.gateway.used[self.model] = self.gateway.process.monotonic()
         drained = self.gateway.manager.request_ended(self, cut)
         if drained is not None:
             self.gateway.drained(drained)
@@ -503,11 +545,15 @@ class SimPlane:
         #: Engines to which a connection stays open: no request is needed for the engine's worker to see it.
         self.connected: frozenset[str] = frozenset()
         self.drained: Callable[[Drained], None] = lambda _: None
+        self.holding = Holding(2**20)
+        #: Model → when its newest request ended here, or its newest route was applied.
+        self.used: dict[str, float] = {}
         self.collector = Collector(self)
         self.report_sample: Callable[[HealthEvent], None] = lambda _: None
         #: (model, version, revision) → probability of being assigned to it.
         self.shares: dict[tuple[str, str, int], float] = {}
         process.ended = self._died
+        process.spawn(self._sweep_held())
         fleet.gateways.append(self)
 
     def bind(self) -> str:
@@ -521,7 +567,7 @@ class SimPlane:
     async def stop(self) -> int:
         """Take no more requests and let the running ones end."""
         self.serving = False
-        while self.tracker.in_flight():  # noqa: ASYNC110  simulated time costs nothing
+        while self.tracker.in_flight() or any(count for _, count in self.holding.counts()):  # noqa: ASYNC110  simulated time costs nothing
             await asyncio.sleep(0.1)
         self.connected = frozenset()
         self.stopped = True
@@ -534,6 +580,24 @@ class SimPlane:
     def on_drained(self, report: Callable[[Drained], None]) -> None:
         """Whom to tell that a version's last request has ended."""
         self.drained = report
+
+    def on_waiting(self, ask: Callable[[str, int], None]) -> None:
+        """Whom to ask for a model that is loaded on demand."""
+        self.holding.ask = ask
+
+    def refuse_waiting(self, model: str, reason: str) -> None:
+        """Nobody will load the model."""
+        self.holding.refuse(model, reason)
+
+    def uses(self) -> dict[str, ModelUse]:
+        """What this gateway does with the models that are loaded on demand."""
+        now, held = self.process.monotonic(), dict(self.holding.counts())
+        uses: dict[str, ModelUse] = {}
+        for model in self.holding.on_demand():
+            in_flight = self.tracker.in_flight(model)
+            idle_s = 0.0 if in_flight else now - self.used.get(model, now)
+            uses[model] = ModelUse(in_flight, held.get(model, 0), idle_s, self.manager.applied().get(model, 0))
+        return uses
 
     def on_sampled(self, report: Callable[[HealthEvent], None]) -> None:
         """Whom to give the health samples."""
@@ -551,6 +615,8 @@ class SimPlane:
         if self.fleet.holds and not self.stopped:
             self.connected = self.manager.addresses()
         self.fleet.on_applied(self, route, before)
+        self.used[route.model] = self.process.monotonic()
+        self.holding.applied(route)
         if transition.draining:
             self.loop.call_later(route.drain_s + 0.001, self._sweep)
         return transition
@@ -570,8 +636,14 @@ class SimPlane:
             for flight in [f for f in self.flights() if f in overdue]:
                 flight.cut()
 
+    async def _sweep_held(self) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            self.holding.sweep(self.process.monotonic())
+
     def _died(self) -> None:
         self.serving = False
+        self.holding = Holding(0)
         for flight in self.flights():
             flight.drop()
 

@@ -21,6 +21,8 @@ _SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "compare": ("versions", "Set two versions of a model side by side."),
         "get": ("get", "Show one model: versions, instances, gateways, the running switch."),
         "stop": ("stop", "Stop one instance; --force: whatever runs on it."),
+        "ps": ("ondemand", "List what is loaded, and until when."),
+        "on-demand": ("ondemand", "Load a model only while somebody uses it."),
         "health": ("health", "Show how the versions of a model do."),
         "policy": ("policies", "Name ways to switch a model."),
         "rules": ("rules", "Choose a version by what a request is."),
@@ -62,7 +64,7 @@ class _Lazy(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, help = _COMMANDS[cmd_name]
-        command: click.Command = getattr(importlib.import_module(f"{__name__}.{module}"), cmd_name)
+        command: click.Command = getattr(importlib.import_module(f"{__name__}.{module}"), cmd_name.replace("-", "_"))
         command.short_help = help
         return command
 

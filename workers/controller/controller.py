@@ -12,6 +12,7 @@ import structlog
 from turnout.core.alert import RaiseAlert
 from turnout.core.decider import Failed
 from turnout.events.store import StoreFull, Unavailable
+from turnout.workers.controller.activity import QUESTION, Activity
 from turnout.workers.controller.alerts import AlertSystem
 from turnout.workers.controller.commands import Commands, Deposed
 from turnout.workers.controller.health import QUESTIONS
@@ -58,9 +59,10 @@ class Controller:
         self.commands = Commands(self.log, clock, config, defaults)
         self._liveness = Liveness(clock)
         self._herald = Herald(self.log, news)
+        self._activity = Activity(clock)
         self._projector = Projector(self.log, writer, reader)
         self._writer = writer
-        self._sagas = SagaRunner(self.log, self.commands, self._liveness, clock, config)
+        self._sagas = SagaRunner(self.log, self.commands, self._liveness, self._activity, clock, config)
         self._samples = samples
         self.alerts = AlertSystem(self.log, self.commands, clock, sinks)
         self._bus, self._beats, self._lease, self._clock = bus, beats, lease, clock
@@ -87,7 +89,7 @@ class Controller:
         await self.log.follow()
         await self._refuse_loss()
         following = await self._sagas.health.follow(self._samples)
-        listening = await self._beats.listen(self._liveness.heard)
+        listening = await self._beats.listen(self._heard)
         serving = await self._bus.serve(self._answer)
         self.serving.set()
         log.info("controller_serving", controller=self.id, sequence=self.log.sequence)
@@ -102,6 +104,10 @@ class Controller:
             await listening.close()
             await following.close()
             await self.log.close()
+
+    def _heard(self, kind: str, id: str, body: bytes) -> None:
+        self._liveness.heard(kind, id, body)
+        self._activity.heard(kind, id, body)
 
     async def _refuse_loss(self) -> None:
         """Compare the log's end with what the views were made from.
@@ -121,6 +127,8 @@ class Controller:
     async def _answer(self, role: str, verb: str, request: Request) -> bytes:
         if role == "ops" and verb in QUESTIONS:
             return msgspec.json.encode(self._sagas.health.answer(verb, request.body))
+        if role == "ops" and verb == QUESTION:
+            return msgspec.json.encode(self._activity.answer(self.log.world))
         answer = await self.commands.handle(role, verb, request)
         if isinstance(answer, Failed) and answer.code == StoreFull.code:
             self._tell_full(answer.reason)

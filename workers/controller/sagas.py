@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from turnout.core.sagas import alerts, placement, switch
+from turnout.core.sagas import alerts, demand, placement, switch
 from turnout.core.sagas.owed import Agenda, merge
 from turnout.events.store import Unavailable
 from turnout.workers.controller.commands import Deposed
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from turnout.core.config import ModelSwitchingConfig
     from turnout.workers.clock import Clock
+    from turnout.workers.controller.activity import Activity
     from turnout.workers.controller.commands import Commands
     from turnout.workers.controller.liveness import Liveness
     from turnout.workers.controller.log import Log
@@ -41,12 +42,14 @@ class SagaRunner:
         log: Log,
         commands: Commands,
         liveness: Liveness,
+        activity: Activity,
         clock: Clock,
         config: ModelSwitchingConfig,
     ) -> None:
         self._log = log
         self._commands = commands
         self._liveness = liveness
+        self._activity = activity
         #: Wakes it up: what is owed depends on the evidence, too.
         self.health = HealthMonitor(log.world, clock, config, self._wake, liveness.in_flight)
         self._clock = clock
@@ -84,9 +87,10 @@ class SagaRunner:
         self._moved.set()
 
     def agenda(self) -> Agenda:
-        """Everything that is owed now: switches first, then placement, then the losses, then who must be told."""
+        """Everything that is owed now: switches, what goes to zero, placement, the losses, then who must be told."""
         world, now = self._log.world, self._clock.now()
         agendas = [switch.agenda(world, id, now, self.health.judgement(id)) for id in sorted(world.running)]
+        agendas.append(demand.agenda(world, self._activity.uses(world), now))
         agendas.append(placement.agenda(world, self._config, now))
         agendas.append(Agenda(self._liveness.owed(world)))
         agendas.append(alerts.agenda(world, self.health.findings(), now))

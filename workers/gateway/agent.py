@@ -16,6 +16,7 @@ import structlog
 
 from turnout.core.decider import Accepted, Answer, Failed, Rejected
 from turnout.core.gateway import JoinGateway, LeaveGateway, ReportApplied, ReportDrained
+from turnout.core.handling import WakeModel
 from turnout.events import subjects
 from turnout.events.store import Unavailable
 from turnout.projections.fleet import GatewayView
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from turnout.events.health import HealthEvent
     from turnout.workers.clock import Clock
     from turnout.workers.gateway.transition import Drained, Transition
-    from turnout.workers.ports import Beats, Bus, Closeable, HealthWriter, RouteNews, ViewEntry, ViewReader
+    from turnout.workers.ports import Beats, Bus, Closeable, HealthWriter, ModelUse, RouteNews, ViewEntry, ViewReader
 
 log = structlog.get_logger(__name__)
 
@@ -72,6 +73,18 @@ class Plane(Protocol):
 
     def on_drained(self, report: Callable[[Drained], None]) -> None:
         """Whom to tell that a version's last request has ended."""
+        ...
+
+    def on_waiting(self, ask: Callable[[str, int], None]) -> None:
+        """Whom to ask for a model that is loaded on demand and has a request that waits."""
+        ...
+
+    def refuse_waiting(self, model: str, reason: str) -> None:
+        """Nobody will load the model."""
+        ...
+
+    def uses(self) -> dict[str, ModelUse]:
+        """What this gateway does with the models that are loaded on demand."""
         ...
 
     def on_sampled(self, report: Callable[[HealthEvent], None]) -> None:
@@ -134,6 +147,8 @@ class GatewayAgent:
         self._address = ""
         self._applied: dict[str, int] = {}
         self._outboxes: dict[str, _Outbox] = {}
+        #: Models that somebody is being asked for.
+        self._waking: dict[str, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._moved = asyncio.Event()
         self._sequence = 0
@@ -161,6 +176,7 @@ class GatewayAgent:
         plane = self._plane
         plane.gateway, plane.control_plane = self.id, self._control_plane
         plane.on_drained(self._drained)
+        plane.on_waiting(self._wake)
         self._address = plane.bind()
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
@@ -182,6 +198,8 @@ class GatewayAgent:
             for outbox in self._outboxes.values():
                 if outbox.sending is not None:
                     outbox.sending.cancel()
+            for waking in self._waking.values():
+                waking.cancel()
             self._tasks = None
         log.info("gateway_stopped", gateway=self.id, ended_early=ended)
 
@@ -299,6 +317,20 @@ class GatewayAgent:
         finally:
             outbox.sending = None
 
+    def _wake(self, model: str, revision: int) -> None:
+        """Ask for a model that a request waits for, unless that is being done."""
+        if self._joined and self._tasks is not None and model not in self._waking:
+            self._waking[model] = self._tasks.create_task(self._ask_for(model, revision))
+
+    async def _ask_for(self, model: str, revision: int) -> None:
+        """However many gateways ask: by this revision the model is asked for once."""
+        try:
+            answer = await self._ask("model.wake", WakeModel(model, self.id), f"wake.{model}.{revision}")
+            if isinstance(answer, Rejected):
+                self._plane.refuse_waiting(model, answer.reason)
+        finally:
+            del self._waking[model]
+
     async def _join(self) -> None:
         """Join, or join again, and say once more which revisions are applied."""
         self._joins += 1
@@ -368,6 +400,7 @@ class GatewayAgent:
     async def _beat(self) -> None:
         """Say that this process lives, and notice since when nobody can hear it."""
         while True:
-            beat = GatewayBeat(self._control_plane() == "connected", self._plane.in_flight())
+            connected = self._control_plane() == "connected"
+            beat = GatewayBeat(connected, self._plane.in_flight(), self._plane.uses())
             await self._beats.publish("gateway", self.id, msgspec.json.encode(beat))
             await asyncio.sleep(BEAT_S)

@@ -7,6 +7,7 @@ from operator import add
 from typing import TYPE_CHECKING
 
 from turnout.workers.gateway.health import HealthCollector
+from turnout.workers.gateway.holding import Holding
 from turnout.workers.gateway.metrics import MetricsCollector
 from turnout.workers.gateway.mirror import Copies
 from turnout.workers.gateway.transition import RequestTracker, TransitionManager
@@ -55,6 +56,7 @@ class GatewayContext:
         self.tracker = RequestTracker()
         self.manager = TransitionManager(self.tracker, clock.jitter(), settings.prefix_affinity)
         self.pool = Pool(settings, loop)
+        self.holding = Holding(settings.held_bytes)
         self.copies = Copies(settings, loop, clock.monotonic, clock.jitter())
         self.health = HealthCollector(metrics_interval_s)
         self.metrics = MetricsCollector()

@@ -143,6 +143,11 @@ class MetricsCollector:
         self.pairs: Counted = tuple
         #: (model, rule, outcome, count) of rules, read when somebody asks.
         self.rules: Counted = tuple
+        #: Requests that wait for their model to have an instance: how many now, how long those of before, and why
+        #: others were refused; read when somebody asks.
+        self.held: Callable[[], Iterable[tuple[str, int]]] = tuple
+        self.waited: dict[str, Histogram] = {}
+        self.held_refused: dict[tuple[str, str], int] = {}
         #: Health samples that were not published, read when somebody asks.
         self.samples_dropped: Callable[[], int] = int
         self._registry = CollectorRegistry(auto_describe=False)
@@ -198,6 +203,7 @@ class MetricsCollector:
             total.add_metric([model, version], numbers.total.cumulative(), numbers.total.sum_s)
         yield from (answers, failures, retries, first, total)
         yield from self._counted()
+        yield from self._waits()
         running = GaugeMetricFamily("turnout_gateway_in_flight", "Requests in flight.", labels=labels)
         for model, version, count in self.in_flight():
             running.add_metric([model, version], count)
@@ -242,3 +248,26 @@ class MetricsCollector:
             "Health samples that could not be published.",
             value=self.samples_dropped(),
         )
+
+    def _waits(self) -> Iterator[Metric]:
+        """Requests that wait, have waited, or could not."""
+        held = GaugeMetricFamily(
+            "turnout_gateway_held", "Requests that wait for their model to have an instance.", labels=["model"]
+        )
+        for model, count in self.held():
+            held.add_metric([model], count)
+        yield held
+        waited = HistogramMetricFamily(
+            "turnout_gateway_waited_seconds", "How long they waited, whatever became of them.", labels=["model"]
+        )
+        for model, histogram in self.waited.items():
+            waited.add_metric([model], histogram.cumulative(), histogram.sum_s)
+        yield waited
+        refused = CounterMetricFamily(
+            "turnout_gateway_held_refused",
+            "Such requests that could not wait, or waited in vain.",
+            labels=["model", "reason"],
+        )
+        for (model, reason), count in self.held_refused.items():
+            refused.add_metric([model, reason], count)
+        yield refused

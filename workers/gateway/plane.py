@@ -16,6 +16,7 @@ from turnout.workers.gateway.context import GatewayContext, Local
 from turnout.workers.gateway.metrics import Gauge
 from turnout.workers.gateway.relay import CONNECTING, DONE, HOLDING, SENT, STREAMING, Relay
 from turnout.workers.gateway.server import ClientConnection
+from turnout.workers.ports import ModelUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -49,6 +50,17 @@ class Health(msgspec.Struct):
     stopping: bool
 
 
+class _Use:
+    """Since when a model that is loaded on demand has nothing to do; what was counted at the last look."""
+
+    __slots__ = ("ended", "in_flight", "since")
+
+    def __init__(self, now: float) -> None:
+        self.since = now
+        self.in_flight = 0
+        self.ended = 0
+
+
 class DataPlane:
     """Everything between the listening socket and the engines."""
 
@@ -77,6 +89,7 @@ class DataPlane:
         self._socket: socket.socket | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweeps = 0
+        self._uses: dict[str, _Use] = {}
         self._quiet: asyncio.Event = asyncio.Event()
         self._own_paths()
 
@@ -123,7 +136,29 @@ class DataPlane:
             context.copies.apply(route, applied.shadows)
             context.pool.keep(context.manager.addresses())
             self._publish(applied.ended)
+            self._uses.pop(route.model, None)
+            context.holding.applied(route)
         return transition
+
+    def on_waiting(self, ask: Callable[[str, int], None]) -> None:
+        """Whom to ask, by model and revision, for a model that is loaded on demand and has a request that waits."""
+        self.context.holding.ask = ask
+
+    def refuse_waiting(self, model: str, reason: str) -> None:
+        """Nobody will load the model."""
+        self.context.holding.refuse(model, reason)
+
+    def uses(self) -> dict[str, ModelUse]:
+        """What this gateway does with the models that are loaded on demand."""
+        context, now = self.context, self._monotonic()
+        held = dict(context.holding.counts())
+        uses: dict[str, ModelUse] = {}
+        for model in context.holding.on_demand():
+            use = self._use(model, now)
+            idle_s = 0.0 if use.in_flight else round(now - use.since, 3)
+            revision = context.manager.applied().get(model, 0)
+            uses[model] = ModelUse(use.in_flight, held.get(model, 0), idle_s, revision)
+        return uses
 
     def on_drained(self, report: Callable[[Drained], None]) -> None:
         """Whom to tell that a version's last request has ended."""
@@ -148,6 +183,7 @@ class DataPlane:
             async with asyncio.timeout(self._settings.shutdown_s):
                 await self._wait_quiet()
         except TimeoutError:
+            context.holding.close()
             for relay in tuple(context.tracker.running()):
                 if isinstance(relay, Relay):
                     relay.end_early("gateway_stopping", "the gateway had to stop before this request ended", cut=False)
@@ -188,9 +224,29 @@ class DataPlane:
             context.pool.sweep(now)
             context.copies.sweep(now)
         context.metrics.digest()
+        for model in context.holding.on_demand():
+            self._use(model, now)
+        context.holding.sweep(now)
         self._sample(now)
         self._quiet.set()
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+
+    def _use(self, model: str, now: float) -> _Use:
+        """Look whether the model is in use: requests in flight, or some that have ended since the last look."""
+        context = self.context
+        in_flight = context.tracker.in_flight(model)
+        ended = sum(
+            sum(numbers.statuses) + sum(numbers.failures.values())
+            for (name, _), numbers in context.metrics.versions.items()
+            if name == model
+        )
+        use = self._uses.get(model)
+        if use is None:
+            use = self._uses[model] = _Use(now)
+        if in_flight or use.in_flight or ended != use.ended:
+            use.since = now
+        use.in_flight, use.ended = in_flight, ended
+        return use
 
     # Health samples
 
@@ -225,6 +281,8 @@ class DataPlane:
         if self._settings.track_requests:
             context.local[b"/requests"] = self._requests
         metrics = context.metrics
+        holding = context.holding
+        metrics.held, metrics.waited, metrics.held_refused = holding.counts, holding.waited, holding.refused
         metrics.revisions = context.manager.applied
         metrics.rules = context.manager.rule_counts
         metrics.in_flight = lambda: [

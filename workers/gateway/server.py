@@ -17,9 +17,11 @@ from turnout.workers.gateway.relay import Relay
 from turnout.workers.gateway.request import BadRequest, ChunkedBody, Head, Repeat, Request, Routing
 from turnout.workers.gateway.rules import facts_of
 from turnout.workers.gateway.transition import Choice, NoRoute
+from turnout.workers.gateway.waiting import Waiting
 
 if TYPE_CHECKING:
     from turnout.workers.gateway.context import GatewayContext
+    from turnout.workers.gateway.relay import Client
 
 #: After an error that ends a connection the client may still be sending: its bytes are dropped for this long, because
 #: closing at once would reset the connection and the client would never read why.
@@ -32,7 +34,7 @@ class ClientConnection(asyncio.Protocol):
     """One client connection.
 
     Attributes:
-        relay: the request that is being answered by an engine.
+        relay: the request that is being answered by an engine, or waits for one.
         paused: the client takes less than there is to send.
         deadline: seconds (coarse) when the connection is closed for want of progress; infinite while a relay runs.
     """
@@ -62,7 +64,7 @@ class ClientConnection(asyncio.Protocol):
         """``connections``: where it enters itself while it is open."""
         self._ctx = ctx
         self.connections = connections
-        self.relay: Relay | None = None
+        self.relay: Relay | Waiting | None = None
         self.paused = False
         self.deadline = ctx.now + ctx.settings.header_s
         self._buffer = b""
@@ -307,10 +309,38 @@ class ClientConnection(asyncio.Protocol):
         else:
             choice = manager.handle_request_routing(model, key, ctx.now, request.pin)
         if not isinstance(choice, Choice):
-            self._refuse(self._no_route(choice, model, request.pin), request)
+            self._hold(request, model, choice)
             return
         self.deadline = _NEVER
         relay = self.relay = Relay(ctx, self, request, choice)
+        relay.send()
+
+    def _hold(self, request: Request, model: str, why: NoRoute) -> None:
+        """Let a request wait that finds no instance, if its model's route allows that; else refuse it."""
+        holding = self._ctx.holding
+        if not holding.waits(model):
+            self._refuse(self._no_route(why, model, request.pin), request)
+            return
+        self.deadline = _NEVER
+        monotonic = self._ctx.monotonic
+        waiting = self.relay = Waiting(
+            holding, self, request, model, monotonic=monotonic, count=self._ctx.metrics.refuse
+        )
+        refusal = holding.wait(model, waiting, monotonic())
+        if refusal is not None:
+            self.refuse(refusal)
+
+    def resume(self, request: Request, model: str, client: Client) -> None:
+        """Send a request that has waited. ``client``: who gets its answer, this connection or what speaks for it."""
+        manager = self._ctx.manager
+        if model in manager.ruled and request.body and not request.pin:
+            choice = self._by_rules(request, model)
+        else:
+            choice = manager.handle_request_routing(model, request.key, self._ctx.now, request.pin)
+        if isinstance(choice, NoRoute):
+            client.refuse(self._no_route(choice, model, request.pin))
+            return
+        relay = self.relay = Relay(self._ctx, client, request, choice)
         relay.send()
 
     def _by_rules(self, request: Request, model: str) -> Choice | NoRoute:

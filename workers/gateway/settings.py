@@ -48,6 +48,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             beginning in its prefix cache, unless it has clearly more to do than the others.
         metrics: answer ``/metrics``.
         track_requests: answer ``/requests`` with a list of what is running.
+        held_bytes: bodies of all requests that wait for a model to be loaded; more are refused (503).
         shutdown_s: how long running requests may go on after a stop was asked for.
     """
 
@@ -71,6 +72,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     prefix_affinity: tuple[str, ...] = ()
     metrics: bool = True
     track_requests: bool = True
+    held_bytes: int = 256 * 1024 * 1024
     shutdown_s: float = 30.0
 
     def problems(self) -> tuple[str, ...]:
@@ -85,6 +87,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 "body_s",
                 "keep_alive_s",
                 "stalled_s",
+                "held_bytes",
                 "connect_s",
                 "pool_idle_s",
                 "shutdown_s",

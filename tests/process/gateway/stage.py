@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import uvloop
 
-from turnout.events.route import Endpoint, Split
+from turnout.events.route import Endpoint, Hold, Split
 from turnout.projections.routing import RouteView
 from turnout.workers.clock import SystemClock
 from turnout.workers.gateway.plane import DataPlane
@@ -341,10 +341,12 @@ class Stage:
         self.engines[name] = await Engine(self, name, script, tcp).start()
         return self.engines[name]
 
-    def route(self, *splits: Split, model: str = "chat", drain_s: float = 30.0, salt: str = "s") -> Transition:
+    def route(
+        self, *splits: Split, model: str = "chat", drain_s: float = 30.0, salt: str = "s", hold: Hold | None = None
+    ) -> Transition:
         """Apply the next revision."""
         self._revision += 1
-        transition = self.plane.apply(RouteView(model, self._revision, splits, salt, drain_s))
+        transition = self.plane.apply(RouteView(model, self._revision, splits, salt, drain_s, hold=hold))
         assert transition is not None
         self.drained.extend(transition.drained)
         return transition

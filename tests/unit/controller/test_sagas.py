@@ -11,6 +11,7 @@ from turnout.core.sagas.owed import Agenda, Owed, Write
 from turnout.core.worker import JoinWorker, LoseWorker
 from turnout.events.memory import MemoryStore
 from turnout.workers.clock import SystemClock
+from turnout.workers.controller.activity import Activity
 from turnout.workers.controller.commands import Commands
 from turnout.workers.controller.liveness import Liveness
 from turnout.workers.controller.log import Log
@@ -30,7 +31,7 @@ class Scripted(SagaRunner):
     """Answers its agendas from a list, and counts how often it is asked."""
 
     def __init__(self, log: Log, commands: Commands, clock: SystemClock, agendas: list[Agenda]) -> None:
-        super().__init__(log, commands, Liveness(clock), clock, ModelSwitchingConfig())
+        super().__init__(log, commands, Liveness(clock), Activity(clock), clock, ModelSwitchingConfig())
         self.agendas = agendas
         self.asked = 0
 

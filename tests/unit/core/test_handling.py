@@ -26,6 +26,7 @@ from turnout.core.handling import (
     StopInstance,
     StopSwitch,
     UndoModel,
+    WakeModel,
     switch_id,
 )
 from turnout.core.sagas.owed import decide
@@ -33,12 +34,15 @@ from turnout.events.alert import AlertRaised, AlertResolved
 from turnout.events.instance import InstanceDraining, InstanceFailed, InstanceRequested
 from turnout.events.model import (
     ActiveVersionChanged,
+    DemandSeen,
     EngineSpec,
     Inspection,
     KnownGoodMarked,
     ModelRegistered,
     PolicyChanged,
     RulesChanged,
+    Serving,
+    ServingChanged,
     SwitchAdmitted,
     SwitchClosed,
     VersionRegistered,
@@ -76,6 +80,10 @@ def handled(
         return planned
     decided = decide(story.world, planned)
     return decided if isinstance(decided, Rejected) else [event for made in decided.values() for event in made]
+
+
+def on_demand_without_a_version() -> Story:
+    return registered().happens(ServingChanged("chat", Serving(on_demand=True)))
 
 
 def baking() -> Story:
@@ -518,6 +526,9 @@ REFUSALS: list[tuple[str, Any, str, str, object]] = [
     ("switch_paused", paused, "ops", "switch.promote", AdvanceSwitch("sw-1")),
     ("switch_running", at_first_step, "ops", "switch.retry", RetrySwitch("sw-1")),
     ("switch_unknown", serving, "ops", "switch.retry", RetrySwitch("sw-9")),
+    ("serving_invalid", serving, "ops", "model.serving", model.SetServing("chat", Serving(on_demand=True, queue=0))),
+    ("not_on_demand", serving, "gw", "model.wake", WakeModel("chat", "g1")),
+    ("nothing_active", on_demand_without_a_version, "gw", "model.wake", WakeModel("chat", "g1")),
     ("alert_unknown", serving, "ops", "alert.acknowledge", alert.AcknowledgeAlert("switch_held.chat")),
     ("alert_resolved", alert_over, "ops", "alert.acknowledge", alert.AcknowledgeAlert("switch_held.chat")),
     ("gateway_unknown", serving, "gw", "gateway.applied", gateway.ReportApplied("g9", "chat", 1)),
@@ -578,3 +589,19 @@ def test_every_code_that_the_core_can_give_is_provoked() -> None:
 def test_a_version_without_a_place_may_be_asked_for_where_something_idle_makes_room() -> None:
     story = serving("v1", "v2", "v3", capacity=2).instance("i2", "v2")
     assert len(handled(story, "ops", "switch.start", StartSwitch("chat", "v3"))) == 2
+
+
+def test_a_model_is_served_on_demand_and_asked_for() -> None:
+    story = registered("v1", "v2")
+    serve = model.SetServing("chat", Serving(on_demand=True), "v2")
+    assert [type(e) for e in handled(story, "ops", "model.serving", serve)] == [ServingChanged, ActiveVersionChanged]
+    story.happens(ServingChanged("chat", Serving(on_demand=True)), ActiveVersionChanged("chat", "v2", "", ""))
+    assert handled(story, "gw", "model.wake", WakeModel("chat", "g1")) == [DemandSeen("chat", "v2", "g1", story.now)]
+
+
+def test_a_switch_of_a_model_at_zero_has_no_source_to_keep_loaded() -> None:
+    story = registered("v1", "v2")
+    story.happens(ServingChanged("chat", Serving(on_demand=True)), ActiveVersionChanged("chat", "v1", "", ""))
+    _, asked = handled(story, "ops", "switch.start", StartSwitch("chat", "v2"))
+    assert isinstance(asked, SwitchRequested)
+    assert asked.source == ""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pytest
 
     from turnout.workers.gateway.transition import Transition
+    from turnout.workers.ports import ModelUse
 
 Changed = "Callable[[Mapping[str, ViewEntry], int], None]"
 OWN = "gateway.g1"
@@ -58,6 +59,15 @@ class Plane:
 
     def in_flight(self) -> dict[str, dict[str, int]]:
         return {"chat": {"v1": 3}}
+
+    def on_waiting(self, ask: Callable[[str, int], None]) -> None:
+        self.wake = ask
+
+    def refuse_waiting(self, model: str, reason: str) -> None:
+        self.said.append(f"refuse {model}: {reason}")
+
+    def uses(self) -> dict[str, ModelUse]:
+        return {}
 
     def on_drained(self, report: Callable[[Drained], None]) -> None:
         self.report = report

@@ -75,6 +75,33 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
     ("model", model.RulesChanged("chat", (route.Rule("short", "tokens < 9"),)), "alice set the rules of chat: short"),
     ("model", model.RulesChanged("chat", ()), "alice removed the rules of chat"),
     (
+        "model",
+        model.ServingChanged("chat", model.Serving(on_demand=True, keep_alive_s=600)),
+        "alice decided that chat is loaded on demand and kept for 10 min after its last use",
+    ),
+    (
+        "model",
+        model.ServingChanged("chat", model.Serving(on_demand=True, keep_alive_s=-1)),
+        "alice decided that chat is loaded on demand and kept for ever",
+    ),
+    ("model", model.ServingChanged("chat", model.Serving()), "alice decided that chat is always loaded"),
+    (
+        "model",
+        model.ActiveVersionChanged("chat", "v1", "", ""),
+        "chat serves v1 as soon as somebody asks for it",
+    ),
+    ("model", model.DemandSeen("chat", "v1", "g1", NOW), "a request waits for chat at g1: v1 is needed"),
+    (
+        "model",
+        model.DemandEnded("chat", "v1", "idle", "not used for 600 s", NOW),
+        "chat v1 is not needed any more: not used for 600 s",
+    ),
+    (
+        "model",
+        model.DemandEnded("chat", "v1", "failed", "no memory", NOW),
+        "chat v1 could not be loaded, and those who wait are told: no memory",
+    ),
+    (
         "switch",
         switch.SwitchRequested("sw-1", "chat", "v2", "v1", "immediate", {}, False, "new weights", NOW, 60, 600, NOW),
         "alice asked for chat v2 (immediate): new weights",
