@@ -8,6 +8,9 @@ others have ended after it. Nothing owed depends on it, and who writes to it all
 subject from the store and hands it to ``reread``. So memory is bounded by what is live, not by the log's length.
 """
 
+# the table of indexes stands below the class whose methods it names
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -298,10 +298,6 @@ def _share(count: int, whole: int) -> float | None:
     return count / whole if whole else None
 
 
-def _total(strata: dict[str, Histogram]) -> int:
-    return sum([sum(histogram.values()) for histogram in strata.values()])
-
-
 def _one(histogram: Histogram) -> dict[str, Histogram]:
     """A single stratum."""
     return {"": histogram} if histogram else {}
