@@ -20,7 +20,7 @@ from turnout.workers.cli.terminal import DONE, FAILED, Duration, Terminal, commo
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from turnout.workers import scenarios
+    from turnout.workers import scenarios, tier_scenarios
     from turnout.workers.demo import Latency, Outcome, Progress, Script
 
 T = TypeVar("T")
@@ -36,13 +36,15 @@ SCENARIO_NAMES = (
     *("canary-good", "canary-dead", "canary-errors", "canary-slow", "canary-garbage", "canary-hung"),
     *("ab", "gradual", "shadow", "rules"),
 )
+#: Those of workers/tier_scenarios.py.
+TIER_SCENARIO_NAMES = ("warm", "spare")
 
 
 @click.command()
 @click.option("--engine", type=click.Choice(("vllm", "fake")), default=None, help="Default: vllm.")
 @click.option(
     "--scenario",
-    type=click.Choice(SCENARIO_NAMES),
+    type=click.Choice((*SCENARIO_NAMES, *TIER_SCENARIO_NAMES)),
     default=None,
     help="Play a rollout with the fake engine instead; ends with one JSON object (docs/scenarios.md).",
 )
@@ -67,7 +69,8 @@ def demo(
     if scenario is not None:
         if engine == "vllm" or switches is not None or seconds is not None:
             raise click.UsageError("a scenario runs with the fake engine, and for as long as its rollout takes")
-        io.run_process(lambda: _play(io, scenario, rate, folder))
+        play = _play_tier if scenario in TIER_SCENARIO_NAMES else _play
+        io.run_process(lambda: play(io, scenario, rate, folder))
 
     async def work() -> int:
         from turnout.workers.demo import run
@@ -91,6 +94,32 @@ async def _play(io: Terminal, name: str, rate: float | None, folder: Path) -> in
     return await _told(
         io, lambda progress: play(scenario, folder, progress), lambda outcome: _show_scenario(io, outcome)
     )
+
+
+async def _play_tier(io: Terminal, name: str, rate: float | None, folder: Path) -> int:
+    from turnout.workers.tier_scenarios import TIER_SCENARIOS, play
+
+    scenario = TIER_SCENARIOS[name]
+    io.say(scenario.about, "bold")
+    return await _told(
+        io, lambda progress: play(scenario, rate or 20.0, folder, progress), lambda outcome: _show_tier(io, outcome)
+    )
+
+
+def _show_tier(io: Terminal, outcome: tier_scenarios.TierOutcome) -> int:
+    made = outcome.report
+    audit, lines = Audit(), Lines(io)
+    for recorded in outcome.log:
+        entry = audit.entry(recorded)
+        if entry.tone != "detail" and not io.json:
+            lines.add(entry, recorded)
+    io.say("")
+    io.say(
+        f"ready in {_seconds(made.ready_s)} by the {made.tier} tier; a new engine took {_seconds(made.cold_s)}", "bold"
+    )
+    io.say(f"{made.requests} requests: {made.failed} failed and {made.cut} were cut", "red" if made.failed else "")
+    io.emit(made)
+    return DONE if made.as_planned else FAILED
 
 
 async def _told(io: Terminal, work: Callable[[Progress], Awaitable[T]], show: Callable[[T], int]) -> int:

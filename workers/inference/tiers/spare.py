@@ -103,7 +103,7 @@ class Spares:
         task, ahead = self._starting, self._ahead
         if task is None or task.done():
             return
-        if wanted != self._ahead_shape:
+        if wanted != self._ahead_shape or self.find(wanted):
             task.cancel()
         elif ahead is not None and ahead.process is not None:
             courtesy.restore(ahead.process.pid)
