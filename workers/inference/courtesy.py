@@ -16,7 +16,7 @@ from pathlib import Path
 from turnout.workers.inference import process
 
 #: Of a load that somebody waits for, and of one that nobody waits for yet.
-LOADING, AHEAD = 10, 19
+LOADING, AHEAD = 5, 19
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _IOPRIO_WHO_PROCESS = 1
 _IO_USUAL, _IO_IDLE = 0, 3 << 13  # class in the upper bits, see ioprio_set(2)
