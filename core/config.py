@@ -1,10 +1,12 @@
-"""ModelSwitchingConfig: what an operator decides once for all switches. Values only; workers/settings.py reads them."""
+"""What an operator decides once for all switches and for the cache. Values only; workers/settings.py reads them."""
 
 from __future__ import annotations
 
 import math
 
 import msgspec
+
+from turnout.core.cache import Policy
 
 
 class ModelSwitchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,3 +62,17 @@ class ModelSwitchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
                 unit = "a share between 0 and 1" if name == "error_rate" else "milliseconds above 0"
                 found.append(f"alert_thresholds.{name} is {value}: give {unit}")
         return tuple(found)
+
+
+class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the cache of idle instances does beyond ``max_cached_models`` and ``model_ttl_seconds``.
+
+    Attributes:
+        policy: who leaves first: ``lru`` (least recently used) or ``cost`` (the cheapest to load again for its size).
+    """
+
+    policy: Policy = "lru"
+
+
+#: What holds where nothing else was said.
+CACHE = CacheConfig()

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from turnout.core import alert, gateway, instance, model, policy, switch, worker
-from turnout.core.config import ModelSwitchingConfig
+from turnout.core import alert, gateway, instance, model, policy, residence, switch, worker
+from turnout.core.config import CACHE, CacheConfig, ModelSwitchingConfig
 from turnout.core.decider import Rejected
+from turnout.core.holdings import Holdings, holdings
 from turnout.core.judging.judgement import JudgeSettings
 from turnout.core.model import AdmitSwitch, unknown_model
+from turnout.core.placement import FULL, Ledger, Offer, why_kept
 from turnout.core.sagas import placement, routes
 from turnout.core.sagas import switch as saga
 from turnout.core.sagas.owed import Write, decide
@@ -192,10 +194,59 @@ class Context(msgspec.Struct, frozen=True):
     config: ModelSwitchingConfig
     defaults: Defaults
     leads: bool = False
+    cache: CacheConfig = CACHE
+
+
+class PreloadVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``version.preload``: load it once there is room; it makes room only where something has a lower priority."""
+
+    model: str
+    version: str
+    priority: int = 0
+
+
+class EvictVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``version.evict``: let its idle instances go now, and forget a wish to preload it."""
+
+    model: str
+    version: str
+    reason: str = ""
+
+
+class AskCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``cache.show``: what is loaded where, why it stays or goes, and which preloads wait? Changes nothing."""
+
+
+class PlaceVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``version.place``: where could it be loaded now? Changes nothing."""
+
+    model: str
+    version: str
+
+
+class Placing(msgspec.Struct, frozen=True, tag="placement", tag_field="status"):
+    """Where a version could be loaded now.
+
+    Attributes:
+        loaded: where it is loaded or being loaded already.
+        replicas: how many instances it has while it serves; ``missing``: how many of them it lacks.
+        chosen: the workers that would be asked for those; fewer where there is no room for all.
+        offers: what each live worker says, the best first.
+    """
+
+    model: str
+    version: str
+    loaded: tuple[str, ...]
+    replicas: int
+    missing: int
+    chosen: tuple[str, ...]
+    offers: tuple[Offer, ...]
 
 
 Writes = tuple[Write, ...]
-Handler = Callable[["World", Any, Context], "Writes | Rejected | Plan"]
+#: Answers that change nothing.
+Told = Plan | Placing | Holdings
+Handler = Callable[["World", Any, Context], "Writes | Rejected | Told"]
 
 
 def switch_id(command: str) -> str:
@@ -288,7 +339,7 @@ def _start(world: World, body: StartSwitch, context: Context) -> Writes | Reject
     admitted = model.decide(state, AdmitSwitch(body.model, switch_id(context.command), body.version))
     if isinstance(admitted, Rejected):
         return admitted
-    if problem := _no_way(world, body.model, body.version):
+    if problem := _no_way(world, body.model, body.version, context.cache):
         return problem
     if body.policy:
         planned = _by_policy(state, body)
@@ -378,18 +429,9 @@ def _limit_s(strategy: str, body: StartSwitch, config: ModelSwitchingConfig) -> 
     return given
 
 
-def _no_way(world: World, name: str, version: str) -> Rejected | None:
+def _no_way(world: World, name: str, version: str, cache: CacheConfig) -> Rejected | None:
     """Why the version can't be loaded anywhere; None where it is loaded or has a place."""
-    if world.instances_of(name, version, "requested", "loading", "ready"):
-        return None
-    if placement.request(world, name, version, cause="") is not None or placement.evictable(world):
-        return None
-    kind = world.models[name].versions[version].kind
-    return Rejected(
-        "no_capacity",
-        f"{name} {version} can't be loaded: {placement.no_room(world, kind)}",
-        f"start a worker that may run {kind} engines (turnout worker), or raise its capacity",
-    )
+    return placement.no_room(world, name, version, cache)
 
 
 def _plan(world: World, body: StartSwitch, context: Context) -> Plan | Rejected:
@@ -440,6 +482,91 @@ def _plan(world: World, body: StartSwitch, context: Context) -> Plan | Rejected:
     )
 
 
+def _known(world: World, name: str, version: str) -> Rejected | None:
+    state: model.ModelState = world.state("model", name)
+    if not state.model:
+        return unknown_model(name)
+    if version in state.versions:
+        return None
+    return Rejected(
+        "version_unknown",
+        f"{name} has no version {version!r} (registered: {', '.join(state.versions) or 'none'})",
+        f"register it first: turnout register {name} {version} --engine …",
+    )
+
+
+def _place(world: World, body: PlaceVersion, context: Context) -> Placing | Rejected:
+    if problem := _known(world, body.model, body.version):
+        return problem
+    here = world.instances_of(body.model, body.version, "requested", "loading", "ready")
+    lacking = placement.missing(world, body.model, body.version)
+    idle = placement.evictable(world)
+    planned = placement.plan(world, Ledger(world, idle, context.cache.policy), body.model, body.version, lacking)
+    return Placing(
+        body.model,
+        body.version,
+        tuple(one.worker for one in here),
+        world.models[body.model].residence.wanted(body.version),
+        lacking,
+        tuple(offer.worker for offer in planned if offer.verdict != FULL),
+        Ledger(world, idle, context.cache.policy).offers(body.model, body.version),
+    )
+
+
+def _cache(world: World, body: AskCache, context: Context) -> Holdings:
+    return holdings(world, context.config, context.cache)
+
+
+def _preload(world: World, body: PreloadVersion, context: Context) -> Writes | Rejected:
+    if problem := _known(world, body.model, body.version):
+        return problem
+    if world.ready(body.model, body.version):
+        return (Write("model", body.model, residence.EndPreload(body.model, body.version, "ready")),)
+    if not context.config.max_cached_models:
+        return Rejected(
+            "no_capacity",
+            "max_cached_models is 0: what no route uses is not kept",
+            "raise max_cached_models in turnout.toml and restart the controller",
+        )
+    if (refused := world.models[body.model].rejection(body.version)) is not None:
+        return Rejected(refused.code, refused.reason, refused.hint)
+    if (large := placement.too_large(world, body.model, body.version)) is not None:
+        return large
+    wish = residence.WishPreload(body.model, body.version, body.priority, context.now)
+    return (Write("model", body.model, wish),)
+
+
+def _evict(world: World, body: EvictVersion, context: Context) -> Writes | Rejected:
+    if problem := _known(world, body.model, body.version):
+        return problem
+    state: model.ModelState = world.state("model", body.model)
+    if body.version in state.residence.pinned:
+        return Rejected(
+            "version_in_use",
+            f"{body.model} {body.version} is pinned",
+            f"unpin it first: turnout unpin {body.model} {body.version}",
+        )
+    idle = {one.instance for one in placement.evictable(world)}
+    here = world.instances_of(body.model, body.version, "ready")
+    if held := [one for one in here if one.instance not in idle]:
+        return Rejected(
+            "version_in_use",
+            f"{body.model} {body.version} is in use on {', '.join(one.worker for one in held)}"
+            f" ({why_kept(world, held[0])})",
+            f"switch to another version first: turnout switch {body.model} VERSION",
+        )
+    if not here and body.version not in state.residence.wishes:
+        return (Write("model", body.model, residence.EndPreload(body.model, body.version, "withdrawn")),)
+    reason = body.reason or f"evicted by {context.actor}"
+    return (Write("model", body.model, residence.Evict(body.model, body.version, context.now, reason)),)
+
+
+def _pin(
+    world: World, body: residence.PinVersion | residence.UnpinVersion | residence.SetReplicas, context: Context
+) -> Writes | Rejected:
+    return _known(world, body.model, body.version) or (Write("model", body.model, body),)
+
+
 def _abort(world: World, body: StopSwitch, context: Context) -> Writes | Rejected:
     state: SwitchState = world.state("switch", body.switch)
     if state.phase == "unknown":
@@ -461,7 +588,7 @@ def _undo(world: World, body: UndoModel, context: Context) -> Writes | Rejected:
             f"{body.model} has no earlier version that is known to be good (active: {state.active or 'none'})",
             f"name the version: turnout switch {body.model} VERSION",
         )
-    if problem := _no_way(world, body.model, target):
+    if problem := _no_way(world, body.model, target, context.cache):
         return problem
     # Nobody judges it: an operator has decided, and evidence must not undo the undo.
     unjudged: dict[str, object] = {"judge": {"mode": "none"}}
@@ -487,7 +614,7 @@ def _back(world: World, state: SwitchState, cause: str, reason: str, context: Co
     home = routes.way_back(world, state)
     if not home or (cause == "abort" and home not in (state.source, state.to)):
         other = f"; {home} is ready and known to be good: turnout undo {state.model}" if home else ""
-        if full := _no_way(world, state.model, state.source):
+        if full := _no_way(world, state.model, state.source, context.cache):
             return Rejected(
                 "source_not_ready",
                 f"{state.source} has no ready instance to take the traffic back, and {full.reason}",
@@ -608,6 +735,13 @@ VERBS: dict[tuple[str, str], tuple[type[msgspec.Struct], Handler]] = {
     ("ops", "switch.resume"): (ContinueSwitch, _resume),
     ("ops", "switch.promote"): (AdvanceSwitch, _promote),
     ("ops", "switch.retry"): (RetrySwitch, _retry),
+    ("ops", "version.preload"): (PreloadVersion, _preload),
+    ("ops", "version.evict"): (EvictVersion, _evict),
+    ("ops", "version.pin"): (residence.PinVersion, _pin),
+    ("ops", "version.unpin"): (residence.UnpinVersion, _pin),
+    ("ops", "version.replicas"): (residence.SetReplicas, _pin),
+    ("ops", "version.place"): (PlaceVersion, _place),
+    ("ops", "cache.show"): (AskCache, _cache),
     ("ops", "model.policy"): (model.SetPolicy, _set_policy),
     ("ops", "model.rules"): (model.SetRules, _set_rules),
     ("ops", "model.serving"): (model.SetServing, _set_serving),
@@ -627,6 +761,7 @@ VERBS: dict[tuple[str, str], tuple[type[msgspec.Struct], Handler]] = {
     ("worker", "instance.tier"): (instance.ReportTierFailed, _instance),
     ("worker", "instance.slept"): (instance.ReportSlept, _instance),
     ("worker", "instance.woken"): (instance.ReportWoken, _instance),
+    ("worker", "instance.measured"): (instance.ReportMeasured, _instance),
     ("worker", "instance.probed"): (instance.ReportProbed, _instance),
     ("worker", "instance.stopped"): (instance.ReportStopped, _instance),
     ("worker", "instance.failed"): (instance.ReportFailed, _instance),

@@ -15,6 +15,7 @@ from turnout.events.instance import (
     InstanceEvent,
     InstanceFailed,
     InstanceLoading,
+    InstanceMeasured,
     InstanceProbed,
     InstanceProbeRequested,
     InstanceReady,
@@ -36,7 +37,9 @@ class InstanceState(msgspec.Struct, frozen=True):
 
     Attributes:
         phase: unknown, requested, loading, ready, sleeping, asleep, waking, draining, stopped or failed.
-        bytes: host memory, as reported last; ``device_bytes`` on its devices.
+        bytes: host memory that it is charged with: measured, and until then what it was admitted with.
+        device_bytes: the same on ``device``, its accelerator.
+        priority: what has a lower one makes room for what has a higher one.
         tier: how it was made ready the last time: cold, spare, adapter or wake.
         served: name that its requests must carry upstream; empty for the model's own.
         level: of the sleep that was asked for last.
@@ -68,6 +71,8 @@ class InstanceState(msgspec.Struct, frozen=True):
     served: str = ""
     level: int = 0
     struck: tuple[str, ...] = ()
+    device: str = ""
+    priority: int = 0
 
 
 initial = InstanceState()
@@ -84,11 +89,13 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
                 phase="ready",
                 stage="",
                 address=event.address,
-                bytes=event.bytes,
+                bytes=event.bytes or state.bytes,
                 tier=event.tier,
                 device_bytes=event.device_bytes,
                 served=event.served,
             )
+        case InstanceMeasured():
+            return msgspec.structs.replace(state, bytes=event.bytes, device_bytes=event.device_bytes)
         case InstanceRequested():
             return InstanceState(
                 event.instance,
@@ -101,6 +108,10 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
                 "",
                 event.cause,
                 event.attempt,
+                event.bytes,
+                device_bytes=event.device_bytes,
+                device=event.device,
+                priority=event.priority,
             )
         case InstanceProbeRequested():
             return msgspec.structs.replace(state, probe=event.cause, probe_at=event.at)
@@ -132,7 +143,7 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
 
 
 class RequestInstance(msgspec.Struct, frozen=True):
-    """Ask a worker to load a version."""
+    """Ask a worker to load a version. Fields as in ``InstanceRequested``."""
 
     instance: str
     model: str
@@ -141,6 +152,10 @@ class RequestInstance(msgspec.Struct, frozen=True):
     engine: EngineSpec
     cause: str
     attempt: int = 1
+    bytes: int = 0
+    device_bytes: int = 0
+    device: str = ""
+    priority: int = 0
 
 
 class ReportLoading(msgspec.Struct, frozen=True):
@@ -210,6 +225,14 @@ class ReportWoken(msgspec.Struct, frozen=True):
     device_bytes: int = 0
 
 
+class ReportMeasured(msgspec.Struct, frozen=True):
+    """The worker has measured its memory again; fields as in ``InstanceMeasured``."""
+
+    instance: str
+    bytes: int
+    device_bytes: int = 0
+
+
 class RequestProbe(msgspec.Struct, frozen=True):
     """Ask the worker to prove a ready instance once more."""
 
@@ -257,6 +280,7 @@ InstanceCommand = (
     RequestInstance
     | ReportLoading
     | ReportReady
+    | ReportMeasured
     | RequestProbe
     | ReportProbed
     | DrainInstance
@@ -273,10 +297,8 @@ InstanceCommand = (
 def decide(state: InstanceState, command: InstanceCommand) -> tuple[InstanceEvent, ...] | Rejected:
     """Move the life forward, never back."""
     match command:
-        case RequestInstance(instance, model, version, worker, engine, cause, attempt):
-            if state.phase != "unknown":
-                return ()
-            return (InstanceRequested(instance, model, version, worker, engine, cause, attempt),)
+        case RequestInstance():
+            return () if state.phase != "unknown" else (_requested(command),)
         case _ if state.phase == "unknown":
             return Rejected(
                 "instance_unknown",
@@ -289,6 +311,10 @@ def decide(state: InstanceState, command: InstanceCommand) -> tuple[InstanceEven
             if state.phase != "ready" or state.probe == cause:
                 return ()
             return (InstanceProbeRequested(instance, cause, at),)
+        case ReportMeasured(instance, bytes, device_bytes):
+            if (bytes, device_bytes) == (state.bytes, state.device_bytes):
+                return ()
+            return (InstanceMeasured(instance, bytes, device_bytes),)
         case ReportProbed(instance, cause, ok, seconds, reason):
             if cause != state.probe or cause == state.probed:
                 return ()
@@ -329,3 +355,19 @@ def decide(state: InstanceState, command: InstanceCommand) -> tuple[InstanceEven
             if state.phase in ("sleeping", "asleep", "waking") or (state.phase == "ready" and state.address == address):
                 return ()
             return (InstanceReady(instance, address, load_s, probe_s, bytes, fingerprint, tier, device_bytes, served),)
+
+
+def _requested(command: RequestInstance) -> InstanceRequested:
+    return InstanceRequested(
+        command.instance,
+        command.model,
+        command.version,
+        command.worker,
+        command.engine,
+        command.cause,
+        command.attempt,
+        command.bytes,
+        command.device_bytes,
+        command.device,
+        command.priority,
+    )

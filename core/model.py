@@ -9,28 +9,35 @@ from datetime import datetime
 
 import msgspec
 
-from turnout.core import policy, rules, serving
+from turnout.core import policy, residence, rules, serving
 from turnout.core.decider import Rejected
+from turnout.core.residence import Residence, ResidenceCommand
 from turnout.events.model import (
     ActiveVersionChanged,
     Contents,
     DemandEnded,
     DemandSeen,
     EngineSpec,
+    EvictionRequested,
     Inspection,
     KnownGoodMarked,
     KnownGoodRevoked,
     ModelEvent,
     ModelRegistered,
     PolicyChanged,
+    PreloadEnded,
+    PreloadRequested,
+    ReplicasChanged,
     RulesChanged,
     Serving,
     ServingChanged,
     SwitchAdmitted,
     SwitchClosed,
     VersionDeregistered,
+    VersionPinned,
     VersionRegistered,
     VersionRejected,
+    VersionUnpinned,
     VersionUnseen,
     VersionValidated,
 )
@@ -59,6 +66,7 @@ class ModelState(msgspec.Struct, frozen=True):
         serving: always loaded, or on demand.
         wanted: a model that is served on demand is in use, since ``wanted_at`` (UTC, None where a switch loaded it).
         failed: how often it could not be loaded when it was asked for; ``why``: the last time.
+        residence: what shall be loaded.
     """
 
     model: str = ""
@@ -72,6 +80,7 @@ class ModelState(msgspec.Struct, frozen=True):
     target: str = ""
     policies: dict[str, dict[str, object]] = {}
     rules: tuple[Rule, ...] = ()
+    residence: Residence = Residence()
     serving: Serving = Serving()
     wanted: bool = False
     wanted_at: datetime | None = None
@@ -124,8 +133,12 @@ def evolve(state: ModelState, event: ModelEvent) -> ModelState:
             return replace(state, unseen={**state.unseen, event.version: workers})
         case VersionDeregistered():
             versions = {name: engine for name, engine in state.versions.items() if name != event.version}
-            known_good = _without(state.known_good, event.version)
-            return replace(_uninspected(state, event.version), versions=versions, known_good=known_good)
+            return replace(
+                _uninspected(state, event.version),
+                versions=versions,
+                known_good=_without(state.known_good, event.version),
+                residence=residence.forget(state.residence, event.version),
+            )
         case SwitchAdmitted():
             return replace(state, switch=event.switch, target=event.target)
         case SwitchClosed():
@@ -151,6 +164,15 @@ def evolve(state: ModelState, event: ModelEvent) -> ModelState:
             if event.cause != "failed":
                 return replace(state, wanted=False, wanted_at=None)
             return replace(state, wanted=False, wanted_at=None, failed=state.failed + 1, why=event.reason)
+        case (
+            VersionPinned()
+            | VersionUnpinned()
+            | PreloadRequested()
+            | PreloadEnded()
+            | EvictionRequested()
+            | ReplicasChanged()
+        ):
+            return replace(state, residence=residence.evolve(state.residence, event))
 
 
 class RegisterVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -277,6 +299,7 @@ ModelCommand = (
     | SetServing
     | SeeDemand
     | EndDemand
+    | ResidenceCommand
 )
 
 
@@ -309,6 +332,8 @@ def decide(state: ModelState, command: ModelCommand) -> tuple[ModelEvent, ...] |
             if not state.serving.on_demand or not state.wanted or state.switch:
                 return ()
             return (DemandEnded(model, state.active, cause, reason, at),)
+        case _:
+            return residence.decide(state.residence, command, frozenset(state.versions))
 
 
 def unknown_model(model: str) -> Rejected:
@@ -471,6 +496,12 @@ def _deregister(state: ModelState, version: str) -> tuple[ModelEvent, ...] | Rej
             "version_in_use",
             f"rule {named[0]!r} of {state.model} sends requests to {version}",
             f"take the rule away first: turnout rules set {state.model} FILE",
+        )
+    if version in state.residence.pinned:
+        return Rejected(
+            "version_in_use",
+            f"{state.model} {version} is pinned",
+            f"unpin it first: turnout unpin {state.model} {version}",
         )
     if state.switch:
         return Rejected(

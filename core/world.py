@@ -24,8 +24,8 @@ from turnout.events import subjects
 from turnout.events.alert import AlertRaised
 from turnout.events.envelope import START, Position, Recorded, Unknown
 from turnout.events.gateway import RouteApplied, VersionDrained
-from turnout.events.instance import InstanceFailed, InstanceReady, InstanceStopped
-from turnout.events.model import VersionDeregistered
+from turnout.events.instance import InstanceFailed, InstanceMeasured, InstanceReady, InstanceStopped
+from turnout.events.model import ActiveVersionChanged, VersionDeregistered
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -95,6 +95,13 @@ class Load(msgspec.Struct, frozen=True, gc=False):
     bytes: int
 
 
+class Size(msgspec.Struct, frozen=True, gc=False):
+    """Memory that an instance was measured to hold."""
+
+    bytes: int
+    device_bytes: int = 0
+
+
 class _Subject(msgspec.Struct, gc=False):
     """Where one subject stands, and what its events need: looked up once, not for each event."""
 
@@ -132,6 +139,12 @@ class World:
         self.failures: dict[tuple[str, str], Failures] = {}
         #: (model, version) → what its newest load took.
         self.loads: dict[tuple[str, str], Load] = {}
+        #: (worker, model, version) → memory that its newest instance there was measured to hold.
+        self.sizes: dict[tuple[str, str, str], Size] = {}
+        #: (model, version) → how often it became the active one.
+        self.uses: dict[tuple[str, str], int] = {}
+        #: Instances that have been in a route, of those that have not ended.
+        self.served: set[str] = set()
         #: Model → the event that ended its newest switch.
         self.ended: dict[str, Recorded] = {}
         #: (``gateway`` or ``worker``, id) → the event that it was lost by, of the newest LOST_MOST that are lost still.
@@ -330,6 +343,12 @@ class World:
             key = (id, recorded.event.version)
             self.failures.pop(key, None)
             self.loads.pop(key, None)
+            self.uses.pop(key, None)
+            for worker in self.workers:
+                self.sizes.pop((worker, *key), None)
+        elif type(recorded.event) is ActiveVersionChanged:
+            key = (id, after.active)
+            self.uses[key] = self.uses.get(key, 0) + 1
 
     def _index_switch(self, id: str, before: Any, after: switch.SwitchState, recorded: Recorded) -> None:
         if after.phase in switch.ENDED:
@@ -377,6 +396,7 @@ class World:
             return
         for one in now:
             self.idle_since.pop(one, None)
+            self.served.add(one)
         for one in was:
             if one not in now and one in self.alive:
                 self.idle_since[one] = recorded.envelope.time
@@ -390,6 +410,7 @@ class World:
             self.requested_instances += 1
         if after.phase in instance.ENDED:
             self.alive.discard(id)
+            self.served.discard(id)
             self.idle_since.pop(id, None)
             self._end(recorded)
         else:
@@ -400,6 +421,10 @@ class World:
                 if not self.state("route", after.model).names(id):
                     self.idle_since.setdefault(id, time)
                 self.loads[key] = Load(load_s, size)
+                if size and after.tier != "adapter":  # an adapter shares its base's engine
+                    self.sizes[after.worker, after.model, after.version] = Size(size, after.device_bytes)
+            case InstanceMeasured(_, size, device_size):
+                self.sizes[after.worker, after.model, after.version] = Size(size, device_size)
             case InstanceFailed() as failed:
                 ready = self._ready_at.pop(id, None)
                 sound = ready is not None and (time - ready).total_seconds() >= SOUND_S

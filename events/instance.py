@@ -10,7 +10,15 @@ from turnout.events.model import EngineSpec
 
 
 class InstanceRequested(msgspec.Struct, frozen=True):
-    """A worker was asked to load the version. ``cause``: switch id, or ``restore``. ``attempt`` counts from 1."""
+    """A worker was asked to load the version.
+
+    Attributes:
+        cause: switch id, ``restore``, ``preload`` or ``warm``.
+        attempt: counts from 1.
+        bytes: host memory that it was admitted with, as estimated before the load; 0 where nothing was known.
+        device_bytes: the same on ``device``, the accelerator that it is to run on; empty for the host's processors.
+        priority: what has a lower one makes room for what has a higher one.
+    """
 
     instance: str
     model: str
@@ -19,6 +27,10 @@ class InstanceRequested(msgspec.Struct, frozen=True):
     engine: EngineSpec
     cause: str
     attempt: int = 1
+    bytes: int = 0
+    device_bytes: int = 0
+    device: str = ""
+    priority: int = 0
 
 
 class InstanceLoading(msgspec.Struct, frozen=True, gc=False):
@@ -54,6 +66,14 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
     tier: str = "cold"
     device_bytes: int = 0
     served: str = ""
+
+
+class InstanceMeasured(msgspec.Struct, frozen=True, gc=False):
+    """It holds so much more or less memory than was known that the worker says it again."""
+
+    instance: str
+    bytes: int
+    device_bytes: int = 0
 
 
 class InstanceDraining(msgspec.Struct, frozen=True, gc=False):
@@ -156,6 +176,7 @@ InstanceEvent = (
     InstanceRequested
     | InstanceLoading
     | InstanceReady
+    | InstanceMeasured
     | InstanceProbeRequested
     | InstanceProbed
     | InstanceDraining

@@ -277,6 +277,61 @@ class DemandEnded(msgspec.Struct, frozen=True, gc=False):
     at: datetime
 
 
+class VersionPinned(msgspec.Struct, frozen=True, gc=False):
+    """The version's instances are kept whatever the cache says."""
+
+    model: str
+    version: str
+    reason: str = ""
+
+
+class VersionUnpinned(msgspec.Struct, frozen=True, gc=False):
+    """The cache may let the version's instances go again."""
+
+    model: str
+    version: str
+
+
+class PreloadRequested(msgspec.Struct, frozen=True, gc=False):
+    """The version shall be loaded once there is room, before anybody switches to it.
+
+    ``priority``: it makes room only at the cost of idle instances with a lower one. ``reason``: empty for an operator's
+    wish, else what made turnout expect it.
+    """
+
+    model: str
+    version: str
+    priority: int
+    at: datetime
+    reason: str = ""
+
+
+class PreloadEnded(msgspec.Struct, frozen=True, gc=False):
+    """The wish is over. ``outcome``: ready, failed or withdrawn."""
+
+    model: str
+    version: str
+    outcome: str
+    reason: str = ""
+
+
+class EvictionRequested(msgspec.Struct, frozen=True, gc=False):
+    """Instances of the version that are idle at this time shall go; a wish to preload it is over."""
+
+    model: str
+    version: str
+    at: datetime
+    reason: str = ""
+
+
+class ReplicasChanged(msgspec.Struct, frozen=True, gc=False):
+    """How many instances the version has while it serves."""
+
+    model: str
+    version: str
+    replicas: int
+
+
 ModelEvent = (
     ModelRegistered
     | VersionRegistered
@@ -294,4 +349,10 @@ ModelEvent = (
     | ServingChanged
     | DemandSeen
     | DemandEnded
+    | VersionPinned
+    | VersionUnpinned
+    | PreloadRequested
+    | PreloadEnded
+    | EvictionRequested
+    | ReplicasChanged
 )

@@ -15,6 +15,7 @@ from turnout.events.instance import (
     InstanceDraining,
     InstanceFailed,
     InstanceLoading,
+    InstanceMeasured,
     InstanceProbed,
     InstanceProbeRequested,
     InstanceReady,
@@ -31,17 +32,23 @@ from turnout.events.model import (
     DemandEnded,
     DemandSeen,
     EngineSpec,
+    EvictionRequested,
     KnownGoodMarked,
     KnownGoodRevoked,
     ModelRegistered,
     PolicyChanged,
+    PreloadEnded,
+    PreloadRequested,
+    ReplicasChanged,
     RulesChanged,
     ServingChanged,
     SwitchAdmitted,
     SwitchClosed,
     VersionDeregistered,
+    VersionPinned,
     VersionRegistered,
     VersionRejected,
+    VersionUnpinned,
     VersionUnseen,
     VersionValidated,
 )
@@ -65,6 +72,7 @@ from turnout.events.switch import (
     TargetReady,
     VerdictReached,
 )
+from turnout.events.units import size
 from turnout.events.worker import WorkerJoined, WorkerLeft, WorkerLost
 
 if TYPE_CHECKING:
@@ -103,6 +111,7 @@ _DETAIL = (
     RouteApplied,
     VersionDrained,
     InstanceLoading,
+    InstanceMeasured,
     SwitchAdmitted,
     SwitchClosed,
     Unknown,
@@ -229,13 +238,6 @@ def seconds(value: float) -> str:
     return f"{value / 60:.0f} min"
 
 
-def size(count: int) -> str:
-    """Bytes with a binary unit: ``812 MiB``, ``3 KiB``."""
-    if count >= 2**30:
-        return f"{count / 2**30:.1f} GiB"
-    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
-
-
 def _say(recorded: Recorded, names: Mapping[str, str]) -> str:
     event = recorded.event
     match event:
@@ -267,6 +269,7 @@ def _say(recorded: Recorded, names: Mapping[str, str]) -> str:
             InstanceRequested()
             | InstanceLoading()
             | InstanceReady()
+            | InstanceMeasured()
             | InstanceProbeRequested()
             | InstanceProbed()
             | InstanceDraining()
@@ -313,6 +316,15 @@ def _say_model(event: object, actor: str, names: Mapping[str, str]) -> str:
             return f"{model} serves {version} as soon as somebody asks for it"
         case ActiveVersionChanged(model, version, previous):
             return f"{model} serves {version} now" + (f" (before: {previous})" if previous else "")
+        case (
+            VersionPinned()
+            | VersionUnpinned()
+            | PreloadRequested()
+            | PreloadEnded()
+            | EvictionRequested()
+            | ReplicasChanged()
+        ):
+            return _say_residence(event, actor)
         case KnownGoodMarked(model, version):
             return f"{model} {version} is known to be good"
         case KnownGoodRevoked(model, version):
@@ -396,8 +408,9 @@ def _say_instance(event: object, names: Mapping[str, str]) -> str:
     match event:
         case InstanceRequested(_, _, _, worker, engine, cause, attempt):
             again = f", attempt {attempt}" if attempt > 1 else ""
-            why = "to restore it" if cause == "restore" else f"for {cause}"
-            return f"{name}: worker {worker} shall load it ({_engine(engine)}) {why}{again}"
+            why = {"restore": "to restore it", "preload": "ahead of a switch"}.get(cause, f"for {cause}")
+            needs = f", needs {size(event.bytes)}" if event.bytes else ""
+            return f"{name}: worker {worker} shall load it ({_engine(engine)}) {why}{needs}{again}"
         case InstanceLoading(_, stage, took_s, detail):
             return f"{name}: {stage} after {seconds(took_s)}{_because(detail)}"
         case InstanceReady(_, _, load_s, probe_s, bytes, _, tier):
@@ -415,6 +428,9 @@ def _say_instance(event: object, names: Mapping[str, str]) -> str:
             return f"{name}: shall wake {'to restore it' if cause == 'restore' else f'for {cause}'}"
         case InstanceWoken(_, took_s, probe_s):
             return f"{name}: awake in {seconds(took_s)}, proven in {seconds(probe_s)}"
+        case InstanceMeasured(_, bytes, device_bytes):
+            devices = f", and {size(device_bytes)} on its device" if device_bytes else ""
+            return f"{name}: holds {size(bytes)} now{devices}"
         case InstanceProbeRequested():
             return f"{name}: shall answer its golden probe once more"
         case InstanceProbed(_, _, ok, took_s, reason):
@@ -459,12 +475,34 @@ def _say_gateway(event: object) -> str:
             return type(event).__name__
 
 
+def _say_residence(
+    event: VersionPinned | VersionUnpinned | PreloadRequested | PreloadEnded | EvictionRequested | ReplicasChanged,
+    actor: str,
+) -> str:
+    name = f"{event.model} {event.version}"
+    match event:
+        case VersionPinned():
+            return f"{actor} pinned {name}: it is kept loaded{_because(event.reason)}"
+        case VersionUnpinned():
+            return f"{actor} unpinned {name}"
+        case PreloadRequested():
+            return f"{actor} wishes {name} to be preloaded (priority {event.priority}){_because(event.reason)}"
+        case PreloadEnded(_, _, outcome, reason):
+            words = {"ready": "is preloaded", "failed": "could not be preloaded"}
+            return f"{name} {words.get(outcome, 'is not to be preloaded any more')}{_because(reason)}"
+        case EvictionRequested():
+            return f"{actor} lets idle instances of {name} go{_because(event.reason)}"
+        case ReplicasChanged(_, _, replicas):
+            return f"{actor} wants {replicas} instance{'' if replicas == 1 else 's'} of {name}"
+
+
 def _say_worker(event: object) -> str:
     match event:
         case WorkerJoined(worker, host, engines, devices, capacity):
             on = f" with {', '.join(devices)}" if devices else ""
             places = "1 place" if capacity == 1 else f"{capacity} places"
-            return f"worker {worker} on {host}{on} offers {places} for {', '.join(engines)}"
+            memory = f" and {size(event.memory_bytes)}" if event.memory_bytes else ""
+            return f"worker {worker} on {host}{on} offers {places}{memory} for {', '.join(engines)}"
         case WorkerLost(worker, silent_s):
             return f"worker {worker} was silent for {seconds(silent_s)}: taken for lost"
         case WorkerLeft(worker):

@@ -11,6 +11,7 @@ from turnout.events.instance import (
     InstanceDraining,
     InstanceFailed,
     InstanceLoading,
+    InstanceMeasured,
     InstanceProbed,
     InstanceProbeRequested,
     InstanceReady,
@@ -47,6 +48,7 @@ class InstanceView(msgspec.Struct):
         level: of the sleep that was asked for last.
         served: name that its requests must carry upstream; empty for the model's own.
         inspection: what the version's files said when they were looked at; None where it has none.
+        bytes: host memory as measured, until then as estimated; ``estimate``: what it was admitted with.
     """
 
     instance: str
@@ -59,11 +61,15 @@ class InstanceView(msgspec.Struct):
     address: str = ""
     load_s: float = 0.0
     bytes: int = 0
+    device: str = ""
+    device_bytes: int = 0
+    estimate: int = 0
+    priority: int = 0
+    cause: str = ""
     reason: str = ""
     forced_by: str = ""
     probe: str = ""
     tier: str = ""
-    device_bytes: int = 0
     level: int = 0
     served: str = ""
     inspection: Inspection | None = None
@@ -83,6 +89,7 @@ class WorkerView(msgspec.Struct):
     """One worker and what it shall run: the worker makes the world agree with ``instances``.
 
     ``state``: live, lost or left. ``inspect``: ``model@version`` → files that it shall look at, if it can see them.
+    Memory as in ``WorkerJoined``.
     """
 
     worker: str
@@ -90,6 +97,9 @@ class WorkerView(msgspec.Struct):
     engines: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     capacity: int = 0
+    memory_bytes: int = 0
+    device_bytes: dict[str, int] = {}
+    domain: str = ""
     state: str = "live"
     instances: dict[str, InstanceView] = {}
     inspect: dict[str, CheckView] = {}
@@ -115,6 +125,7 @@ class Workers(Fold):
                 InstanceRequested: self._instance_requested,
                 InstanceLoading: self._instance_loading,
                 InstanceReady: self._instance_ready,
+                InstanceMeasured: self._instance_measured,
                 InstanceProbeRequested: self._probe_requested,
                 InstanceProbed: self._probed,
                 InstanceSleepRequested: self._sleep_requested,
@@ -151,6 +162,12 @@ class Workers(Fold):
             event.version,
             event.engine,
             inspection=self._inspections.get(_name(event.model, event.version)),
+            estimate=event.bytes,
+            bytes=event.bytes,
+            device=event.device,
+            device_bytes=event.device_bytes,
+            priority=event.priority,
+            cause=event.cause,
         )
 
     def _instance_loading(self, event: InstanceLoading, recorded: Recorded) -> None:
@@ -165,10 +182,15 @@ class Workers(Fold):
         view.stage = view.detail = ""
         view.address = event.address
         view.load_s = event.load_s
-        view.bytes = event.bytes
+        view.bytes = event.bytes or view.bytes
         view.device_bytes = event.device_bytes
         view.tier = event.tier
         view.served = event.served
+
+    def _instance_measured(self, event: InstanceMeasured, recorded: Recorded) -> None:
+        view = self._instance(event.instance)
+        view.bytes = event.bytes
+        view.device_bytes = event.device_bytes
 
     def _sleep_requested(self, event: InstanceSleepRequested, recorded: Recorded) -> None:
         view = self._instance(event.instance)
@@ -217,6 +239,9 @@ class Workers(Fold):
         home.engines = event.engines
         home.devices = event.devices
         home.capacity = event.capacity
+        home.memory_bytes = event.memory_bytes
+        home.device_bytes = event.device_bytes
+        home.domain = event.domain
         home.state = "live"
         home.inspect = {name: check for name, check in self._checks.items() if check.engine.kind in home.engines}
 

@@ -13,20 +13,26 @@ from turnout.events.model import (
     DemandEnded,
     DemandSeen,
     EngineSpec,
+    EvictionRequested,
     Inspection,
     KnownGoodMarked,
     KnownGoodRevoked,
     ModelEvent,
     ModelRegistered,
     PolicyChanged,
+    PreloadEnded,
+    PreloadRequested,
+    ReplicasChanged,
     RulesChanged,
     Serving,
     ServingChanged,
     SwitchAdmitted,
     SwitchClosed,
     VersionDeregistered,
+    VersionPinned,
     VersionRegistered,
     VersionRejected,
+    VersionUnpinned,
     VersionValidated,
 )
 from turnout.events.route import Rule
@@ -87,6 +93,9 @@ class ModelView(msgspec.Struct):
         rules: in the order in which gateways ask them.
         sequence: of the model's newest event; a command may ask to be refused where the model has moved on since.
         serving: always loaded, or on demand; ``wanted``: on demand and in use, or on the way to it.
+        pinned: versions whose instances the cache keeps.
+        preloads: version that waits to be preloaded → its priority.
+        replicas: version → instances while it serves, where that is not one.
     """
 
     model: str
@@ -101,6 +110,9 @@ class ModelView(msgspec.Struct):
     sequence: int = 0
     serving: Serving = Serving()
     wanted: bool = False
+    pinned: tuple[str, ...] = ()
+    preloads: dict[str, int] = {}
+    replicas: dict[str, int] = {}
 
 
 class Registry(Fold):
@@ -130,6 +142,12 @@ class Registry(Fold):
                 ServingChanged: self._serving_changed,
                 DemandSeen: self._demand_seen,
                 DemandEnded: self._demand_ended,
+                VersionPinned: self._version_pinned,
+                VersionUnpinned: self._version_unpinned,
+                PreloadRequested: self._preload_requested,
+                PreloadEnded: self._preload_ended,
+                EvictionRequested: self._eviction_requested,
+                ReplicasChanged: self._replicas_changed,
             }
         )
         self.folds = {type: self._noted(self.folds.get(type)) for type in get_args(ModelEvent)}
@@ -189,6 +207,9 @@ class Registry(Fold):
         view = self._model(event.model)
         view.versions.pop(event.version, None)
         view.known_good = _without(view.known_good, event.version)
+        view.pinned = _without(view.pinned, event.version)
+        view.preloads.pop(event.version, None)
+        view.replicas.pop(event.version, None)
 
     def _switch_admitted(self, event: SwitchAdmitted, recorded: Recorded) -> None:
         self._model(event.model).switch = event.switch
@@ -247,6 +268,30 @@ class Registry(Fold):
 
     def _demand_ended(self, event: DemandEnded, recorded: Recorded) -> None:
         self._model(event.model).wanted = False
+
+    def _version_pinned(self, event: VersionPinned, recorded: Recorded) -> None:
+        view = self._model(event.model)
+        view.pinned = (*_without(view.pinned, event.version), event.version)
+
+    def _version_unpinned(self, event: VersionUnpinned, recorded: Recorded) -> None:
+        view = self._model(event.model)
+        view.pinned = _without(view.pinned, event.version)
+
+    def _preload_requested(self, event: PreloadRequested, recorded: Recorded) -> None:
+        self._model(event.model).preloads[event.version] = event.priority
+
+    def _preload_ended(self, event: PreloadEnded, recorded: Recorded) -> None:
+        self._model(event.model).preloads.pop(event.version, None)
+
+    def _eviction_requested(self, event: EvictionRequested, recorded: Recorded) -> None:
+        self._model(event.model).preloads.pop(event.version, None)
+
+    def _replicas_changed(self, event: ReplicasChanged, recorded: Recorded) -> None:
+        replicas = self._model(event.model).replicas
+        if event.replicas == 1:
+            replicas.pop(event.version, None)
+        else:
+            replicas[event.version] = event.replicas
 
     def _model(self, name: str) -> ModelView:
         self.changed.add(name)

@@ -23,6 +23,7 @@ from turnout.core.handling import (
     RetrySwitch,
     StartSwitch,
     StopSwitch,
+    Told,
     UndoModel,
 )
 from turnout.core.model import DeregisterVersion, RegisterVersion, SetPolicy, SetServing, unknown_model
@@ -89,7 +90,7 @@ _TYPES: dict[str, type[Any]] = {
     "alert": AlertView,
 }
 _decoders = {kind: msgspec.json.Decoder(type) for kind, type in _TYPES.items()}
-_Answer = Accepted | Rejected | Failed | Plan | HealthReport | EvidenceReport | UsesReport
+_Answer = Accepted | Rejected | Failed | Told | HealthReport | EvidenceReport | UsesReport
 _answers: msgspec.json.Decoder[_Answer] = msgspec.json.Decoder(_Answer)
 
 V = TypeVar("V")
@@ -188,7 +189,7 @@ class Client:
         id: str = "",
         if_sequence: int | None = None,
         deadline_s: float = DEADLINE_S,
-    ) -> Accepted | Plan | HealthReport | EvidenceReport | UsesReport:
+    ) -> Accepted | Told | HealthReport | EvidenceReport | UsesReport:
         """Send a command or a question of role ``ops`` until it is answered.
 
         Args:

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 
 from turnout.core.decider import Accepted, Failed, Rejected
-from turnout.core.handling import Plan, StartSwitch
+from turnout.core.handling import StartSwitch, Told
 from turnout.core.model import DeregisterVersion, RegisterVersion, SetPolicy, SetServing
 from turnout.events.model import Serving
 from turnout.workers.ports import Request
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 ACTOR = "config"
+#: Refusals that another worker, or the end of something, may overcome.
+_LATER = ("no_capacity", "no_memory")
 #: Between two tries of what failed for want of a worker or of the store, seconds.
 _RETRY_S = 0.5
 
@@ -74,11 +76,11 @@ class Declared:
                     log.info("declared_version_not_active", model=model, declared=version, active=state.active)
                 return
             answer = await self._ask("switch.start", StartSwitch(model, version, reason="declared in turnout.toml"))
-            if not isinstance(answer, Rejected) or answer.code != "no_capacity":
+            if not isinstance(answer, Rejected) or answer.code not in _LATER:
                 return
             await self._wait()  # for a worker
 
-    async def _ask(self, verb: str, body: msgspec.Struct) -> Accepted | Rejected | Plan:
+    async def _ask(self, verb: str, body: msgspec.Struct) -> Accepted | Rejected | Told:
         request = Request(self._clock.id("c-"), ACTOR, msgspec.Raw(msgspec.json.encode(body)))
         while True:
             answer = await self._controller.commands.handle("ops", verb, request)
@@ -86,7 +88,7 @@ class Declared:
                 log.warning("declared_waits", verb=verb, reason=answer.reason)
                 await self._wait()
                 continue
-            if isinstance(answer, Rejected) and answer.code != "no_capacity":
+            if isinstance(answer, Rejected) and answer.code not in _LATER:
                 log.error("declared_refused", verb=verb, code=answer.code, reason=answer.reason, hint=answer.hint)
             return answer
 

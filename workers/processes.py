@@ -67,6 +67,7 @@ async def run_controller(settings: Settings, ready: Callable[[dict[str, object]]
             clock=clock,
             config=settings.switching,
             defaults=settings.switch,
+            cache=settings.cache,
         )
         metrics = _metrics(settings, settings.metrics.controller, lambda: _controller_gauges(controller))
         try:
@@ -301,5 +302,10 @@ def _worker_gauges(worker: InferenceWorker, plane: ControlPlane) -> tuple[Gauge,
 
     return (
         Gauge("turnout_worker_instances", "Engines that run, load or stop.", len(worker.instances)),
+        Gauge(
+            "turnout_worker_memory_bytes",
+            "Host memory that proven engines hold, as told to the control plane.",
+            sum(one.told.bytes for one in worker.cache.models),
+        ),
         Gauge("turnout_worker_connected", "1 while there is a connection to NATS.", float(plane.connection.connected)),
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_ty
 import msgspec
 
 from turnout.core import model, policy, serving
-from turnout.core.config import ModelSwitchingConfig
+from turnout.core.config import CacheConfig, ModelSwitchingConfig
 from turnout.core.decider import Rejected
 from turnout.core.handling import Defaults
 from turnout.core.strategies import STRATEGIES
@@ -145,6 +145,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     nats: NatsSettings = NatsSettings()
     switching: ModelSwitchingConfig = ModelSwitchingConfig()
     switch: Defaults = Defaults()
+    cache: CacheConfig = CacheConfig()
     gateway: GatewaySettings = GatewaySettings(port=DEFAULT_PORT)
     worker: WorkerSettings = WorkerSettings()
     controller: ControllerSettings = ControllerSettings()

@@ -289,12 +289,10 @@ def _of_version(world: World, model: str, version: str, now: datetime, wakes: li
 
 def _no_place(world: World, model: str, version: str) -> str:
     """Why the version can't be loaded anywhere; empty where it is on the way or can be."""
-    engine = world.models[model].versions.get(version)
-    if engine is None or world.instances_of(model, version, "requested", "loading"):
+    if version not in world.models[model].versions:
         return ""
-    if placement.request(world, model, version, cause="") is not None:
-        return ""
-    return placement.no_room(world, engine.kind)
+    full = placement.no_room(world, model, version)
+    return "" if full is None else full.reason
 
 
 def _of_finding(world: World, finding: Finding) -> _Trouble:

@@ -9,22 +9,34 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from turnout.core.cache import Idle, evict
+from turnout.core.cache import Idle, evict, leaves_first
+from turnout.core.config import CACHE, CacheConfig
+from turnout.core.decider import Rejected
 from turnout.core.instance import DrainInstance, InstanceState, RequestInstance
+from turnout.core.memory import estimate
+from turnout.core.placement import FITS, FULL, SOON, Ledger, Offer
+from turnout.core.residence import EndPreload, Wish
 from turnout.core.sagas import routes
 from turnout.core.sagas.owed import Agenda, Owed, Write
 from turnout.core.switch import ENDED
+from turnout.events.units import size
 
 if TYPE_CHECKING:
     from turnout.core.config import ModelSwitchingConfig
     from turnout.core.world import World
 
+Writes = tuple[Write, ...]
+
+#: Cause of an instance that nobody has switched to yet.
+PRELOAD = "preload"
+_LOADING = ("requested", "loading")
+
 #: Seconds before the n-th retry of a failed load: 1, 2, 4, … at most this.
 BACK_OFF_S_MAX = 60.0
 
 
-def agenda(world: World, config: ModelSwitchingConfig, now: datetime) -> Agenda:
-    """Restore, repair, let go: everything that is owed outside the steps of a switch."""
+def agenda(world: World, config: ModelSwitchingConfig, now: datetime, cache: CacheConfig = CACHE) -> Agenda:
+    """Restore, repair, let go, preload: everything that is owed outside the steps of a switch."""
     owed: list[Owed] = []
     wakes: list[datetime] = []
     for model in sorted(world.models):
@@ -36,7 +48,9 @@ def agenda(world: World, config: ModelSwitchingConfig, now: datetime) -> Agenda:
                 wakes.append(again)
         if repair := _repair(world, model):
             owed.append(repair)
-    owed.extend(_let_go(world, config, now))
+    let_go, short = _let_go(world, config, cache, now)
+    owed.extend(let_go)
+    owed.extend(_preload(world, config, cache, short=short))
     wakes.extend(
         since + timedelta(seconds=config.model_ttl_seconds)
         for id, since in world.idle_since.items()
@@ -46,20 +60,15 @@ def agenda(world: World, config: ModelSwitchingConfig, now: datetime) -> Agenda:
     return Agenda(tuple(owed), min(later) if later else None)
 
 
-def request(world: World, model: str, version: str, *, cause: str, attempt: int = 1) -> Write | None:
-    """Ask the emptiest fitting worker for an instance; None where none has room. ``id`` is the new instance's."""
-    engine = world.models[model].versions[version]
-    counts = {w.worker: 0 for w in world.workers.values() if w.live and engine.kind in w.engines}
-    for id in world.alive:
-        worker = world.instances[id].worker
-        if worker in counts:
-            counts[worker] += 1
-    free = [w for w, n in counts.items() if n < world.workers[w].capacity]
-    if not free:
+def request(world: World, model: str, version: str, *, cause: str, attempt: int = 1, count: int = 1) -> Writes | None:
+    """Ask the best fitting workers for so many instances, all or none; None where there is no room for all now."""
+    planned = plan(world, Ledger(world, ()), model, version, count)
+    if any(offer.verdict != FITS for offer in planned) or len(planned) < count:
         return None
-    worker = min(free, key=lambda w: (counts[w], w))
-    instance = f"i{world.requested_instances + 1}"
-    return Write("instance", instance, RequestInstance(instance, model, version, worker, engine, cause, attempt))
+    return tuple(
+        _request(world, offer, model, version, cause=cause, attempt=attempt, number=number)
+        for number, offer in enumerate(planned)
+    )
 
 
 def awaits_inspection(world: World, model: str, version: str) -> bool:
@@ -70,15 +79,73 @@ def awaits_inspection(world: World, model: str, version: str) -> bool:
     return world.models[model].awaits_inspection(version) and (model, version) not in world.loads
 
 
-def no_room(world: World, kind: str) -> str:
-    """Why no worker can take an instance of this engine kind, with the numbers."""
-    live = [w for w in world.workers.values() if w.live]
-    fitting = [w for w in live if kind in w.engines]
-    if not live:
-        return "no worker is live"
+def loadable(world: World, model: str, version: str) -> bool:
+    """Whether its files have been looked at, where it has any, and nothing speaks against loading them."""
+    return world.models[model].rejection(version) is None and not awaits_inspection(world, model, version)
+
+
+def too_large(world: World, model: str, version: str) -> Rejected | None:
+    """Why no live worker can ever load it, whatever is unloaded, with the numbers; None where one may."""
+    kind = world.models[model].versions[version].kind
+    fitting = [w for w in world.workers.values() if w.live and kind in w.engines]
+    whys: list[str] = []
+    for worker in fitting:
+        need = estimate(world, model, version, worker.worker)
+        if not worker.memory_bytes or need.bytes <= worker.memory_bytes:
+            return None
+        whys.append(f"{worker.worker}: needs {size(need.bytes)} ({need.source}), has {size(worker.memory_bytes)}")
     if not fitting:
-        return f"none of the {len(live)} live workers may start {kind} engines"
-    return f"all {sum(w.capacity for w in fitting)} places of the {len(fitting)} fitting workers are taken"
+        return None
+    hint = "give a worker more memory ([worker] memory), or register it smaller"
+    return Rejected("no_memory", f"{model} {version} can never be loaded: {'; '.join(whys)}", hint)
+
+
+def plan(world: World, ledger: Ledger, model: str, version: str, count: int) -> tuple[Offer, ...]:
+    """The best offers for so many instances, one after the other; ends with the first that is full."""
+    planned: list[Offer] = []
+    for _ in range(count):
+        best = next(iter(ledger.offers(model, version)), None)
+        if best is None:
+            break
+        planned.append(best)
+        if best.verdict == FULL:
+            break
+        ledger.take(best, model, version)
+    return tuple(planned)
+
+
+def missing(world: World, model: str, version: str) -> int:
+    """How many instances a version lacks: of the wanted ones, those that are neither ready nor on the way."""
+    homes = {w.worker for w in world.workers.values() if w.live}
+    here = world.instances_of(model, version, "requested", "loading", "waking", "ready")
+    counted = [i for i in here if i.worker in homes or not homes]
+    return max(0, world.models[model].residence.wanted(version) - len(counted))
+
+
+def no_room(world: World, model: str, version: str, cache: CacheConfig = CACHE) -> Rejected | None:
+    """Why the instances that a version lacks can't be loaded, with the numbers; None where they can.
+
+    Nothing is unloaded for it: what would have to go is only counted.
+    """
+    count = missing(world, model, version)
+    ledger = Ledger(world, evictable(world), cache.policy)
+    planned = plan(world, ledger, model, version, count)
+    if len(planned) == count and all(offer.verdict != FULL for offer in planned):
+        return None
+    kind = world.models[model].versions[version].kind
+    start = f"start a worker that may run {kind} engines (turnout worker), or raise its capacity"
+    if not planned:
+        return Rejected("no_capacity", f"{model} {version} can't be loaded: no worker is live", start)
+    offers = [planned[-1], *(o for o in ledger.offers(model, version) if o.worker != planned[-1].worker)]
+    whys = "; ".join(f"{offer.worker}: {offer.why}" for offer in offers)
+    which = f" ({len(planned) - 1} of {count} instances would fit)" if count > 1 else ""
+    lacks = {offer.lacks for offer in offers}
+    if "memory" in lacks:
+        hint = "deregister or unpin something, give a worker more memory ([worker] memory), or register it smaller"
+        return Rejected("no_memory", f"{model} {version} can't be loaded{which}: {whys}", hint)
+    if lacks == {"engine"}:
+        whys = f"none of the {len(offers)} live workers may start {kind} engines"
+    return Rejected("no_capacity", f"{model} {version} can't be loaded{which}: {whys}", start)
 
 
 def evictable(world: World) -> tuple[Idle, ...]:
@@ -89,7 +156,22 @@ def evictable(world: World) -> tuple[Idle, ...]:
         state = world.models.get(one.model)
         if state is None or one.phase != "ready" or one.version in _needed(world, one.model):
             continue
-        found.append(Idle(id, one.worker, since, one.version == state.undo_target))
+        load = world.loads.get((one.model, one.version))
+        found.append(
+            Idle(
+                id,
+                one.worker,
+                since,
+                one.version == state.undo_target,
+                one.device,
+                one.bytes,
+                one.device_bytes,
+                max(one.priority, 0) if id in world.served else one.priority,
+                load.seconds if load else 0.0,
+                world.uses.get((one.model, one.version), 0),
+                one.version in state.residence.pinned,
+            )
+        )
     return tuple(found)
 
 
@@ -109,12 +191,10 @@ def _restore(world: World, model: str, version: str, now: datetime) -> Owed | da
     state = world.models[model]
     switch = world.state("switch", state.switch) if state.switch else None
     if switch is not None and version == switch.target and (switch.source or switch.step == 0):
-        return None  # the switch loads its target itself, and rolls back where it dies
-    if state.rejection(version) is not None or awaits_inspection(world, model, version):
+        return None  # the switch loads its target itself, and rolls back where the last of it dies
+    if not loadable(world, model, version):
         return None
-    homes = {w.worker for w in world.workers.values() if w.live}
-    here = world.instances_of(model, version, "requested", "loading", "ready")
-    if any(i.worker in homes or not homes for i in here):
+    if not missing(world, model, version):
         return None
     failures = world.failures.get((model, version))
     attempt = 1 if failures is None else failures.count + 1
@@ -122,10 +202,10 @@ def _restore(world: World, model: str, version: str, now: datetime) -> Owed | da
         due = failures.last + timedelta(seconds=min(BACK_OFF_S_MAX, 2.0 ** (failures.count - 1)))
         if now < due:
             return due
-    write = request(world, model, version, cause="restore", attempt=attempt)
-    if write is None:
+    writes = request(world, model, version, cause="restore", attempt=attempt)
+    if writes is None:
         return None
-    return Owed(f"restore.{write.id}", (write,), model)
+    return Owed(f"restore.{writes[0].id}", writes, model)
 
 
 def _repair(world: World, model: str) -> Owed | None:
@@ -143,20 +223,29 @@ def _repair(world: World, model: str) -> Owed | None:
     return Owed(f"repair.{model}.{revision}", (write,), model)
 
 
-def _let_go(world: World, config: ModelSwitchingConfig, now: datetime) -> list[Owed]:
+def _let_go(world: World, config: ModelSwitchingConfig, cache: CacheConfig, now: datetime) -> tuple[list[Owed], bool]:
+    """What leaves, and whether something that is needed waits for room."""
     leaving: dict[str, str] = {}
     for id in sorted(world.alive):
         one = world.instances[id]
         if one.phase in ("requested", "loading", "ready") and (why := _unwanted(world, one)):
             leaving[id] = why
     idle = tuple(i for i in evictable(world) if i.instance not in leaving)
-    leaving.update(evict(idle, now, config.max_cached_models, config.model_ttl_seconds))
-    leaving.update(_make_room(world, tuple(i for i in idle if i.instance not in leaving)))
-    return [
-        Owed(f"drain.{id}", (Write("instance", id, DrainInstance(id, why)),), world.instances[id].model)
-        for id, why in leaving.items()
-        if safe(world, world.instances[id])
-    ]
+    leaving.update(evict(idle, now, config.max_cached_models, config.model_ttl_seconds, cache.policy))
+    staying = tuple(i for i in idle if i.instance not in leaving)
+    leaving.update(_shrink(world, cache, staying))
+    staying = tuple(i for i in staying if i.instance not in leaving)
+    room, short = _make_room(world, cache, staying)
+    leaving.update(room)
+    return [_drain(world, id, why) for id, why in leaving.items() if safe(world, world.instances[id])], short
+
+
+def _drain(world: World, instance: str, why: str) -> Owed:
+    return Owed(
+        f"drain.{instance}",
+        (Write("instance", instance, DrainInstance(instance, why)),),
+        world.instances[instance].model,
+    )
 
 
 def _unwanted(world: World, one: InstanceState) -> str:
@@ -170,25 +259,127 @@ def _unwanted(world: World, one: InstanceState) -> str:
         return "nobody uses it: it is loaded again on demand"
     if one.phase == "ready":
         return ""
+    if one.phase == "ready":
+        asked, since = state.residence.evicted.get(one.version), world.idle_since.get(one.instance)
+        gone = asked is not None and since is not None and since <= asked.at
+        return asked.reason if asked is not None and gone and one.version not in state.residence.pinned else ""
+    if one.cause == PRELOAD:
+        return "" if one.version in state.residence.wishes else "nobody wishes it to be preloaded any more"
     return "no switch waits for it any more"
 
 
-def _make_room(world: World, idle: tuple[Idle, ...]) -> dict[str, str]:
-    """The least recently used idle instance, where a switch or a restore finds every place taken."""
-    for model in world.models:
+def _shrink(world: World, cache: CacheConfig, idle: tuple[Idle, ...]) -> dict[str, str]:
+    """Idle instances of workers that hold more than they may: the bound was lowered, or engines grew."""
+    ledger = Ledger(world, idle, cache.policy)
+    return {
+        one.instance: f"{worker} holds more than its memory"
+        for worker, state in sorted(world.workers.items())
+        if state.live and (state.memory_bytes or state.device_bytes)
+        for one in ledger.over(worker)
+    }
+
+
+def _make_room(world: World, cache: CacheConfig, idle: tuple[Idle, ...]) -> tuple[dict[str, str], bool]:
+    """What a switch or a restore that finds no room makes leave, and whether one finds none: one version at a time."""
+    short = False
+    for model in sorted(world.models):
         for version in _needed(world, model):
-            if world.instances_of(model, version, "requested", "loading", "ready"):
-                continue
-            kind = world.models[model].versions[version].kind
-            if request(world, model, version, cause="") is not None:
-                continue
-            homes = {w.worker for w in world.workers.values() if w.live and kind in w.engines}
-            fitting = [i for i in idle if i.worker in homes]
-            leaving = (world.instances[i] for i in world.alive if world.instances[i].phase == "draining")
-            if fitting and not any(i.worker in homes for i in leaving):
-                oldest = min(fitting, key=lambda i: (i.protected, i.since, i.instance))
-                return {oldest.instance: f"makes room for {model} {version}"}
-    return {}
+            count = missing(world, model, version)
+            if not count or not loadable(world, model, version):
+                continue  # nothing is unloaded for what nobody has looked at yet
+            planned = plan(world, Ledger(world, idle, cache.policy), model, version, count)
+            short = short or any(offer.verdict != FITS for offer in planned)
+            if any(offer.verdict == FULL for offer in planned):
+                continue  # all or nothing: nothing is unloaded for what does not fit in the end
+            if leaving := [id for offer in planned for id in offer.evict]:
+                return dict.fromkeys(leaving, f"makes room for {model} {version}"), True
+    return {}, short
+
+
+def _preload(world: World, config: ModelSwitchingConfig, cache: CacheConfig, *, short: bool) -> list[Owed]:
+    """Fulfil, give up or wait with each wish; the highest priority first, one load at a time."""
+    wishes = sorted(
+        ((-wish.priority, wish.at, model, version) for model, state in world.models.items()
+         for version, wish in state.residence.wishes.items()
+         if version in state.versions),
+    )  # fmt: skip
+    owed: list[Owed] = []
+    busy = short or any(
+        world.instances[i].cause == PRELOAD and world.instances[i].phase in _LOADING for i in world.alive
+    )
+    for _, at, model, version in wishes:
+        wish = world.models[model].residence.wishes[version]
+        if world.ready(model, version):
+            owed.append(_end_wish(model, version, wish, "ready"))
+            continue
+        if world.instances_of(model, version, *_LOADING) or awaits_inspection(world, model, version):
+            continue
+        if (refused := world.models[model].rejection(version)) is not None:
+            owed.append(_end_wish(model, version, wish, "failed", refused.reason))
+            continue
+        if (large := too_large(world, model, version)) is not None:
+            owed.append(_end_wish(model, version, wish, "failed", large.reason))
+            continue
+        failures = world.failures.get((model, version))
+        if failures is not None and failures.last >= at:
+            owed.append(_end_wish(model, version, wish, "failed", "its instance failed: turnout log tells why"))
+            continue
+        if busy:
+            continue
+        step = _preload_one(world, config, cache, model, version, wish.priority)
+        busy = step is not None
+        owed.extend(step or ())
+    return owed
+
+
+def _preload_one(
+    world: World, config: ModelSwitchingConfig, cache: CacheConfig, model: str, version: str, priority: int
+) -> tuple[Owed, ...] | None:
+    """Load it where there is room, or let go of what has a lower priority; None where it has to wait."""
+    idle = evictable(world)
+    for offer in Ledger(world, idle, cache.policy).offers(model, version, priority):
+        if offer.verdict == FULL:
+            return None
+        if offer.verdict == SOON:
+            return ()
+        kept = [i for i in idle if i.worker == offer.worker and i.instance not in offer.evict]
+        lower = sorted((i for i in kept if i.priority < priority and not i.pinned), key=leaves_first(cache.policy))
+        beyond = max(0, len(kept) + 1 - config.max_cached_models)
+        if beyond > len(lower):
+            continue  # this worker keeps as many as it may, none of them worth less
+        leaving = [*offer.evict, *(i.instance for i in lower[:beyond])]
+        if not leaving:
+            write = _request(world, offer, model, version, cause=PRELOAD, priority=priority)
+            return (Owed(f"preload.{write.id}", (write,), model),)
+        why = f"makes room to preload {model} {version}"
+        return tuple(_drain(world, id, why) for id in leaving if safe(world, world.instances[id]))
+    return None
+
+
+def _end_wish(model: str, version: str, wish: Wish, outcome: str, reason: str = "") -> Owed:
+    end = Write("model", model, EndPreload(model, version, outcome, reason))
+    return Owed(f"preloaded.{model}.{version}.{wish.at.timestamp():.6f}", (end,), model)
+
+
+def _request(
+    world: World,
+    offer: Offer,
+    model: str,
+    version: str,
+    *,
+    cause: str,
+    attempt: int = 1,
+    number: int = 0,
+    priority: int = 0,
+) -> Write:
+    """``number``: how many further instances are asked for before it in the same write."""
+    instance = f"i{world.requested_instances + 1 + number}"
+    engine = world.models[model].versions[version]
+    command = RequestInstance(
+        instance, model, version, offer.worker, engine, cause, attempt,
+        offer.need.bytes, offer.need.device_bytes, offer.device, priority,
+    )  # fmt: skip
+    return Write("instance", instance, command)
 
 
 def users(world: World, one: InstanceState) -> tuple[str, ...]:

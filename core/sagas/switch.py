@@ -89,7 +89,9 @@ def begin(world: World, state: SwitchState, now: datetime) -> tuple[Write, ...]:
     Only for the leader in its turn: whoever writes it must be sure that nobody asks the target to stop meanwhile.
     """
     ready = tuple(i.instance for i in world.ready(state.model, state.target))
-    return _start(world, state, ready, now) if ready else ()
+    if not ready or placement.missing(world, state.model, state.target):
+        return ()
+    return _start(world, state, ready, now)
 
 
 def rollback(
@@ -171,10 +173,12 @@ def _stand_still(state: SwitchState, now: datetime) -> Agenda | None:
 
 
 def _load_trouble(world: World, state: SwitchState, late: bool, limit: float) -> Owed | None:
-    if world.ready(state.model, state.target):
+    if world.ready(state.model, state.target) and not placement.missing(world, state.model, state.target):
         return None
     if failed := _failed(world, state):
         command = FailSwitch(state.switch, failed.stage, failed.reason, failed.log_tail)
+    elif world.ready(state.model, state.target):
+        return None
     elif state.phase == "ready":
         command = FailSwitch(state.switch, "serving", f"{state.target} was stopped before it got traffic")
     elif stopped := _stopped(world, state):
@@ -183,6 +187,8 @@ def _load_trouble(world: World, state: SwitchState, late: bool, limit: float) ->
         )
     elif refused := world.models[state.model].rejection(state.target):
         command = FailSwitch(state.switch, "checking", f"{state.target} can't be served: {refused.reason}")
+    elif state.phase == "requested" and (large := placement.too_large(world, state.model, state.target)):
+        command = FailSwitch(state.switch, "placement", large.reason)
     elif late:
         loading = world.instances_of(state.model, state.target, "requested", "loading")
         unseen = not loading and placement.awaits_inspection(world, state.model, state.target)
@@ -190,8 +196,8 @@ def _load_trouble(world: World, state: SwitchState, late: bool, limit: float) ->
         why = f"not ready within {limit:g} s (max_transition_time)"
         if unseen:
             why += f"; no worker has said yet what is in the files of {state.target}"
-        elif not loading:
-            why += "; " + placement.no_room(world, world.models[state.model].versions[state.target].kind)
+        elif not loading and (full := placement.no_room(world, state.model, state.target)):
+            why += "; " + full.reason
         command = FailSwitch(state.switch, stage, why)
     else:
         return None
@@ -212,22 +218,20 @@ def _stopped(world: World, state: SwitchState) -> InstanceState | None:
 
 def _make_ready(world: World, state: SwitchState, now: datetime) -> Agenda:
     ready = tuple(i.instance for i in world.ready(state.model, state.target))
-    if ready:
+    under_way = tuple(i.instance for i in world.instances_of(state.model, state.target, "requested", "loading"))
+    lacking = placement.missing(world, state.model, state.target) if state.phase == "requested" else 0
+    if ready and not under_way and not lacking:  # all replicas: the first step may give them all traffic
         return Agenda((_owe(state, "ready", *_start(world, state, ready, now)),))
     wait = Agenda(wake=state.deadline)
     if state.phase == "loading":
         return wait
-    under_way = tuple(i.instance for i in world.instances_of(state.model, state.target, "requested", "loading"))
-    if under_way:
-        record = RecordInstancesRequested(state.switch, under_way)
-        return Agenda((_owe(state, "load", Write("switch", state.switch, record)),))
-    if placement.awaits_inspection(world, state.model, state.target):
+    if lacking and placement.awaits_inspection(world, state.model, state.target):
         return wait  # a worker looks at its files
-    request = placement.request(world, state.model, state.target, cause=state.switch)
-    if request is None:
+    requests = placement.request(world, state.model, state.target, cause=state.switch, count=lacking)
+    if requests is None:
         return wait  # no room yet: placement makes some, or the deadline ends it
-    record = RecordInstancesRequested(state.switch, (request.id,))
-    return Agenda((_owe(state, "load", Write("switch", state.switch, record), request),))
+    record = RecordInstancesRequested(state.switch, (*under_way, *(one.id for one in requests)))
+    return Agenda((_owe(state, "load", Write("switch", state.switch, record), *requests),))
 
 
 def _start(world: World, state: SwitchState, ready: tuple[str, ...], now: datetime) -> tuple[Write, ...]:

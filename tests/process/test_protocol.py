@@ -67,6 +67,7 @@ VARIES = frozenset(
             "registered_at",
             "checked_at",
             "requested_at",
+            "idle_since",
             "ended_at",
             "bake_until",
         ),

@@ -13,13 +13,14 @@ import msgspec
 from tests.sim.network import SimHealth, SimNews
 
 from turnout.core.decider import Failed
+from turnout.core.memory import FAKE_BYTES
 from turnout.core.rules import Facts
 from turnout.events.health import ERRORS, OUTCOMES, HealthSampled
 from turnout.events.store import Unavailable
 from turnout.workers.gateway.agent import GatewayAgent
 from turnout.workers.gateway.holding import Holding
 from turnout.workers.gateway.transition import Choice, NoRoute, RequestTracker, Slot, TransitionManager
-from turnout.workers.inference.runner import Failure, Found, Loaded, Order
+from turnout.workers.inference.runner import Failure, Found, HostMemory, Loaded, Order, Usage
 from turnout.workers.ports import ModelUse, Request
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class SimEngine:
         self.started_at = host.net.loop.time()
         self.up_at = self.started_at + setting(order.engine, "load-s", 0.2)
         self.load_s = 0.0
+        self.bytes = FAKE_BYTES + (int(setting(order.engine, "memory", 0)) << 20)
         #: Share of its answers that are errors, though its probe is fine.
         self.errors = setting(order.engine, "errors", 0.0)
         self.proven = False
@@ -114,6 +116,8 @@ class Host:
         self.name = name
         self.fleet = fleet
         self.engines: dict[str, SimEngine] = {}
+        #: What engines may hold together; 0 for no bound.
+        self.memory_bytes = 0
         #: Called when an engine changes by itself.
         self.moved: Callable[[], None] = lambda: None
 
@@ -165,6 +169,16 @@ class SimRunner:
         self._process = process
         self._host = host
         self._changed = asyncio.Event()
+
+    @property
+    def memory(self) -> HostMemory:
+        """What all engines together may use of the host."""
+        return HostMemory(self._host.memory_bytes)
+
+    async def usage(self, instance: str) -> Usage | None:
+        """What a running engine holds now."""
+        engine = self._host.engines.get(instance)
+        return None if engine is None else Usage(engine.bytes)
 
     async def found(self) -> dict[str, Found]:
         """Take over what runs."""
@@ -255,7 +269,7 @@ class SimRunner:
         """They run on."""
 
     def _loaded(self, engine: SimEngine) -> Loaded | None:
-        return Loaded(engine.address, engine.load_s, 0.02) if engine.proven else None
+        return Loaded(engine.address, engine.load_s, 0.02, engine.bytes) if engine.proven else None
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float | None) -> None:
         """Wait for a change of the host's engines, or for the time."""

@@ -14,7 +14,7 @@ from turnout.core.switch import ENDED, UNTOUCHED
 from turnout.core.world import World
 from turnout.events.chain import verify_chain
 from turnout.events.gateway import RouteApplied
-from turnout.events.instance import InstanceDraining, InstanceReady
+from turnout.events.instance import InstanceDraining, InstanceReady, InstanceRequested
 from turnout.events.model import SwitchAdmitted
 from turnout.events.route import RouteChanged
 from turnout.projections.views import Views
@@ -89,6 +89,8 @@ class Checker:
         for recorded in batch:
             self.invariant_3_one_switch_and_growing_revisions(recorded)
             match recorded.event:
+                case InstanceRequested():
+                    self.invariant_4_no_load_is_admitted_beyond_the_memory(recorded.event)
                 case InstanceReady(instance):
                     self._proven.add(instance)
                 case InstanceDraining(instance, _, forced_by) if not forced_by:
@@ -181,6 +183,16 @@ class Checker:
             ready = self.world.ready(switch.model, switch.source)
             if not any(e is not None and e.state == "up" for e in (self.fleet.engines.get(i.address) for i in ready)):
                 self.violation(4, f"{switch.model} {switch.source} can't take over from {switch.target} ({id})")
+
+    def invariant_4_no_load_is_admitted_beyond_the_memory(self, asked: InstanceRequested) -> None:
+        """What a worker's engines hold and were admitted with never exceeds its memory: nobody is starved by a load."""
+        worker = self.world.state("worker", asked.worker)
+        if not worker.memory_bytes:
+            return
+        held = sum(one.bytes for one in map(self.world.instances.__getitem__, self.world.alive)
+                   if one.worker == asked.worker)  # fmt: skip
+        if held + asked.bytes > worker.memory_bytes:
+            self.violation(4, f"{asked.instance} was admitted to {asked.worker} with {asked.bytes} bytes beside {held}")
 
     def invariant_5_views_are_a_fold(self) -> None:
         """Drop every view, rebuild: the same bytes as in the bucket."""

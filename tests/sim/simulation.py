@@ -33,13 +33,16 @@ from turnout.core.handling import (
     AdvanceSwitch,
     ContinueSwitch,
     Defaults,
+    EvictVersion,
     HoldSwitch,
+    PreloadVersion,
     RetrySwitch,
     StartSwitch,
     StopSwitch,
     UndoModel,
 )
 from turnout.core.model import DeregisterVersion, RegisterVersion, SetRules
+from turnout.core.residence import PinVersion, SetReplicas, UnpinVersion
 from turnout.events.model import EngineSpec
 from turnout.workers.controller.controller import Controller
 from turnout.workers.inference.settings import WorkerSettings
@@ -76,6 +79,7 @@ class Simulation:
         workers: int = 2,
         capacity: int = 4,
         config: ModelSwitchingConfig | None = None,
+        memory_mib: int = 0,
         skew_s: float = 0.0,
         holds: bool = True,
         fresh: bool = True,
@@ -96,6 +100,8 @@ class Simulation:
         self.workers: dict[str, InferenceWorker] = {}
         self.gateways: dict[str, SimGateway] = {}
         self.hosts = {f"w{n + 1}": Host(self.net, f"h{n + 1}", self.fleet) for n in range(workers)}
+        for host in self.hosts.values():
+            host.memory_bytes = memory_mib << 20
         self.ops = Process(self.net, "ops", "ops")
         self._sizes = (controllers, gateways)
         self._generations: dict[str, int] = {}
@@ -395,6 +401,7 @@ def run_seed(seed: int, *, trace: bool = False) -> Simulation:
         gateways=rng.choice((1, 2, 3)),
         workers=rng.choice((1, 2, 2)),
         capacity=rng.choice((2, 3, 4)),
+        memory_mib=rng.choice((0, 700, 1000)),
         config=config,
         skew_s=rng.choice((0.0, 0.05, 1.0)),
         trace=trace,
@@ -430,11 +437,11 @@ async def _random_scenario(sim: Simulation, rng: random.Random) -> None:
 
 
 async def _register_all(sim: Simulation, model: str, rng: random.Random) -> None:
-    await sim.register(model, "v1", load_s=0.5)
-    await sim.register(model, "v2", load_s=rng.choice((0.1, 1.0, 3.0)))
-    await sim.register(model, "v3", load_s=rng.choice((0.1, 6.0)), fails=rng.choice((0, 0, 1, 2)))
-    await sim.register(model, "v4", load_s=rng.choice((0.5, 30.0)))
-    await sim.register(model, "v5", load_s=0.2, errors=rng.choice((0.3, 1.0)))
+    await sim.register(model, "v1", load_s=0.5, memory=100)
+    await sim.register(model, "v2", load_s=rng.choice((0.1, 1.0, 3.0)), memory=rng.choice((50, 200, 400)))
+    await sim.register(model, "v3", load_s=rng.choice((0.1, 6.0)), fails=rng.choice((0, 0, 1, 2)), memory=100)
+    await sim.register(model, "v4", load_s=rng.choice((0.5, 30.0)), memory=rng.choice((50, 300)))
+    await sim.register(model, "v5", load_s=0.2, errors=rng.choice((0.3, 1.0)), memory=100)
 
 
 def _draw_faults(rng: random.Random) -> Faults:
@@ -478,6 +485,21 @@ async def _operator(sim: Simulation, model: str, rng: random.Random, length_s: f
     await asyncio.gather(*asked)
 
 
+def _draw_residence(model: str, version: str, rng: random.Random) -> tuple[str, object]:
+    """Pins, wishes, replicas, evictions: all at odds with each other."""
+    match rng.randrange(5):
+        case 0:
+            return "version.pin", PinVersion(model, version)
+        case 1:
+            return "version.unpin", UnpinVersion(model, version)
+        case 2:
+            return "version.preload", PreloadVersion(model, version, rng.choice((-1, 0, 0, 5)))
+        case 3:
+            return "version.replicas", SetReplicas(model, version, rng.choice((1, 1, 2)))
+        case _:
+            return "version.evict", EvictVersion(model, version)
+
+
 def _draw_command(sim: Simulation, model: str, rng: random.Random) -> tuple[str, object]:
     version = rng.choice(("v1", "v1", "v2", "v2", "v2", "v3", "v4", "v5", "v9"))
     draw = rng.random()
@@ -502,6 +524,8 @@ def _draw_command(sim: Simulation, model: str, rng: random.Random) -> tuple[str,
     if draw < 0.91:
         names = sorted(sim.world.models)
         return "model.rules", SetRules(model, draw_rules(rng, names, ("v1", "v2", "v3", "v9")))
+    if draw < 0.935:
+        return _draw_residence(model, version, rng)
     if draw < 0.95:
         return "version.deregister", DeregisterVersion(model, version)
     return "version.register", RegisterVersion(model, version, EngineSpec("fake", args=("--load-s=0.5",)))

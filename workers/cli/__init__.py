@@ -37,6 +37,16 @@ _SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "retry": ("switches", "Try the version of an ended switch again."),
         "undo": ("switches", "Go back to the last known good version, at once."),
     },
+    "Cache": {
+        "cache": ("cache", "Show what is loaded where, and what would make room next."),
+        "workers": ("cache", "List the workers: devices, memory, places."),
+        "preload": ("cache", "Load a version ahead, once there is room."),
+        "pin": ("cache", "Keep a version's instances whatever the cache says."),
+        "unpin": ("cache", "Let the cache decide about a version again."),
+        "evict": ("cache", "Stop a version's idle instances now."),
+        "replicas": ("cache", "Set how many instances a version has while it serves."),
+        "place": ("cache", "Say where a version would be loaded, or why not."),
+    },
     "Audit": {
         "alerts": ("alerts", "List what needs a person, or say that you have seen it."),
         "report": ("report", "Tell everything about one switch, also as a page with plots."),

@@ -13,7 +13,7 @@ import click
 import msgspec
 from rich.text import Text
 
-from turnout.projections.audit import size
+from turnout.events.units import size
 from turnout.workers import running
 from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common, rows, table
 from turnout.workers.embedded import EmbeddedServerError, binary_version, dotted, find_binary

@@ -8,7 +8,8 @@ import click
 from rich.text import Text
 from rich.tree import Tree
 
-from turnout.projections.audit import seconds, size, who
+from turnout.events.units import size
+from turnout.projections.audit import seconds, who
 from turnout.workers.cli.pictures import keys, picture, waits
 from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common
 from turnout.workers.cli.watch import complete, watch_model

@@ -15,7 +15,7 @@ from turnout.core.decider import Accepted, Rejected
 from turnout.core.model import ENGINE_KINDS, DeregisterVersion, RegisterVersion
 from turnout.events import subjects
 from turnout.events.model import EngineSpec, Probe
-from turnout.projections.audit import size
+from turnout.events.units import size
 from turnout.projections.registry import ModelView
 from turnout.projections.routing import RouteView
 from turnout.projections.switches import SwitchView

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from turnout.core.serving import WORDS, parse
 from turnout.events import subjects
-from turnout.projections.audit import seconds, size
+from turnout.events.units import size
+from turnout.projections.audit import seconds
 from turnout.projections.fleet import WorkerView
 from turnout.projections.registry import ModelView
 from turnout.projections.routing import RouteView

@@ -10,7 +10,8 @@ from turnout.core.health import WINDOW_S
 from turnout.core.judging.plan import Detectable, detectable
 from turnout.core.strategies.base import judged_steps
 from turnout.events.store import Unavailable
-from turnout.projections.audit import seconds, size
+from turnout.events.units import size
+from turnout.projections.audit import seconds
 from turnout.workers.answers import CommandRejected, ControllerBug
 from turnout.workers.cli.terminal import Terminal, rows, table
 from turnout.workers.cli.words import share_text

@@ -10,7 +10,8 @@ import click
 import msgspec
 from rich.text import Text
 
-from turnout.projections.audit import seconds, size, who
+from turnout.events.units import size
+from turnout.projections.audit import seconds, who
 from turnout.projections.fleet import WorkerView
 from turnout.workers.cli.page import document, grid
 from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common, rows, table

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
+from turnout.core.config import CACHE, CacheConfig, ModelSwitchingConfig
 from turnout.core.decider import Accepted, Answer, Failed, Rejected
-from turnout.core.handling import VERBS, Context, Defaults, Plan, Writes
+from turnout.core.handling import VERBS, Context, Defaults, Told, Writes
 from turnout.core.sagas.owed import decide
 from turnout.core.world import Done, World
 from turnout.events import subjects
@@ -24,13 +25,13 @@ from turnout.events.store import Append, Conflict, StoreFull, Unavailable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from turnout.core.config import ModelSwitchingConfig
     from turnout.core.sagas.owed import Owed
     from turnout.workers.clock import Clock
     from turnout.workers.controller.log import Log
     from turnout.workers.ports import Request
 
-    _Planned = Callable[[World, bool], Writes | Rejected | Plan]
+    Decided = Writes | Rejected | Told
+    _Planned = Callable[[World, bool], Decided]
 
 log = structlog.get_logger()
 
@@ -53,11 +54,19 @@ class Deposed(Exception):
 class Commands:
     """Decides commands on the log's fold and appends what they make true."""
 
-    def __init__(self, log: Log, clock: Clock, config: ModelSwitchingConfig, defaults: Defaults) -> None:
+    def __init__(
+        self,
+        log: Log,
+        clock: Clock,
+        config: ModelSwitchingConfig,
+        defaults: Defaults,
+        cache: CacheConfig = CACHE,
+    ) -> None:
         self._log = log
         self._clock = clock
         self._config = config
         self._defaults = defaults
+        self._cache = cache
         #: Whose turn it is to decide what moves traffic or stops instances: a saga's, or a command's that begins with a
         #: saga's step. Positions can't keep these two apart, because they write to different subjects.
         self.turn = asyncio.Lock()
@@ -68,7 +77,7 @@ class Commands:
         """From now on, commands may begin with a saga's step while ``may_act`` says so. ``epoch``: of the lease."""
         self._epoch, self._leads = epoch, may_act
 
-    async def handle(self, role: str, verb: str, request: Request) -> Answer | Plan:
+    async def handle(self, role: str, verb: str, request: Request) -> Answer | Told:
         """Answer a command from outside. Never raises: what goes wrong is an answer, too."""
         known = VERBS.get((role, verb))
         if known is None:
@@ -86,10 +95,12 @@ class Commands:
             return Rejected("request_invalid", f"{verb}: {e}", "see docs/protocol.md for the fields of the command")
         actor = f"{role}:{request.actor}" if request.actor else role
 
-        def plan(world: World, leads: bool) -> Writes | Rejected | Plan:
-            context = Context(request.id, request.actor, self._clock.now(), self._config, self._defaults, leads)
+        def plan(world: World, leads: bool) -> Decided:
+            context = Context(
+                request.id, request.actor, self._clock.now(), self._config, self._defaults, leads, self._cache
+            )
             planned = handler(world, body, context)
-            if request.if_sequence is None or isinstance(planned, Rejected | Plan):
+            if request.if_sequence is None or isinstance(planned, Rejected | Told):
                 return planned
             return _stale(world, planned, request.if_sequence) or planned
 
@@ -146,7 +157,7 @@ class Commands:
                 raise
         return True
 
-    async def _settle(self, id: str, actor: str, plan: _Planned, may_lead: Callable[[], bool]) -> Answer | Plan:
+    async def _settle(self, id: str, actor: str, plan: _Planned, may_lead: Callable[[], bool]) -> Answer | Told:
         """Decide until it is stored, refused or true already."""
         world = self._log.world
         sure = False
@@ -160,7 +171,7 @@ class Commands:
                 return _accepted(id, done)
             leads = world.epoch <= self._epoch and may_lead()
             planned = plan(world, leads)
-            if isinstance(planned, Plan):
+            if isinstance(planned, Told):
                 return planned
             decided = planned if isinstance(planned, Rejected) else self._decide(world, planned)
             if isinstance(decided, Rejected) or not decided:

@@ -10,6 +10,7 @@ import msgspec
 import structlog
 
 from turnout.core.alert import RaiseAlert
+from turnout.core.config import CACHE, CacheConfig, ModelSwitchingConfig
 from turnout.core.decider import Failed
 from turnout.events.store import StoreFull, Unavailable
 from turnout.workers.controller.activity import QUESTION, Activity
@@ -22,7 +23,6 @@ from turnout.workers.controller.projector import Herald, Projector, lost_end
 from turnout.workers.controller.sagas import SagaRunner
 
 if TYPE_CHECKING:
-    from turnout.core.config import ModelSwitchingConfig
     from turnout.core.handling import Defaults
     from turnout.events.store import EventStore
     from turnout.workers.clock import Clock
@@ -51,18 +51,19 @@ class Controller:
         clock: Clock,
         config: ModelSwitchingConfig,
         defaults: Defaults,
+        cache: CacheConfig = CACHE,
         renew_s: float = 0.5,
         poll_s: float = 0.1,
     ) -> None:
         self.id = id
         self.log = Log(store, self._replaced)
-        self.commands = Commands(self.log, clock, config, defaults)
+        self.commands = Commands(self.log, clock, config, defaults, cache)
         self._liveness = Liveness(clock)
         self._herald = Herald(self.log, news)
         self._activity = Activity(clock)
         self._projector = Projector(self.log, writer, reader)
         self._writer = writer
-        self._sagas = SagaRunner(self.log, self.commands, self._liveness, self._activity, clock, config)
+        self._sagas = SagaRunner(self.log, self.commands, self._liveness, self._activity, clock, config, cache)
         self._samples = samples
         self.alerts = AlertSystem(self.log, self.commands, clock, sinks)
         self._bus, self._beats, self._lease, self._clock = bus, beats, lease, clock

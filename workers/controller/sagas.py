@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from turnout.core.config import CACHE, CacheConfig, ModelSwitchingConfig
 from turnout.core.sagas import alerts, demand, placement, switch
 from turnout.core.sagas.owed import Agenda, merge
 from turnout.events.store import Unavailable
@@ -20,7 +21,6 @@ from turnout.workers.controller.health import HealthMonitor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from turnout.core.config import ModelSwitchingConfig
     from turnout.workers.clock import Clock
     from turnout.workers.controller.activity import Activity
     from turnout.workers.controller.commands import Commands
@@ -45,6 +45,7 @@ class SagaRunner:
         activity: Activity,
         clock: Clock,
         config: ModelSwitchingConfig,
+        cache: CacheConfig = CACHE,
     ) -> None:
         self._log = log
         self._commands = commands
@@ -54,6 +55,7 @@ class SagaRunner:
         self.health = HealthMonitor(log.world, clock, config, self._wake, liveness.in_flight)
         self._clock = clock
         self._config = config
+        self._cache = cache
         self._moved = asyncio.Event()
         log.watch(self._wake)
 
@@ -91,7 +93,7 @@ class SagaRunner:
         world, now = self._log.world, self._clock.now()
         agendas = [switch.agenda(world, id, now, self.health.judgement(id)) for id in sorted(world.running)]
         agendas.append(demand.agenda(world, self._activity.uses(world), now))
-        agendas.append(placement.agenda(world, self._config, now))
+        agendas.append(placement.agenda(world, self._config, now, self._cache))
         agendas.append(Agenda(self._liveness.owed(world)))
         agendas.append(alerts.agenda(world, self.health.findings(), now))
         return merge(tuple(agendas))

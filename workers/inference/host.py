@@ -21,8 +21,9 @@ from turnout.workers.inference.engines.base import Refusal
 from turnout.workers.inference.engines.fake import FakeEngine
 from turnout.workers.inference.engines.openai import OpenAIEngine
 from turnout.workers.inference.engines.vllm import VllmEngine, find_vllm
+from turnout.workers.inference.memory import MemoryManager
 from turnout.workers.inference.process import SHUT, EngineProcess, Record, RunFolder
-from turnout.workers.inference.runner import Failure, Found, Loaded, Order, Struck
+from turnout.workers.inference.runner import Failure, Found, HostMemory, Loaded, Order, Struck, Usage
 from turnout.workers.inference.starting import Planned, Running, Starter
 from turnout.workers.inference.tiers.adapter import Adapter, AdapterCold, Bases
 from turnout.workers.inference.tiers.cold import Cold
@@ -41,6 +42,8 @@ log = structlog.get_logger()
 
 _HEALTH_TIMEOUT_S = 5.0
 _QUIET_TICK_S = 0.05
+#: Between two looks at the memory of an engine that loads.
+_MEMORY_S = 0.25
 #: Below this share of one processor a silent engine is taken to do nothing.
 _BUSY_SHARE = 0.01
 _BUSY_PATIENCE = 3.0
@@ -99,11 +102,17 @@ class HostRunner:
             self._cold,
         )
         self._struck: set[tuple[str, str, str]] = set()
+        self._memory = MemoryManager(settings.memory, settings.devices, settings.device_memory)
         self._probed: Probed | None = None
 
     def on_probed(self, report: Probed) -> None:
         """Whom to tell how each golden question went that a health check has asked."""
         self._probed = report
+
+    @property
+    def memory(self) -> HostMemory:
+        """What all engines together may use of this host."""
+        return self._memory.offer
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -185,7 +194,8 @@ class HostRunner:
             if why or pair in self._struck:
                 log.debug("tier_skipped", instance=order.instance, tier=tier.name, why=why or "it has failed before")
                 continue
-            result = await tier.load(planned, progress)
+            loading = tier.load(planned, progress)
+            result = await (self._within_memory(order, loading) if tier.name == "cold" else loading)
             if isinstance(result, Loaded):
                 break
             if tier.name != "cold":
@@ -197,6 +207,49 @@ class HostRunner:
             if not planned.spec.adapter:
                 self._spares.start_ahead(planned, result.bytes)
         return msgspec.structs.replace(result, struck=tuple(struck))
+
+    async def _within_memory(self, order: Order, work: Awaitable[Loaded | Failure]) -> Loaded | Failure:
+        """The load's result, unless its engine takes more memory than it was admitted with and others need it."""
+        working = asyncio.ensure_future(work)
+        guarding = asyncio.ensure_future(self._guard_memory(order))
+        try:
+            await asyncio.wait((working, guarding), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                result = working.result()
+                late = await self._objection(order) if isinstance(result, Loaded) else ""
+                if not late:
+                    return result
+            else:
+                late = guarding.result()
+        finally:
+            for task in (working, guarding):
+                task.cancel()
+            await asyncio.gather(working, guarding, return_exceptions=True)
+        running = self._running.pop(order.instance, None)
+        if running is None:
+            return Failure("loading", late)
+        return await self._starter.fail(order.instance, running, "loading", late)
+
+    async def _guard_memory(self, order: Order) -> str:
+        """Returns why the load must be stopped; never, where it stays within its bounds."""
+        while not (objection := await self._objection(order)):  # noqa: ASYNC110  /proc tells no event
+            await asyncio.sleep(_MEMORY_S)
+        return objection
+
+    async def _objection(self, order: Order) -> str:
+        running = self._running.get(order.instance)
+        if running is None or running.process is None or running.process.exited:
+            return ""
+        others = (one.process for one in self._running.values() if one is not running)
+        beside = sum(one.record.bytes for one in others if one is not None)
+        return await asyncio.to_thread(self._memory.objection, running.process.pid, order.bytes, beside)
+
+    async def usage(self, instance: str) -> Usage | None:
+        """What a running engine holds now; an adapter shares its base's. See the port."""
+        running = self._running.get(instance)
+        if running is None or running.process is None or running.base:
+            return None
+        return await asyncio.to_thread(self._memory.usage, running.process.pid)
 
     async def _changed(self, planned: Planned, progress: Callable[[str, str], None]) -> Failure | None:
         """A failure where the files are not those that were inspected when the version was registered."""

@@ -22,7 +22,8 @@ class Order(msgspec.Struct, frozen=True):
     """An instance to load.
 
     ``sequence``: how far the log had come when it was asked for. ``inspection``: what the version's files said when
-    they were looked at; None where it has none.
+    they were looked at; None where it has none. ``bytes``: host memory that it was admitted with, 0 where nothing was
+    known. ``device``: the accelerator that it is to run on, empty for the host's choice.
     """
 
     instance: str
@@ -31,6 +32,22 @@ class Order(msgspec.Struct, frozen=True):
     engine: EngineSpec
     sequence: int = 0
     inspection: Inspection | None = None
+    bytes: int = 0
+    device: str = ""
+
+
+class HostMemory(msgspec.Struct, frozen=True):
+    """What all engines of a host may use; fields as in the event ``WorkerJoined``. 0: not bounded."""
+
+    memory_bytes: int = 0
+    device_bytes: dict[str, int] = {}
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Memory that an engine holds: of the host, and of its accelerators. Bytes."""
+
+    bytes: int = 0
+    device_bytes: int = 0
 
 
 class Struck(msgspec.Struct, frozen=True):
@@ -79,6 +96,11 @@ class EngineRunner(Protocol):
     """Runs engines. An instance is known from ``found`` or ``load`` until ``stop`` has returned."""
 
     @property
+    def memory(self) -> HostMemory:
+        """What all engines together may use of this host."""
+        ...
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """Engine kinds that can be run here."""
         ...
@@ -116,6 +138,10 @@ class EngineRunner(Protocol):
 
     def remains(self, instance: str) -> Failure:
         """What can be told of an engine that should be running and is not."""
+        ...
+
+    async def usage(self, instance: str) -> Usage | None:
+        """What a running engine holds now; None where it is not one of this host's."""
         ...
 
     def trouble(self, instance: str) -> str:

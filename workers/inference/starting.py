@@ -120,6 +120,9 @@ class Starter:
         launch = engine.plan(spec, order.model, order.version, site)
         if isinstance(launch, Refusal):
             return Failure(launch.stage, launch.sentence)
+        if order.device.startswith("cuda:"):
+            visible = {"CUDA_VISIBLE_DEVICES": order.device.removeprefix("cuda:")}
+            launch = msgspec.structs.replace(launch, env={**launch.env, **visible})
         return Planned(order, spec, launch, self._shape(spec, launch))
 
     @staticmethod

@@ -18,6 +18,7 @@ from turnout.core.decider import Accepted, Rejected
 from turnout.core.instance import (
     ReportFailed,
     ReportLoading,
+    ReportMeasured,
     ReportProbed,
     ReportReady,
     ReportStopped,
@@ -30,7 +31,8 @@ from turnout.events.health import ProbeFailed, ProbePassed
 from turnout.events.model import EngineSpec
 from turnout.events.store import Unavailable
 from turnout.projections.fleet import InstanceView, WorkerView
-from turnout.workers.inference.runner import Failure, Found, Loaded, Order
+from turnout.workers.inference.cache import CachedModel, ModelCache
+from turnout.workers.inference.runner import Failure, Found, Loaded, Order, Usage
 from turnout.workers.ports import Request
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ _UNQUIET_AGAIN_S = 60.0
 _PROBES_TOLD = 10
 #: Longest wait for quiet, and for answers to the last reports, when the worker itself stops with its engines.
 _LAST_QUIET_S = 10.0
+#: What a switch or a lost instance waits for loads before every preload.
+_FOR_TRAFFIC = 1000
 _LAST_REPORT_S = 3.0
 
 
@@ -138,7 +142,7 @@ class InferenceWorker:
         self._joined: int | None = None  # sequence that answered the newest join
         self._joining: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self._device = asyncio.Lock()
+        self.cache = ModelCache()
         self._stop = asyncio.Event()
         self._stop_engines = False
 
@@ -172,6 +176,8 @@ class InferenceWorker:
         for instance, one in found.items():
             self._begin(InstanceView(instance, "", "", _NO_ENGINE, phase="ready"), one.sequence, one)
         beating = asyncio.create_task(self._beat())
+        measuring = asyncio.create_task(self._measure())
+        measuring.add_done_callback(_loud)
         watching: Closeable | None = None
         try:
             self._start_joining()
@@ -187,7 +193,7 @@ class InferenceWorker:
             if watching is not None:
                 await watching.close()
             looking = (task for _, task in self._checks.values())
-            tasks = (beating, self._joining, *looking, *(life.task for life in self._lives.values()))
+            tasks = (beating, measuring, self._joining, *looking, *(life.task for life in self._lives.values()))
             await _cancelled(*(task for task in tasks if task is not None))
             self._runner.release()
             log.info("worker_stopped", engines_left=len(self._lives))
@@ -215,8 +221,16 @@ class InferenceWorker:
             self._joining = asyncio.create_task(self._join())
 
     async def _join(self) -> None:
+        memory = self._runner.memory
         body = JoinWorker(
-            self.id, self._settings.address, self._runner.kinds, self._settings.devices, self._settings.capacity
+            self.id,
+            self._settings.address,
+            self._runner.kinds,
+            self._settings.devices,
+            self._settings.capacity,
+            memory.memory_bytes,
+            memory.device_bytes,
+            self._settings.domain,
         )
         answer = await self._report("worker.join", body)
         if isinstance(answer, Accepted):
@@ -234,6 +248,16 @@ class InferenceWorker:
             )
             await self._beats.publish(ROLE, self.id, msgspec.json.encode(beat))
             await asyncio.sleep(self._settings.beat_s)
+
+    async def _measure(self) -> None:
+        """Look at what the proven engines hold, and say what has changed much."""
+        while True:
+            await asyncio.sleep(self._settings.measure_s)
+            for one in self.cache.models:
+                usage = await self._runner.usage(one.instance)
+                if usage is not None and self.cache.news(one.instance, usage):
+                    report = ReportMeasured(one.instance, usage.bytes, usage.device_bytes)
+                    await self._report("instance.measured", report)
 
     def _reconcile(self) -> None:
         """Compare the newest view with what runs. Never waits for anything."""
@@ -364,7 +388,16 @@ class InferenceWorker:
         None where it was asked to stop first; what runs of it is then still to be ended.
         """
         view = life.view
-        order = Order(view.instance, view.model, view.version, view.engine, life.sequence, view.inspection)
+        order = Order(
+            view.instance,
+            view.model,
+            view.version,
+            view.engine,
+            life.sequence,
+            view.inspection,
+            view.estimate,
+            view.device,
+        )
         begun = self._clock.monotonic()
 
         def progress(stage: str, detail: str) -> None:
@@ -375,8 +408,10 @@ class InferenceWorker:
         async def load() -> Loaded | Failure:
             if view.engine.url:  # a server that runs already takes nothing of this host
                 return await self._runner.load(order, progress)
-            async with self._device:
-                return await self._runner.load(order, progress)
+            priority = view.priority if view.cause == "preload" else _FOR_TRAFFIC
+            return await self.cache.preload_model(
+                lambda: self._runner.load(order, progress), device=view.device, priority=priority
+            )
 
         async def report(stage: ReportLoading) -> None:
             answer = await self._report("instance.loading", stage)
@@ -425,8 +460,11 @@ class InferenceWorker:
                 return None
             if isinstance(answer, Accepted):
                 life.sequence = max(life.sequence, answer.sequence)
+            told = Usage(loaded.bytes, loaded.device_bytes)
+            self.cache.put_model(CachedModel(instance, life.view.model, life.view.version, told))
             return await _unless(asyncio.shield(watching), life.drain.wait())
         finally:
+            self.cache.evict_model(instance)
             await _cancelled(watching, proving)
 
     async def _answer_probes(self, life: _Life) -> None:

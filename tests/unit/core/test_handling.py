@@ -10,21 +10,26 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
 
-from turnout.core import alert, gateway, instance, model, worker
+from turnout.core import alert, gateway, instance, model, residence, worker
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Rejected
 from turnout.core.handling import (
     VERBS,
     AdvanceSwitch,
+    AskCache,
     Context,
     ContinueSwitch,
     Defaults,
+    EvictVersion,
     HoldSwitch,
+    PlaceVersion,
     Plan,
+    PreloadVersion,
     RetrySwitch,
     StartSwitch,
     StopInstance,
     StopSwitch,
+    Told,
     UndoModel,
     WakeModel,
     switch_id,
@@ -40,11 +45,13 @@ from turnout.events.model import (
     KnownGoodMarked,
     ModelRegistered,
     PolicyChanged,
+    PreloadRequested,
     RulesChanged,
     Serving,
     ServingChanged,
     SwitchAdmitted,
     SwitchClosed,
+    VersionPinned,
     VersionRegistered,
     VersionRejected,
     VersionUnseen,
@@ -76,7 +83,7 @@ def handled(
     assert isinstance(body, type_)
     context = Context(command, actor, story.now, config, Defaults(), leads)
     planned = handler(story.world, body, context)
-    if isinstance(planned, Rejected | Plan):
+    if isinstance(planned, Rejected | Told):
         return planned
     decided = decide(story.world, planned)
     return decided if isinstance(decided, Rejected) else [event for made in decided.values() for event in made]
@@ -149,6 +156,12 @@ def draining() -> Story:
         ("ops", "switch.start", StartSwitch("chat", "v2"), ["SwitchAdmitted", "SwitchRequested"]),
         ("ops", "model.policy", model.SetPolicy("chat", "slow", {"strategy": "gradual"}), ["PolicyChanged"]),
         ("ops", "model.rules", model.SetRules("chat", (Rule("short", "tokens < 100", "v2"),)), ["RulesChanged"]),
+        ("ops", "version.preload", PreloadVersion("chat", "v2"), ["PreloadRequested"]),
+        ("ops", "version.preload", PreloadVersion("chat", "v1"), []),
+        ("ops", "version.pin", residence.PinVersion("chat", "v2"), ["VersionPinned"]),
+        ("ops", "version.unpin", residence.UnpinVersion("chat", "v2"), []),
+        ("ops", "version.replicas", residence.SetReplicas("chat", "v2", 3), ["ReplicasChanged"]),
+        ("ops", "version.evict", EvictVersion("chat", "v2"), []),
         ("gw", "gateway.join", gateway.JoinGateway("g3", "http://g3"), ["GatewayJoined"]),
         ("gw", "gateway.applied", gateway.ReportApplied("g1", "chat", 2), ["RouteApplied"]),
         ("gw", "gateway.drained", gateway.ReportDrained("g1", "chat", "v1", 2), ["VersionDrained"]),
@@ -164,6 +177,7 @@ def draining() -> Story:
         ),
         ("worker", "instance.loading", instance.ReportLoading("i1", "proving", 1.0), []),
         ("worker", "instance.ready", instance.ReportReady("i1", "unix:/n", 1.0, 0.1), ["InstanceReady"]),
+        ("worker", "instance.measured", instance.ReportMeasured("i1", 5), ["InstanceMeasured"]),
         ("worker", "instance.probed", instance.ReportProbed("i1", "sw-1.1", True, 0.1), []),
         ("worker", "instance.tier", instance.ReportTierFailed("i1", "spare", "v0", "x"), ["TierFailed"]),
         ("worker", "instance.slept", instance.ReportSlept("i1", 1, 0.1), []),
@@ -229,6 +243,17 @@ def test_a_worker_that_can_not_see_the_files_rejects_them_only_when_no_other_is_
     assert says("w1", "path_missing") == []  # w2 has not looked yet
     (rejected,) = says("w2", "path_not_allowed")
     assert rejected == VersionRejected("chat", "v3", "w2", "path_not_allowed", "nothing is there")
+
+
+def test_the_cache_is_told_with_who_makes_room_next_and_why_the_others_stay() -> None:
+    story = serving().instance("i2", "v2")
+    story.happens(VersionPinned("chat", "v1"), PreloadRequested("chat", "v3", 0, story.now))
+    story.happens(VersionRegistered("chat", "v3", EngineSpec("vllm", path="/m"), ""))
+    told = handled(story, "ops", "cache.show", AskCache())
+    (worker_,) = told.workers
+    assert [(one.instance, one.leaves, one.pinned) for one in worker_.instances] == [("i1", 0, True), ("i2", 1, False)]
+    assert worker_.instances[0].why == "active"
+    assert worker_.instances[1].why == "number 1 to make room (least recently used first)"
 
 
 def test_every_verb_is_tried_here_or_below() -> None:
@@ -345,7 +370,7 @@ def test_a_source_that_has_no_room_to_come_back_is_told_with_what_makes_some() -
     story.happens(InstanceFailed("i1", "serving", "x"), InstanceRequested("i3", "other", "v1", "w1", FAKE, "restore"))
     refused = handled(story, "ops", "model.undo", UndoModel("chat"))
     assert refused.code == "source_not_ready"
-    assert "chat v1 can't be loaded: all 2 places" in refused.reason
+    assert "chat v1 can't be loaded: w1: 2 of 2 places taken" in refused.reason
     assert "turnout stop INSTANCE --force" in refused.hint
 
 
@@ -452,6 +477,16 @@ def known_good_without_worker() -> Story:
     )
 
 
+def pinned() -> Story:
+    return serving().happens(VersionPinned("chat", "v2"))
+
+
+def small() -> Story:
+    """The worker has room for one engine of the fake kind; version ``large`` would never fit."""
+    story = serving().happens(WorkerJoined("w1", "h1", ("fake",), (), 4, 1200))
+    return story.happens(VersionRegistered("chat", "large", EngineSpec("fake", args=("--memory=1",)), ""))
+
+
 REFUSALS: list[tuple[str, Any, str, str, object]] = [
     ("name_invalid", serving, "ops", "version.register", model.RegisterVersion("a b", "v1", FAKE)),
     ("name_invalid", serving, "gw", "gateway.join", gateway.JoinGateway("", "http://x")),
@@ -478,6 +513,17 @@ REFUSALS: list[tuple[str, Any, str, str, object]] = [
     ("parameters_invalid", serving, "ops", "switch.start", StartSwitch("chat", "v2", max_transition_time_s=1e10)),
     ("no_capacity", lambda: serving(capacity=1), "ops", "switch.start", StartSwitch("chat", "v2")),
     ("no_capacity", known_good_without_worker, "ops", "model.undo", UndoModel("chat")),
+    ("no_memory", small, "ops", "switch.start", StartSwitch("chat", "v2")),
+    ("no_memory", small, "ops", "version.preload", PreloadVersion("chat", "large")),
+    ("version_in_use", serving, "ops", "version.evict", EvictVersion("chat", "v1")),
+    ("version_in_use", pinned, "ops", "version.evict", EvictVersion("chat", "v2")),
+    ("version_in_use", pinned, "ops", "version.deregister", model.DeregisterVersion("chat", "v2")),
+    ("model_unknown", serving, "ops", "version.place", PlaceVersion("x", "v1")),
+    ("version_unknown", serving, "ops", "version.place", PlaceVersion("chat", "v9")),
+    ("version_unknown", serving, "ops", "version.pin", residence.PinVersion("chat", "v9")),
+    ("version_unknown", serving, "ops", "version.replicas", residence.SetReplicas("chat", "v9", 2)),
+    ("parameters_invalid", serving, "ops", "version.replicas", residence.SetReplicas("chat", "v2", 0)),
+    ("parameters_invalid", serving, "ops", "version.preload", PreloadVersion("chat", "v2", 101)),
     ("switch_unknown", serving, "ops", "switch.abort", StopSwitch("sw-9")),
     ("switch_ended", ended, "ops", "switch.abort", StopSwitch("sw-1")),
     ("nothing_to_undo", serving, "ops", "model.undo", UndoModel("chat")),

@@ -41,7 +41,7 @@ def test_the_active_versions_lost_instance_is_replaced_and_the_route_repaired() 
     story = serving()
     story.happens(InstanceFailed("i1", "serving", "crashed")).later(1.0)
     events = story.carry_placement()
-    assert of(events, InstanceRequested) == [InstanceRequested("i2", "chat", "v1", "w1", FAKE, "restore", 2)]
+    assert of(events, InstanceRequested) == [InstanceRequested("i2", "chat", "v1", "w1", FAKE, "restore", 2, 1000)]
     (route,) = of(events, RouteChanged)
     assert isinstance(route, RouteChanged)
     assert route.splits == (Split("v1", 100.0, ()),), "the served name stays, with nothing behind it"
@@ -101,16 +101,27 @@ def test_with_no_worker_left_nothing_is_asked_of_anybody() -> None:
 def test_the_emptiest_worker_that_fits_gets_the_instance() -> None:
     story = serving("v1", "v2")
     story.happens(WorkerJoined("w2", "h2", ("fake",), (), 4), WorkerJoined("w3", "h3", ("vllm",), (), 9))
-    write = placement.request(story.world, "chat", "v2", cause="x")
-    assert write is not None
-    assert write.command.worker == "w2"  # type: ignore[attr-defined]
+    writes = placement.request(story.world, "chat", "v2", cause="x")
+    assert writes is not None
+    assert writes[0].command.worker == "w2"  # type: ignore[attr-defined]
 
 
 def test_why_there_is_no_room_is_said_with_the_numbers() -> None:
-    assert placement.no_room(Story().world, "fake") == "no worker is live"
     story = serving(capacity=1)
-    assert placement.no_room(story.world, "vllm") == "none of the 1 live workers may start vllm engines"
-    assert placement.no_room(story.world, "fake") == "all 1 places of the 1 fitting workers are taken"
+    full = placement.no_room(story.world, "chat", "v2")
+    assert full is not None
+    assert full.code == "no_capacity"
+    assert full.reason == (
+        "chat v2 can't be loaded: w1: 1 of 1 places taken; 0 MiB could be evicted; stays: chat v1 (i1) 1 KiB, active"
+    )
+    story.happens(VersionRegistered("chat", "v3", EngineSpec("vllm", path="/m"), ""))
+    full = placement.no_room(story.world, "chat", "v3")
+    assert full is not None
+    assert full.reason == "chat v3 can't be loaded: none of the 1 live workers may start vllm engines"
+    story.happens(WorkerLost("w1", 11.0))
+    full = placement.no_room(story.world, "chat", "v2")
+    assert full is not None
+    assert full.reason == "chat v2 can't be loaded: no worker is live"
 
 
 # --- let go ------------------------------------------------------------------------------------------------------
@@ -210,7 +221,7 @@ def test_a_switch_that_finds_every_place_taken_gets_the_least_recently_used_one(
     assert of(story.carry_placement(), InstanceDraining) == [InstanceDraining("i2", "makes room for chat v4")]
     assert not of(story.carry_placement(), InstanceDraining), "one at a time"
     story.happens(InstanceStopped("i2", 0.1))
-    assert story.carry()[-1] == InstanceRequested("i4", "chat", "v4", "w1", FAKE, "sw-1")
+    assert story.carry()[-1] == InstanceRequested("i4", "chat", "v4", "w1", FAKE, "sw-1", 1, 1000)
 
 
 def test_an_instance_that_drains_on_a_lost_worker_does_not_keep_others_from_making_room() -> None:

@@ -93,7 +93,7 @@ def test_a_switch_told_as_a_story() -> None:
     requested = story.carry()
     assert requested == (
         InstancesRequested("sw-1", ("i2",)),
-        InstanceRequested("i2", "chat", "v2", "w1", FAKE, "sw-1"),
+        InstanceRequested("i2", "chat", "v2", "w1", FAKE, "sw-1", 1, 1000),
     )
     assert not story.owes().owed, "it waits for the worker"
     story.happens(InstanceLoading("i2", "starting", 0.0)).ready("i2")
@@ -160,7 +160,7 @@ def test_without_a_place_it_waits_for_one_until_the_deadline() -> None:
     assert closed == SwitchClosed("chat", "sw-1", "failed")
     assert isinstance(failed, SwitchFailed)
     assert failed.stage == "placement"
-    assert "all 1 places" in failed.reason
+    assert "1 of 1 places taken" in failed.reason
 
 
 def test_a_load_that_fails_fails_the_switch_with_the_engines_own_words_and_no_revision() -> None:

@@ -16,7 +16,7 @@ from turnout.events.instance import InstanceDraining, InstanceRequested
 from turnout.events.model import EngineSpec, Inspection, VersionRegistered
 from turnout.events.store import Unavailable
 from turnout.projections.fleet import Workers
-from turnout.workers.inference.runner import Failure, Found, Loaded, Order
+from turnout.workers.inference.runner import Failure, Found, HostMemory, Loaded, Order, Usage
 from turnout.workers.inference.settings import WorkerSettings
 from turnout.workers.inference.worker import InferenceWorker, WorkerBeat
 from turnout.workers.ports import Closeable, Request, ViewEntry
@@ -174,9 +174,17 @@ class Host:
         self.released = False
         self.used: dict[str, str] = {}
         self.troubles: dict[str, str] = {}
+        self.bytes: dict[str, int] = {}
         self.progress: dict[str, Callable[[str, str], None]] = {}
         self._outcome: dict[str, asyncio.Future[Loaded | Failure]] = {}
         self._end: dict[str, asyncio.Future[Failure]] = {}
+
+    @property
+    def memory(self) -> HostMemory:
+        return HostMemory(8 << 30)
+
+    async def usage(self, instance: str) -> Usage | None:
+        return Usage(self.bytes[instance]) if instance in self.bytes else None
 
     async def found(self) -> Mapping[str, Found]:
         return self.earlier

@@ -10,7 +10,8 @@ import pytest
 from turnout.events import alert, codec, gateway, instance, model, route, subjects, switch, worker
 from turnout.events.codec import Context
 from turnout.events.envelope import START, Recorded, Unknown
-from turnout.projections.audit import Audit, seconds, sentence, size, tone, who
+from turnout.events.units import size
+from turnout.projections.audit import Audit, seconds, sentence, tone, who
 
 if TYPE_CHECKING:
     import msgspec
@@ -253,6 +254,7 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
         alert.AlertAcknowledged("switch_held.chat", "bob", "on it"),
         "bob has seen alert switch_held.chat: on it",
     ),
+    ("instance", instance.InstanceMeasured("i1", 900 << 20), "i1: holds 900 MiB now"),
     ("alert", alert.AlertResolved("switch_held.chat", "it goes on"), "alert switch_held.chat is over: it goes on"),
     ("gateway", gateway.GatewayJoined("g1", "http://h:1"), "gateway g1 takes requests at http://h:1"),
     ("gateway", gateway.RouteApplied("g1", "chat", 5), "gateway g1 routes chat by revision 5"),
@@ -268,6 +270,30 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
         worker.WorkerJoined("w1", "h", ("vllm", "fake"), ("cuda:0",), 1),
         "worker w1 on h with cuda:0 offers 1 place for vllm, fake",
     ),
+    (
+        "worker",
+        worker.WorkerJoined("w1", "h", ("fake",), ("cpu",), 8, 4 << 30),
+        "worker w1 on h with cpu offers 8 places and 4.0 GiB for fake",
+    ),
+    ("model", model.VersionPinned("chat", "v1", "demo"), "alice pinned chat v1: it is kept loaded: demo"),
+    ("model", model.VersionUnpinned("chat", "v1"), "alice unpinned chat v1"),
+    (
+        "model",
+        model.PreloadRequested("chat", "v2", 5, NOW),
+        "alice wishes chat v2 to be preloaded (priority 5)",
+    ),
+    ("model", model.PreloadEnded("chat", "v2", "ready"), "chat v2 is preloaded"),
+    (
+        "model",
+        model.PreloadEnded("chat", "v2", "withdrawn", "evicted by alice"),
+        "chat v2 is not to be preloaded any more: evicted by alice",
+    ),
+    (
+        "model",
+        model.EvictionRequested("chat", "v2", NOW, "room for v3"),
+        "alice lets idle instances of chat v2 go: room for v3",
+    ),
+    ("model", model.ReplicasChanged("chat", "v2", 3), "alice wants 3 instances of chat v2"),
     ("worker", worker.WorkerLost("w1", 10.2), "worker w1 was silent for 10 s: taken for lost"),
     ("worker", worker.WorkerLeft("w1"), "worker w1 stopped"),
 ]

@@ -1,0 +1,141 @@
+"""What the cache of each worker holds, why each instance stays or goes, and who waits for room. Pure."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from turnout.core.cache import leaves_first
+from turnout.core.placement import Ledger, why_kept
+from turnout.core.sagas import placement
+
+if TYPE_CHECKING:
+    from turnout.core.cache import Policy
+    from turnout.core.config import CacheConfig, ModelSwitchingConfig
+    from turnout.core.instance import InstanceState
+    from turnout.core.world import World
+
+
+class Held(msgspec.Struct, frozen=True):
+    """One instance.
+
+    Attributes:
+        bytes: host memory that it is charged with, ``estimate`` until it has been measured.
+        idle_since: UTC, since when no route uses it; None where one does.
+        pinned: an operator wants it kept.
+        leaves: its turn among those of its worker that make room, 1 for the next; 0 where it can't leave.
+        why: why it stays, or why it would go.
+    """
+
+    instance: str
+    model: str
+    version: str
+    phase: str
+    tier: str
+    bytes: int
+    device: str
+    device_bytes: int
+    priority: int
+    idle_since: datetime | None
+    pinned: bool
+    leaves: int
+    why: str
+
+
+class WorkerHoldings(msgspec.Struct, frozen=True):
+    """One live worker. Memory and places: what is held, of how much (0: not bounded)."""
+
+    worker: str
+    places: int
+    capacity: int
+    bytes: int
+    memory_bytes: int
+    instances: tuple[Held, ...]
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """A version that shall be preloaded, and what it waits for."""
+
+    model: str
+    version: str
+    priority: int
+    reason: str
+    waits_for: str
+
+
+class Holdings(msgspec.Struct, frozen=True, tag="cache", tag_field="status"):
+    """Everything; ``policy``, ``most`` and ``ttl_s`` as configured."""
+
+    policy: str
+    most: int
+    ttl_s: float
+    workers: tuple[WorkerHoldings, ...]
+    waiting: tuple[Waiting, ...]
+
+
+def holdings(world: World, config: ModelSwitchingConfig, cache: CacheConfig) -> Holdings:
+    """What is held where, now."""
+    idle = placement.evictable(world)
+    ledger = Ledger(world, idle, cache.policy)
+    turns: dict[str, int] = {}
+    for worker in world.workers:
+        ours = sorted((i for i in idle if i.worker == worker and not i.pinned), key=leaves_first(cache.policy))
+        turns |= {one.instance: turn for turn, one in enumerate(ours, 1)}
+    workers: list[WorkerHoldings] = []
+    for id, state in sorted(world.workers.items()):
+        if not state.live:
+            continue
+        here = sorted((world.instances[i] for i in world.alive if world.instances[i].worker == id), key=_by_name)
+        held = ledger.held(id)
+        kept = tuple(_held(world, one, turns.get(one.instance, 0), cache.policy) for one in here)
+        workers.append(WorkerHoldings(id, held.places, state.capacity, held.bytes, state.memory_bytes, kept))
+    waiting = [
+        Waiting(name, version, wish.priority, wish.reason, _waits_for(world, ledger, name, version, wish.priority))
+        for name, model in sorted(world.models.items())
+        for version, wish in model.residence.wishes.items()
+    ]
+    return Holdings(cache.policy, config.max_cached_models, config.model_ttl_seconds, tuple(workers), tuple(waiting))
+
+
+def _by_name(one: InstanceState) -> tuple[str, str, str]:
+    return (one.model, one.version, one.instance)
+
+
+def _held(world: World, one: InstanceState, turn: int, policy: Policy) -> Held:
+    state = world.models.get(one.model)
+    since = world.idle_since.get(one.instance)
+    pinned = state is not None and one.version in state.residence.pinned
+    if one.phase == "draining":
+        why = one.reason
+    elif turn and since is not None:
+        undo = "; an undo goes there" if state is not None and one.version == state.undo_target else ""
+        by = "least recently used" if policy == "lru" else "cheapest to load again"
+        why = f"number {turn} to make room ({by} first){undo}"
+    else:
+        why = why_kept(world, one)
+    return Held(
+        one.instance,
+        one.model,
+        one.version,
+        one.phase,
+        one.tier,
+        one.bytes,
+        one.device,
+        one.device_bytes,
+        one.priority,
+        since,
+        pinned,
+        turn,
+        why,
+    )
+
+
+def _waits_for(world: World, ledger: Ledger, model: str, version: str, priority: int) -> str:
+    if world.instances_of(model, version, "requested", "loading"):
+        return "its load"
+    offers = ledger.offers(model, version, priority)
+    if not offers:
+        return "a worker"
+    return "; ".join(f"{offer.worker}: {offer.why}" for offer in offers)
