@@ -114,7 +114,7 @@ def _displaced(world: World, uses: Mapping[str, Use], now: datetime) -> Owed | d
 def _waits_for_a_place(world: World, state: ModelState) -> bool:
     if world.instances_of(state.model, state.active, "requested", "loading", "ready"):
         return False
-    return placement.request(world, state.model, state.active, cause="") is None and not placement.evictable(world)
+    return placement.no_room(world, state.model, state.active) is not None
 
 
 def _leaves(world: World, instance: str) -> bool:

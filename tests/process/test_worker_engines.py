@@ -95,6 +95,37 @@ def test_a_version_is_loaded_and_proven(runner: asyncio.Runner, make: Make) -> N
     runner.run(test())
 
 
+def test_a_load_that_outgrows_its_estimate_is_stopped_and_the_engine_that_serves_is_not_touched(
+    runner: asyncio.Runner, make: Make, folder: Path
+) -> None:
+    async def test() -> None:
+        host = make(memory="300MiB")
+        await load(host, order(instance="serving"))
+        spec = EngineSpec("fake", args=("--memory=400", "--load-seconds=0.5"))
+        greedy = await host.load(Order("greedy", "chat", "v2", spec, 7, bytes=64 << 20), untold)
+        assert isinstance(greedy, Failure), greedy
+        assert greedy.stage == "loading"
+        assert "admitted with 64 MiB" in greedy.reason
+        assert "[memory_over_estimate]" in greedy.reason
+        assert [r.instance for r in RunFolder(folder).records()] == ["serving"], "nothing is left of it"
+        assert await host.prove("serving") == ""
+        usage = await host.usage("serving")
+        assert usage is not None
+        assert usage.bytes > 1 << 20
+        await host.stop("serving")
+
+    runner.run(test())
+
+
+def test_a_worker_offers_a_share_of_its_hosts_memory_or_what_it_is_told(make: Make, runner: asyncio.Runner) -> None:
+    async def test() -> None:
+        whole = make(memory="100%").memory.memory_bytes
+        assert make(memory="50%").memory.memory_bytes == whole // 2
+        assert make(memory="1.5GiB").memory.memory_bytes == 3 << 29
+
+    runner.run(test())
+
+
 def test_an_engine_may_listen_on_tcp(runner: asyncio.Runner, make: Make, until: Until) -> None:
     async def test() -> None:
         host = make(unix=False)
