@@ -10,6 +10,7 @@ from litestar.params import JSONBody, PathParameter, QueryParameter
 
 from turnout.core.alert import AcknowledgeAlert
 from turnout.core.decider import Accepted
+from turnout.core.handling import StopInstance
 from turnout.events import subjects
 from turnout.projections.alerts import AlertView
 from turnout.projections.fleet import GatewayView, InstanceView, WorkerView
@@ -35,6 +36,13 @@ class Note(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What you found or do, for the log."""
 
     note: str = ""
+
+
+class Stop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``force``: also where gateways may have requests on it, and without the worker's proof of quiet."""
+
+    force: bool = False
+    reason: str = ""
 
 
 class Workers(Controller):
@@ -80,6 +88,11 @@ class Instances(Controller):
         if found is None:
             raise _unknown("instance", name(instance))
         return found
+
+    @post("/{instance:str}/stop", summary="Stop an instance", status_code=202, responses=_CHANGES)
+    async def stop(self, desk: Commands, asked: Told, instance: Id, data: JSONBody[Stop]) -> Accepted:
+        """Ask its worker to stop it, whatever wants it warm. `force` needs a reason: requests on it may be cut."""
+        return await desk.send(asked, "instance.stop", StopInstance(name(instance), data.force, data.reason))
 
 
 class Gateways(Controller):

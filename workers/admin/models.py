@@ -18,6 +18,7 @@ from turnout.core.model import DeregisterVersion, RegisterVersion, SetPolicy, Se
 from turnout.events import subjects
 from turnout.events.model import EngineSpec, Probe
 from turnout.events.route import Rule
+from turnout.projections.comparison import Comparison
 from turnout.projections.registry import ModelView, VersionView
 from turnout.projections.routing import RouteView
 from turnout.workers.admin import problems
@@ -28,6 +29,8 @@ from turnout.workers.controller.health import HealthReport
 
 _READS = problems.spec(400, 401, 404, 408, 500, 503)
 _CHANGES = problems.spec(400, 401, 404, 408, 409, 412, 413, 422, 500, 503)
+
+_COMPARES = problems.spec(400, 401, 404, 408, 422, 500, 503)
 
 ModelName = Annotated[str, PathParameter(description="A served name; a slash in it is written %2F.")]
 VersionName = Annotated[str, PathParameter(description="Name of one of its versions.")]
@@ -152,6 +155,13 @@ class Versions(Controller):
         """The version as it was registered. It never changes; its ETag is the model's, for deleting it."""
         view = await client.model(name(model))
         return Response(await versions.get_version(view.model, name(version)), headers=etag(view.sequence))
+
+    @get("/{version:str}/compare/{other:str}", summary="Compare two versions", responses=_COMPARES)
+    async def compare(
+        self, versions: NamedDependency[ModelVersionManager], model: ModelName, version: VersionName, other: VersionName
+    ) -> Comparison:
+        """The two side by side: settings, files, load times, how they do."""
+        return await versions.compare_versions(name(model), name(version), name(other))
 
     @put("/{version:str}", summary="Register a version", responses=_CHANGES)
     async def register(

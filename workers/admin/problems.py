@@ -32,7 +32,7 @@ _RETRY_FULL_S = 30
 
 #: Status of a refusal by the end of its code; what is in none of them is a conflict with what is.
 _STATUS_BY_END = {"_unknown": 404, "_invalid": 422, "_missing": 422, "_stale": 412}
-_STATUS = {"idempotency_key_reused": 422}
+_STATUS = {"idempotency_key_reused": 422, "versions_equal": 422}
 
 
 class Problem(msgspec.Struct, frozen=True):

@@ -10,7 +10,15 @@ from tests.unit.admin.conftest import FAKE, TOKEN, Api
 
 from turnout.core.alert import AcknowledgeAlert
 from turnout.core.decider import Rejected
-from turnout.core.handling import AdvanceSwitch, ContinueSwitch, HoldSwitch, RetrySwitch, StopSwitch, UndoModel
+from turnout.core.handling import (
+    AdvanceSwitch,
+    ContinueSwitch,
+    HoldSwitch,
+    RetrySwitch,
+    StopInstance,
+    StopSwitch,
+    UndoModel,
+)
 from turnout.core.model import RegisterVersion, SetRules
 from turnout.events.model import EngineSpec, ModelEvent, Probe
 from turnout.events.route import Rule
@@ -105,6 +113,9 @@ def test_a_key_that_is_used_for_something_else_is_refused(api: Api, make_api: Ca
         ("GET", "/v1/models/nope/health", None, 404, "model_unknown"),
         ("GET", "/v1/models/chat/versions/v9", None, 404, "version_unknown"),
         ("GET", "/v1/models/chat/policies/p", None, 404, "policy_unknown"),
+        ("GET", "/v1/models/chat/versions/v1/compare/v9", None, 404, "version_unknown"),
+        ("GET", "/v1/models/chat/versions/v1/compare/v1", None, 422, "versions_equal"),
+        ("POST", "/v1/instances/i9/stop", {}, 404, "instance_unknown"),
         ("GET", "/v1/switches/sw-1", None, 404, "switch_unknown"),
         ("GET", "/v1/switches/sw-1/evidence", None, 404, "switch_unknown"),
         ("POST", "/v1/switches/sw-1/abort", {}, 404, "switch_unknown"),
@@ -353,6 +364,7 @@ def test_every_refusal_has_a_status_of_its_kind() -> None:
         (switches.Promotion, AdvanceSwitch, {"switch"}),
         (switches.Pause, HoldSwitch, {"switch"}),
         (fleet.Note, AcknowledgeAlert, {"alert", "by"}),
+        (fleet.Stop, StopInstance, {"instance"}),
     ],
 )
 def test_a_body_can_say_all_that_its_command_can(
