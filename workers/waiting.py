@@ -174,6 +174,8 @@ class DynamicModelRegistry(_Twin[waited.DynamicModelRegistry]):
     register_model = _waits(waited.DynamicModelRegistry.register_model)
     deregister_model = _waits(waited.DynamicModelRegistry.deregister_model)
     get_active_model = _waits(waited.DynamicModelRegistry.get_active_model)
+    get_uses = _waits(waited.DynamicModelRegistry.get_uses)
+    set_serving = _waits(waited.DynamicModelRegistry.set_serving)
     switch_model = _starts(waited.DynamicModelRegistry.switch_model)  # type: ignore[arg-type]  # **settings
 
 
