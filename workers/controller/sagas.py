@@ -13,8 +13,8 @@ import structlog
 
 from turnout.core.config import CACHE, CacheConfig, ModelSwitchingConfig
 from turnout.core.sagas import alerts, demand, placement, switch
-from turnout.core.sagas.owed import Agenda, merge
-from turnout.events.store import Unavailable
+from turnout.core.sagas.owed import Agenda, Owed, merge
+from turnout.events.store import StoreFull, Unavailable
 from turnout.workers.controller.commands import Deposed
 from turnout.workers.controller.health import HealthMonitor
 
@@ -107,10 +107,25 @@ class SagaRunner:
             if touched & keys:
                 continue
             touched |= keys
+            progress |= await self._until_clear(owed, epoch, may_act)
+        return progress
+
+    async def _until_clear(self, owed: Owed, epoch: int, may_act: Callable[[], bool]) -> bool:
+        """Carry it out; where nobody can tell whether it was stored, again until somebody can.
+
+        Such a write may land later. Nothing may be decided meanwhile as if it would not: a step to an instance, say,
+        whose stop is still under way.
+        """
+        while True:
             if not may_act():
                 raise Deposed
-            progress |= await self._commands.carry_out(owed, epoch)
-        return progress
+            try:
+                return await self._commands.carry_out(owed, epoch)
+            except StoreFull:
+                raise  # nothing was stored
+            except Unavailable as e:
+                log.warning("saga_retried", reason=str(e))
+                await asyncio.sleep(_RETRY_S)
 
     async def _wait(self, agenda: Agenda) -> None:
         delay_s = _TICK_S

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.handling import Defaults
 from turnout.core.sagas.owed import Agenda, Owed, Write
 from turnout.core.worker import JoinWorker, LoseWorker
 from turnout.events.memory import MemoryStore
+from turnout.events.store import Unavailable
 from turnout.workers.clock import SystemClock
+from turnout.workers.controller import sagas as module
 from turnout.workers.controller.activity import Activity
 from turnout.workers.controller.commands import Commands
 from turnout.workers.controller.liveness import Liveness
 from turnout.workers.controller.log import Log
 from turnout.workers.controller.sagas import SagaRunner
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pytest
+
+    from turnout.events.codec import Context
+    from turnout.events.envelope import Recorded
+    from turnout.events.store import Append
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -40,15 +52,15 @@ class Scripted(SagaRunner):
         return self.agendas.pop(0) if len(self.agendas) > 1 else self.agendas[0]
 
 
-def ran(agendas: list[Agenda], turns: int = 50) -> tuple[Scripted, MemoryStore]:
+def ran(agendas: list[Agenda], turns: int = 50, store: MemoryStore | None = None) -> tuple[Scripted, MemoryStore]:
     made: list[tuple[Scripted, MemoryStore]] = []
 
     async def run() -> None:
-        store, clock = MemoryStore(), StillClock()
-        log = Log(store, lambda error: None)
+        kept, clock = store or MemoryStore(), StillClock()
+        log = Log(kept, lambda error: None)
         await log.follow()
         runner = Scripted(log, Commands(log, clock, ModelSwitchingConfig(), Defaults()), clock, agendas)
-        made.append((runner, store))
+        made.append((runner, kept))
         task = asyncio.create_task(runner.run(1, lambda: True))
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -86,3 +98,28 @@ def test_what_is_refused_does_not_keep_the_rest_from_being_carried_out() -> None
     refused = Owed("a", (Write("worker", "w9", LoseWorker("w9", 11.0)),), "")
     _, store = ran([Agenda((refused, owed("b", "w1"))), Agenda()])
     assert [r.envelope.command for r in store.log] == ["b"]
+
+
+class LateStore(MemoryStore):
+    """Its first answer does not come; what was asked is stored only when the next write is tried."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: list[tuple[Sequence[Append], Context]] = []
+
+    async def append(self, appends: Sequence[Append], context: Context) -> tuple[Recorded, ...]:
+        if not self.log and not self.late:
+            self.late.append((appends, context))
+            raise Unavailable("no answer")
+        while self.late:
+            await super().append(*self.late.pop())
+        return await super().append(appends, context)
+
+
+def test_nothing_else_is_written_while_it_is_not_clear_whether_a_write_was_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_RETRY_S", 0.0)
+    store = LateStore()
+    _, _ = ran([Agenda((owed("a", "w1"), owed("b", "w2"))), Agenda()], store=store)
+    assert [r.envelope.command for r in store.log] == ["a", "b"]
