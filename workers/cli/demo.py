@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from turnout.events.model import EngineSpec
+from turnout.events.units import size
 from turnout.projections.audit import Audit
 from turnout.workers import running
 from turnout.workers.cli import report as reports
@@ -20,7 +21,7 @@ from turnout.workers.cli.terminal import DONE, FAILED, Duration, Terminal, commo
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from turnout.workers import scenarios, tier_scenarios
+    from turnout.workers import memory_scenarios, scenarios, tier_scenarios
     from turnout.workers.demo import Latency, Outcome, Progress, Script
 
 T = TypeVar("T")
@@ -40,11 +41,15 @@ SCENARIO_NAMES = (
 TIER_SCENARIO_NAMES = ("warm", "spare")
 
 
+#: Those of workers/memory_scenarios.py.
+MEMORY_NAMES = ("evict", "two-workers", "many-versions")
+
+
 @click.command()
 @click.option("--engine", type=click.Choice(("vllm", "fake")), default=None, help="Default: vllm.")
 @click.option(
     "--scenario",
-    type=click.Choice((*SCENARIO_NAMES, *TIER_SCENARIO_NAMES)),
+    type=click.Choice((*SCENARIO_NAMES, *TIER_SCENARIO_NAMES, *MEMORY_NAMES)),
     default=None,
     help="Play a rollout with the fake engine instead; ends with one JSON object (docs/scenarios.md).",
 )
@@ -67,8 +72,10 @@ def demo(
     """
     folder = Path(running.FOLDER).resolve() / "demo"
     if scenario is not None:
-        if engine == "vllm" or switches is not None or seconds is not None:
+        if engine == "vllm" or switches is not None or (seconds is not None and scenario != "many-versions"):
             raise click.UsageError("a scenario runs with the fake engine, and for as long as its rollout takes")
+        if scenario in MEMORY_NAMES:
+            io.run_process(lambda: _play_memory(io, scenario, rate or 10.0, seconds or 30.0, folder))
         play = _play_tier if scenario in TIER_SCENARIO_NAMES else _play
         io.run_process(lambda: play(io, scenario, rate, folder))
 
@@ -118,6 +125,31 @@ def _show_tier(io: Terminal, outcome: tier_scenarios.TierOutcome) -> int:
         f"ready in {_seconds(made.ready_s)} by the {made.tier} tier; a new engine took {_seconds(made.cold_s)}", "bold"
     )
     io.say(f"{made.requests} requests: {made.failed} failed and {made.cut} were cut", "red" if made.failed else "")
+    io.emit(made)
+    return DONE if made.as_planned else FAILED
+
+
+async def _play_memory(io: Terminal, name: str, rate: float, seconds: float, folder: Path) -> int:
+    from turnout.workers import memory_scenarios
+
+    io.say(memory_scenarios.SCENARIOS[name], "bold")
+    return await _told(
+        io,
+        lambda progress: memory_scenarios.play(name, folder, progress, rate, seconds),
+        lambda report: _show_memory(io, report),
+    )
+
+
+def _show_memory(io: Terminal, made: memory_scenarios.MemoryReport) -> int:
+    io.say(
+        f"{made.requests} requests: {made.failed} failed, {made.cut} cut; {made.switches} switches among "
+        f"{made.versions} versions; at most {size(made.peak_bytes)} of {size(made.memory_bytes)} charged",
+        "" if made.as_planned else "red",
+    )
+    if made.refused:
+        io.say(f"refused: {made.refused}")
+    for reason in made.reasons:
+        io.say(f"not ok: {reason}", "red")
     io.emit(made)
     return DONE if made.as_planned else FAILED
 
