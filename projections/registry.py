@@ -150,7 +150,10 @@ class Registry(Fold):
                 ReplicasChanged: self._replicas_changed,
             }
         )
-        self.folds = {type: self._noted(self.folds.get(type)) for type in get_args(ModelEvent)}
+        self.folds = {
+            **self.folds,
+            **{type: self._noted(self.folds.get(type)) for type in get_args(ModelEvent)},
+        }
         self.models: dict[str, ModelView] = {}
         self._homes: dict[str, tuple[str, str]] = {}  # instance → its model and version, as long as it lives
 

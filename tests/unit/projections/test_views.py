@@ -119,6 +119,14 @@ def test_an_instance_comes_with_what_its_versions_files_said() -> None:
     assert folded(*WITH_FILES, asked).workers.workers["w1"].instances["i1"].inspection is None
 
 
+def test_the_registry_tells_how_often_a_version_was_loaded_and_how_long_the_newest_load_took() -> None:
+    registered = (ModelRegistered("chat"), VersionRegistered("chat", "v1", FAKE, "d1"))
+    first = (InstanceRequested("i1", "chat", "v1", "w1", FAKE, "sw-1"), InstanceReady("i1", "unix:/1", 2.0, 0.1, 5, ""))
+    second = (InstanceRequested("i2", "chat", "v1", "w1", FAKE, "x"), InstanceReady("i2", "unix:/2", 1.0, 0.1, 6, ""))
+    one = folded(*registered, *first, InstanceStopped("i1", 1.0), *second).registry.models["chat"].versions["v1"]
+    assert (one.loads, one.load_s, one.bytes) == (2, 1.0, 6)
+
+
 def test_a_deregistered_or_undone_version_is_not_known_good_any_more() -> None:
     marked = (KnownGoodMarked("chat", "v1", "a"), KnownGoodMarked("chat", "v2", "b"))
     assert folded(*marked, VersionDeregistered("chat", "v1")).registry.models["chat"].known_good == ("v2",)
