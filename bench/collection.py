@@ -51,7 +51,7 @@ class Round(msgspec.Struct):
 
 def run(quick: bool) -> report.Outcome:
     """Measure both routes."""
-    rounds = 3 if quick else 11
+    rounds = 3 if quick else 9
     core, load_core = processes.cores()
     found: dict[str, list[Round]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as name, _planes(Path(name), core, load_core) as planes:

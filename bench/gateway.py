@@ -120,7 +120,7 @@ class Block(msgspec.Struct):
 
 def run(quick: bool) -> report.Outcome:
     """Measure all that is installed."""
-    rounds = 3 if quick else 9
+    rounds = 3 if quick else 7
     system.many_files()
     measured, load_core = processes.cores()
     with tempfile.TemporaryDirectory(prefix="bench-") as name, _contestants(Path(name), measured, load_core) as found:
