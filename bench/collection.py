@@ -1,14 +1,15 @@
 """What collecting evidence costs a gateway: its data plane with health collection beside the same without it.
 
-Both run on one core, in turn, in many rounds; upstream and load have another one. The figure is processor time for
-each request, because that is what bounds the rate of a gateway that has a core for itself, and because other work on
-the machine disturbs it least. Each round gives one ratio; what is shown is their median.
+One process does both in turn, in many rounds, on one core; upstream and load have another one. The figure is processor
+time for each request, because that is what bounds the rate of a gateway that has a core for itself, and because other
+work on the machine disturbs it least. Each round gives one ratio; what is shown is their median.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -60,15 +61,20 @@ def run(quick: bool) -> report.Outcome:
         if wrk.installed():
             wrk.write_script(script, load.body())
         for turn in range(rounds):
-            for route, pair in planes.items():
-                found.setdefault(route, []).append(_round(pair, script, load_core, swapped=turn % 2 == 1))
+            for route, plane in planes.items():
+                # Collection is on at the start of the even rounds and off at the start of the odd ones.
+                first = _measured(plane, script, load_core)
+                os.kill(plane.pid, signal.SIGUSR1)
+                second = _measured(plane, script, load_core)
+                (a, b, c), (d, e, f) = (second, first) if turn % 2 else (first, second)
+                found.setdefault(route, []).append(Round((a, d), (b, e), (c, f)))
     os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))
     return _outcome(found, rounds)
 
 
 @contextlib.contextmanager
-def _planes(folder: Path, core: int, load_core: int) -> Iterator[dict[str, tuple[Plane, Plane]]]:
-    """For each route a data plane with collection and one without."""
+def _planes(folder: Path, core: int, load_core: int) -> Iterator[dict[str, Plane]]:
+    """A data plane for each route."""
     socket = folder / "engine.sock"
     with contextlib.ExitStack() as stack:
         argv = [sys.executable, str(_BENCH / "upstream.py"), "--socket", str(socket)]
@@ -85,14 +91,7 @@ def _planes(folder: Path, core: int, load_core: int) -> Iterator[dict[str, tuple
             made.wait_for(lambda: processes.accepts(port), "plane")
             return Plane(port, made.pid)
 
-        yield {route: (plane(*flags), plane(*flags, "--uncollected")) for route, flags in _ROUTES.items()}
-
-
-def _round(pair: tuple[Plane, Plane], script: Path, core: int, swapped: bool) -> Round:
-    """Both of a pair; every second round in the other order."""
-    seen = {plane.pid: _measured(plane, script, core) for plane in (reversed(pair) if swapped else pair)}
-    (a, b, c), (d, e, f) = (seen[plane.pid] for plane in pair)
-    return Round((a, d), (b, e), (c, f))
+        yield {route: plane(*flags) for route, flags in _ROUTES.items()}
 
 
 def _measured(plane: Plane, script: Path, core: int) -> tuple[float, float, float]:
