@@ -66,6 +66,7 @@ class ModelState(msgspec.Struct, frozen=True):
         serving: always loaded, or on demand.
         wanted: a model that is served on demand is in use, since ``wanted_at`` (UTC, None where a switch loaded it).
         failed: how often it could not be loaded when it was asked for; ``why``: the last time.
+        left_at: when it made room for another model (UTC): what was ready before that leaves, whoever asks for it.
         residence: what shall be loaded.
     """
 
@@ -86,6 +87,7 @@ class ModelState(msgspec.Struct, frozen=True):
     wanted_at: datetime | None = None
     failed: int = 0
     why: str = ""
+    left_at: datetime | None = None
 
     @property
     def at_zero(self) -> bool:
@@ -162,7 +164,8 @@ def evolve(state: ModelState, event: ModelEvent) -> ModelState:
             return replace(state, wanted=True, wanted_at=event.at)
         case DemandEnded():
             if event.cause != "failed":
-                return replace(state, wanted=False, wanted_at=None)
+                left_at = event.at if event.cause == "room" else state.left_at
+                return replace(state, wanted=False, wanted_at=None, left_at=left_at)
             return replace(state, wanted=False, wanted_at=None, failed=state.failed + 1, why=event.reason)
         case (
             VersionPinned()

@@ -317,6 +317,12 @@ class World:
         """When the instance was proven first (UTC)."""
         return self._ready_at.get(instance)
 
+    def makes_room(self, one: instance.InstanceState) -> bool:
+        """Whether the instance was given up for another model: it leaves, also where its own is asked for again."""
+        left_at = self.state("model", one.model).left_at
+        since = self._ready_at.get(one.instance)
+        return left_at is not None and since is not None and since <= left_at
+
     def instances_of(self, model: str, version: str, *phases: str) -> tuple[instance.InstanceState, ...]:
         """Instances of a version in one of the phases."""
         found = [self.instances[i] for i in self.alive]

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from turnout.core.world import World
 
 
+#: How long the last requests of a model that is let go may run, where no switch has said it, seconds.
+DRAIN_S = 600.0
+
+
 class Use(msgspec.Struct, frozen=True):
     """What all live gateways together do with a model, by its newest route.
 
@@ -122,6 +126,8 @@ def _leaves(world: World, instance: str) -> bool:
     one = world.instances[instance]
     if one.phase == "draining":
         return True
+    if one.phase == "ready" and world.makes_room(one):
+        return True
     state = world.models.get(one.model)
     return state is not None and state.at_zero and state.active == one.version
 
@@ -134,7 +140,7 @@ def _end(world: World, state: ModelState, cause: str, reason: str, now: datetime
         state.model,
         routes.source_only(""),
         salt=route.salt,
-        drain_s=route.drain_s,
+        drain_s=route.drain_s or DRAIN_S,
         cause="repair",
         failed=reason if cause == "failed" else "",
     )

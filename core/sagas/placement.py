@@ -39,7 +39,7 @@ def agenda(world: World, config: ModelSwitchingConfig, now: datetime, cache: Cac
     """Restore, repair, let go, preload: everything that is owed outside the steps of a switch."""
     owed: list[Owed] = []
     wakes: list[datetime] = []
-    for model in sorted(world.models):
+    for model in sorted(world.models, key=lambda name: _turn(world, name)):
         for version in _needed(world, model):
             again = _restore(world, model, version, now)
             if isinstance(again, Owed):
@@ -58,6 +58,12 @@ def agenda(world: World, config: ModelSwitchingConfig, now: datetime, cache: Cac
     )
     later = [w for w in wakes if w > now]
     return Agenda(tuple(owed), min(later) if later else None)
+
+
+def _turn(world: World, model: str) -> tuple[float, str]:
+    """In which order models get free places: those that are asked for after all others, the longest wait first."""
+    wanted_at = world.models[model].wanted_at
+    return 0.0 if wanted_at is None else wanted_at.timestamp(), model
 
 
 def request(world: World, model: str, version: str, *, cause: str, attempt: int = 1, count: int = 1) -> Writes | None:
@@ -253,6 +259,8 @@ def _unwanted(world: World, one: InstanceState) -> str:
     state = world.models.get(one.model)
     if state is None or one.version not in state.versions:
         return f"{one.version} was deregistered"
+    if one.phase == "ready" and world.makes_room(one):
+        return "makes room for another model"
     if one.version in _needed(world, one.model):
         return ""
     if state.at_zero and one.version == state.active and not state.switch:

@@ -12,6 +12,7 @@ from turnout.core.switch import SwitchState
 from turnout.events.route import Endpoint, Hold, Mirror, Split
 
 if TYPE_CHECKING:
+    from turnout.core.instance import InstanceState
     from turnout.core.model import ModelState
     from turnout.core.world import World
 
@@ -44,7 +45,7 @@ def table(world: World, model: str) -> Table:
             return split(switch, switch.weight, switch.mirror)
         case _:
             # At zero, also while it is being loaded again: only a version that is absent has left the gateways.
-            gone = state.serving.on_demand and not (state.wanted and world.ready(model, state.active))
+            gone = state.serving.on_demand and not (state.wanted and _usable(world, model, state.active))
             return source_only("" if gone else state.active)
 
 
@@ -88,7 +89,7 @@ def change(
             shares.setdefault(rule.version, 0.0)
 
     def endpoints(version: str) -> tuple[Endpoint, ...]:
-        return tuple(Endpoint(i.instance, i.address, i.served) for i in world.ready(model, version))
+        return tuple(Endpoint(i.instance, i.address, i.served) for i in _usable(world, model, version))
 
     command = ChangeRoute(
         model,
@@ -115,6 +116,11 @@ def hold(world: World, model: str, failed: str = "") -> Hold | None:
         return None
     failures, why = (state.failed + 1, failed) if failed else (state.failed, state.why)
     return Hold(serving.queue, serving.max_wait_s, True, failures, why)
+
+
+def _usable(world: World, model: str, version: str) -> tuple[InstanceState, ...]:
+    """Ready instances that may be routed to."""
+    return tuple(one for one in world.ready(model, version) if not world.makes_room(one))
 
 
 def applied(world: World, model: str, revision: int) -> tuple[str, ...] | None:
