@@ -395,7 +395,7 @@ def test_whatever_a_files_json_holds_is_an_answer(
     tmp_path = tmp_path_factory.mktemp("any")
     root, lora = files.folder(tmp_path / "models" / "v1"), files.adapter(tmp_path / "models" / "lora")
     spoilt = (lora if name.startswith("adapter") else root) / name
-    known = json.loads(spoilt.read_text()) if spoilt.exists() else {}
+    known: dict[str, Any] = json.loads(spoilt.read_text()) if spoilt.exists() else {}
     spoilt.write_text(json.dumps({**known, **content}))
     spec = EngineSpec("vllm", str(root), adapter=str(lora))
     found = inspector(tmp_path).inspect(spec, "chat", "v1", trusted=trusted)
