@@ -20,7 +20,7 @@ class Running(msgspec.Struct, frozen=True):
         nats: address of its control plane.
         gateway: URL where clients connect.
         processes: name → process id of what it supervises.
-        admin: URL of the management API; empty where it does not run.
+        admin: URL of the management API, which answers a moment later than the rest; empty where it does not run.
     """
 
     pid: int

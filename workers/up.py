@@ -69,7 +69,10 @@ class Child:
     Attributes:
         name: e.g. ``gateway``; also of its log file.
         said: what it said of itself when it became ready.
-        ready: set once it was ready for the first time; ``on_ready`` is called each time.
+        ready: set once it was ready for the first time.
+        needed: whether nothing is up without it. Another one is started after the others, and is not waited for.
+        failed: one that is not needed could not start, and is not tried again.
+        on_change: called each time it is ready, and where it has failed.
         pid: of the running process, 0 where none runs.
     """
 
@@ -80,11 +83,15 @@ class Child:
         env: Mapping[str, str],
         home: Home,
         stop_signal: signal.Signals = signal.SIGTERM,
+        *,
+        needed: bool = True,
     ) -> None:
         self.name = name
+        self.needed = needed
+        self.failed = False
         self.said: dict[str, Any] = {}
         self.ready = asyncio.Event()
-        self.on_ready: Callable[[], None] = self.ready.set
+        self.on_change: Callable[[], None] = self.ready.set
         self._args = (sys.executable, "-m", "turnout.workers.cli", *args, "--json")
         self._env = {**os.environ, **env}
         self._file = home.logs / f"{name}.log"
@@ -105,8 +112,18 @@ class Child:
         """Keep it running until ``stop``.
 
         Raises:
-            ChildFailed: it ended before it was ever ready.
+            ChildFailed: it ended before it was ever ready, and is needed.
         """
+        try:
+            await self._keep_running()
+        except ChildFailed as e:
+            if self.needed:
+                raise
+            self.failed = True
+            self._tell(Told(self.name, "error", f"{e.reason}; {e.hint}. Everything else runs without it"))
+            self.on_change()
+
+    async def _keep_running(self) -> None:
         pause_s = _BACK_OFF_S
         while not self._stopping:
             begun = self._clock.monotonic()
@@ -170,7 +187,7 @@ class Child:
                 if said.get("status") == "ready":
                     self.said = said
                     self.ready.set()
-                    self.on_ready()
+                    self.on_change()
                 elif said.get("status") in ("error", "rejected"):
                     self._failure = {key: str(value) for key, value in said.items()}
 
@@ -197,20 +214,20 @@ class Supervisor:
 
     def __init__(self, children: Sequence[Child], stop_order: Sequence[str] = ()) -> None:
         self.children = tuple(children)
-        #: Set whenever a child has become ready, also again.
+        #: Set whenever a child has become ready, also again, and where one that is not needed has failed.
         self.changed = asyncio.Event()
         for child in self.children:
-            child.on_ready = self.changed.set
+            child.on_change = self.changed.set
         self._stop_order = tuple(stop_order)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Start all, return when all are ready.
+        """Start all that are needed, return when they are ready; the others are started then.
 
         Raises:
             ChildFailed: one ended before it was ready; the others may be running.
         """
-        self._tasks = [asyncio.create_task(child.run()) for child in self.children]
+        self._tasks = [asyncio.create_task(child.run()) for child in self.children if child.needed]
         waiting = asyncio.create_task(self._all_ready())
         try:
             watched: list[asyncio.Future[Any]] = [waiting, *self._tasks]
@@ -219,12 +236,14 @@ class Supervisor:
                 if task.done():
                     task.result()
             await waiting
+            self._tasks += [asyncio.create_task(child.run()) for child in self.children if not child.needed]
         finally:
             waiting.cancel()
 
     async def _all_ready(self) -> None:
         for child in self.children:
-            await child.ready.wait()
+            if child.needed:
+                await child.ready.wait()
 
     async def stop(self) -> None:
         """Stop all, group by group."""

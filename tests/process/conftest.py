@@ -156,7 +156,7 @@ def up() -> Iterator[Up]:
         assert left == {}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def eventually() -> Callable[[Callable[[], object]], None]:
     """``eventually(lambda: condition)``: wait for it, bounded."""
     import threading

@@ -19,7 +19,7 @@ import pytest
 from tests.process.conftest import Up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 120.0
@@ -59,7 +59,9 @@ def blocks() -> list[Block]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, eventually: Callable[[Callable[[], object]], None]
+) -> Iterator[Path]:
     """A folder in which ``turnout up`` runs, and in which ``.venv/bin/turnout`` is this checkout's command."""
     made = tmp_path_factory.mktemp("docs")
     up = Up(made)
@@ -70,6 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     said = up.start()
     try:
         assert said["status"] == "ready", said
+        eventually(lambda: up.running()["processes"].get("admin"))  # the others do not wait for it
         yield made
     finally:
         up.stop(signal.SIGINT)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import urllib.request
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -181,9 +182,22 @@ def test_a_store_that_is_in_use_is_one_clear_message(up: Up) -> None:
     assert "is in use by another turnout" in json.loads(result.stdout)["reason"]
 
 
-def test_all_metrics_are_answered_where_they_are_asked_for(up: Up) -> None:
-    import urllib.request
+def test_the_management_api_is_not_waited_for_and_answers_where_it_was_said(up: Up, eventually: Eventually) -> None:
+    address = up.start()["admin"]
+    eventually(lambda: up.running()["processes"].get("admin"))  # it has said so itself
+    assert up.running()["admin"] == address
+    with urllib.request.urlopen(f"{address}/healthz", timeout=10) as answer:
+        assert json.load(answer)["connected"] is True
 
+
+def test_a_management_api_that_can_not_start_ends_nothing_else(up: Up, eventually: Eventually) -> None:
+    up.write('[admin]\ntoken_file = "missing"\n[models.chat.versions.v1]\nengine = "fake"\n')
+    assert up.start()["status"] == "ready"
+    eventually(lambda: up.running()["admin"] == "")
+    eventually(lambda: up.version() == "v1")
+
+
+def test_all_metrics_are_answered_where_they_are_asked_for(up: Up) -> None:
     with socket.socket() as one, socket.socket() as two:
         one.bind(("127.0.0.1", 0))
         two.bind(("127.0.0.1", 0))

@@ -53,7 +53,8 @@ class AdminServer(uvicorn.Server):
         """
         host, port = self._settings.host, self._settings.port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, port), family=family, backlog=256) as held:
+        reuse = self._settings.reuse_port
+        with socket.create_server((host, port), family=family, backlog=256, reuse_port=reuse) as held:
             named = f"[{host}]" if ":" in host else host
             self._url = f"http://{named}:{held.getsockname()[1]}"
             await self.serve(sockets=[held])

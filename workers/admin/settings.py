@@ -25,6 +25,7 @@ class AdminSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         enabled: whether ``turnout up`` starts it.
         host: address to listen on.
         port: 0 takes a free one.
+        reuse_port: another process holds the port for this one (``turnout up`` does).
         token: what every request must carry as its bearer token; empty reads ``token_file``.
         token_file: a file that holds the token and that nobody else may read.
         max_body_bytes: larger bodies are refused (413).
@@ -35,6 +36,7 @@ class AdminSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     enabled: bool = True
     host: str = "127.0.0.1"
     port: int = 8401
+    reuse_port: bool = False
     token: str = ""
     token_file: str = ""
     max_body_bytes: int = 1024 * 1024

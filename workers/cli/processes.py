@@ -8,7 +8,7 @@ import os
 import signal
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -150,7 +150,9 @@ async def _gateways(io: Terminal, loaded: Settings, processes: int, log_folder: 
         with reserve(loaded.gateway.host, loaded.gateway.port) as held:
             home = Home(log_folder, SystemClock(), shown.tell)
             children = _gateway_children(held, loaded, processes, home, {})
-            return await _supervise(io, Supervisor(children), lambda: _say_gateways(io, _url(loaded, held), processes))
+            return await _supervise(
+                io, Supervisor(children), lambda: _say_gateways(io, _url(loaded.gateway.host, held), processes)
+            )
     except PortTaken as e:
         io.fail("port_taken", str(e), "stop what listens there, or choose another: --port")
         return FAILED
@@ -242,7 +244,7 @@ async def _up(io: Terminal, loaded: Settings, processes: int, folder: Path) -> i
         home = Home(folder / "logs", clock, shown.tell)
         options = ["--config", loaded.file] if loaded.file else []
         try:
-            admin = _admin_child(loaded, folder, held.getsockname()[1], home, env)
+            admin = _admin_child(loaded, folder, held.getsockname()[1], home, env, stack)
         except PortTaken as e:
             io.fail("port_taken", str(e), "stop what listens there, choose another: --admin-port, or --no-admin")
             return FAILED
@@ -250,16 +252,20 @@ async def _up(io: Terminal, loaded: Settings, processes: int, folder: Path) -> i
             Child("controller", ["controller", *options], env, home),
             Child("worker", ["worker", *options], env, home, stop_signal=signal.SIGINT),
             *_gateway_children(held, loaded, processes, home, env),
-            *admin,
+            *((admin.child,) if admin else ()),
         ]
         supervisor = Supervisor(children, ("admin", "gateway", "worker", "controller"))
-        url = _url(loaded, held)
+        url = _url(loaded.gateway.host, held)
+
+        def address() -> str:
+            return admin.address if admin and not admin.child.failed else ""
 
         written: list[running.Running] = []
 
         def write() -> None:
-            pids = {child.name: child.pid for child in children} | ({"nats": server.pid} if server is not None else {})
-            said = running.Running(os.getpid(), nats, url, pids, _address(admin))
+            pids = {child.name: child.pid for child in children if child.pid}
+            pids |= {"nats": server.pid} if server is not None else {}
+            said = running.Running(os.getpid(), nats, url, pids, address())
             if written != [said]:
                 running.write(folder, said)
                 written[:] = [said]
@@ -272,7 +278,7 @@ async def _up(io: Terminal, loaded: Settings, processes: int, folder: Path) -> i
 
         def ready() -> None:
             write()
-            _say_up(io, loaded, url, nats, _address(admin), folder, clock.monotonic() - begun)
+            _say_up(io, loaded, url, nats, address(), folder, clock.monotonic() - begun)
 
         stack.callback(running.remove, folder)
         beside = [keep_written()] if io.json else [keep_written(), _tell_log(nats, shown)]
@@ -303,26 +309,47 @@ def _gateway_children(
     return [Child(name, ["gateway", *options], shared, home) for name in names]
 
 
-def _admin_child(loaded: Settings, folder: Path, gateway_port: int, home: Home, env: dict[str, str]) -> list[Child]:
+class _Admin(NamedTuple):
+    """The management API's process, and where it will answer."""
+
+    child: Child
+    address: str
+
+
+def _admin_child(
+    loaded: Settings,
+    folder: Path,
+    gateway_port: int,
+    home: Home,
+    env: dict[str, str],
+    stack: contextlib.AsyncExitStack,
+) -> _Admin | None:
     """The management API, where it is wanted and installed. Its token is made once and stays in the folder.
+
+    It is not needed for a request to be answered, so nobody waits for it. Its port is held while ``stack`` is open.
 
     Raises:
         PortTaken: somebody else listens where it would.
     """
     own = loaded.admin
     if not own.enabled:
-        return []
+        return None
     if find_spec("litestar") is None or find_spec("uvicorn") is None:
         home.tell(Told("admin", "warning", "no management API: it needs pip install 'turnout[admin]'"))
-        return []
+        return None
     chosen = own.port != AdminSettings().port or loaded.gateway.port == DEFAULT_PORT
     port = own.port if chosen else (gateway_port + 1 if loaded.gateway.port else 0)
-    with reserve(own.host, port) as held:
-        port = held.getsockname()[1]
-    mine = {**env, "TURNOUT_ADMIN_HOST": own.host, "TURNOUT_ADMIN_PORT": str(port)}
+    held = stack.enter_context(reserve(own.host, port))
+    mine = {
+        **env,
+        "TURNOUT_ADMIN_HOST": own.host,
+        "TURNOUT_ADMIN_PORT": str(held.getsockname()[1]),
+        "TURNOUT_ADMIN_REUSE_PORT": "true",
+    }
     if not own.token and not own.token_file:
         mine["TURNOUT_ADMIN_TOKEN_FILE"] = str(_token_file(folder))
-    return [Child("admin", ["admin", *(["--config", loaded.file] if loaded.file else [])], mine, home)]
+    options = ["--config", loaded.file] if loaded.file else []
+    return _Admin(Child("admin", ["admin", *options], mine, home, needed=False), _url(own.host, held))
 
 
 def _token_file(folder: Path) -> Path:
@@ -335,13 +362,9 @@ def _token_file(folder: Path) -> Path:
     return file
 
 
-def _address(admin: list[Child]) -> str:
-    return str(admin[0].said.get("address", "")) if admin else ""
-
-
-def _url(loaded: Settings, held: socket.socket) -> str:
-    host = f"[{loaded.gateway.host}]" if ":" in loaded.gateway.host else loaded.gateway.host
-    return f"http://{host}:{held.getsockname()[1]}"
+def _url(host: str, held: socket.socket) -> str:
+    named = f"[{host}]" if ":" in host else host
+    return f"http://{named}:{held.getsockname()[1]}"
 
 
 async def _supervise(io: Terminal, supervisor: Supervisor, ready: Callable[[], None], *beside: Any) -> int:
