@@ -38,6 +38,7 @@ from turnout.core.switch import (
     SwitchState,
     unknown_switch,
 )
+from turnout.events.route import Hold
 
 if TYPE_CHECKING:
     from turnout.core.world import World
@@ -56,6 +57,8 @@ class StartSwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         drain_s: seconds that its last requests may run; None for the configured default.
         max_transition_time_s: None for the configured default, to which the waits that the strategy plans are added.
         policy: name of one of the model's policies, instead of strategy and parameters.
+        hold: where there is no place for both versions, requests may wait while one makes room for the other; None for
+            what the policy says, else no.
     """
 
     model: str
@@ -67,6 +70,7 @@ class StartSwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_s: float | None = None
     max_transition_time_s: float | None = None
     policy: str = ""
+    hold: bool | None = None
 
 
 class StopSwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,10 +130,12 @@ class UndoModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``model.undo``: roll the running switch back, or return to the last known good version.
 
     Where the running switch's source is not ready, the newest version that is known to be good and ready is taken.
+    ``hold``: as there, of a switch.
     """
 
     model: str
     reason: str = ""
+    hold: bool = False
 
 
 class WakeModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,6 +162,8 @@ class Plan(msgspec.Struct, frozen=True, tag="plan", tag_field="status"):
         judging: how each of them is judged, with the configured ceilings where the parameters name none.
         deadline_s: seconds until the target must carry all its traffic.
         policy: name of the policy that it follows, empty for none; ``parameters`` are the strategy's own.
+        holds: there is no place for both versions: requests wait, about ``pause_s`` seconds and until the old version
+            has finished what it has; None where that was never measured.
     """
 
     model: str
@@ -172,13 +180,20 @@ class Plan(msgspec.Struct, frozen=True, tag="plan", tag_field="status"):
     deadline_s: float
     policy: str
     parameters: dict[str, object]
+    holds: bool = False
+    pause_s: float | None = None
 
 
 class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a switch uses where the command says nothing (turnout.toml, ``[switch]``). Seconds."""
+    """What a switch uses where the command says nothing (turnout.toml, ``[switch]``). Seconds.
+
+    ``hold_queue``, ``hold_wait_s``: requests that may wait in each gateway, and how long, for a switch that may hold.
+    """
 
     bake_s: float = 60.0
     drain_s: float = 600.0
+    hold_queue: int = 256
+    hold_wait_s: float = 120.0
 
 
 class Context(msgspec.Struct, frozen=True):
@@ -339,13 +354,16 @@ def _start(world: World, body: StartSwitch, context: Context) -> Writes | Reject
     admitted = model.decide(state, AdmitSwitch(body.model, switch_id(context.command), body.version))
     if isinstance(admitted, Rejected):
         return admitted
-    if problem := _no_way(world, body.model, body.version, context.cache):
-        return problem
     if body.policy:
         planned = _by_policy(state, body)
         if isinstance(planned, Rejected):
             return planned
         body = planned
+    strategy = body.strategy or context.config.default_switch_strategy
+    if body.hold and strategy != policy.HOLDABLE:
+        return Rejected("parameters_invalid", policy.no_hold(strategy), "the target takes the source's place at once")
+    if problem := _no_way(world, body.model, body.version, context.cache, hold=bool(body.hold)):
+        return problem
     return _open(world, body, context, undo=False)
 
 
@@ -374,6 +392,7 @@ def _by_policy(state: model.ModelState, body: StartSwitch) -> StartSwitch | Reje
         parameters=parsed.parameters,
         bake_s=parsed.bake_s if body.bake_s is None else body.bake_s,
         drain_s=parsed.drain_s if body.drain_s is None else body.drain_s,
+        hold=parsed.hold if body.hold is None else body.hold,
         max_transition_time_s=(
             parsed.max_transition_time_s if body.max_transition_time_s is None else body.max_transition_time_s
         ),
@@ -401,6 +420,7 @@ def _open(world: World, body: StartSwitch, context: Context, *, undo: bool) -> W
         drain_s=defaults.drain_s if body.drain_s is None else body.drain_s,
         at=context.now,
         policy=body.policy,
+        hold=Hold(defaults.hold_queue, defaults.hold_wait_s) if body.hold else None,
     )
     writes = (Write("model", body.model, AdmitSwitch(body.model, id, body.version)), Write("switch", id, opened))
     if not context.leads:
@@ -429,9 +449,16 @@ def _limit_s(strategy: str, body: StartSwitch, config: ModelSwitchingConfig) -> 
     return given
 
 
-def _no_way(world: World, name: str, version: str, cache: CacheConfig) -> Rejected | None:
-    """Why the version can't be loaded anywhere; None where it is loaded or has a place."""
-    return placement.no_room(world, name, version, cache)
+def _no_way(world: World, name: str, version: str, cache: CacheConfig, *, hold: bool = False) -> Rejected | None:
+    """Why the version can't be loaded; None where it is there or has room, or may take the active one's."""
+    full = placement.no_room(world, name, version, cache)
+    active = world.models[name].active
+    if full is None or not active or not placement.must_swap(world, name, active, version):
+        return full
+    if hold:
+        return None
+    wait = f"; or let requests wait while {active} makes room: --hold (--dry-run --hold tells the pause)"
+    return msgspec.structs.replace(full, hint=full.hint + wait)
 
 
 def _plan(world: World, body: StartSwitch, context: Context) -> Plan | Rejected:
@@ -450,7 +477,20 @@ def _plan(world: World, body: StartSwitch, context: Context) -> Plan | Rejected:
     judging = strategy.judging(opened.parameters)
     stages: tuple[Stage, ...] = ()
     notes: tuple[str, ...] = ()
-    if opened.source:
+    holds = opened.hold is not None and placement.must_swap(world, body.model, opened.source, body.version)
+    pause_s = saga.pause_s(world, body.model, opened.source, body.version) if holds else None
+    if holds and opened.hold is not None:
+        steps = [
+            Step(f"let new requests wait, at most {opened.hold.queue} in each gateway", opened.hold.wait_s),
+            Step(f"drain {opened.source} and stop it", world.stops.get((body.model, opened.source))),
+            steps[0],
+            Step(f"give {body.version} all traffic, and the requests that waited"),
+        ]
+        notes = (
+            f"there is no place for both: until {body.version} is ready nobody can take over; where it fails, "
+            f"{opened.source} is loaded again",
+        )
+    elif opened.source:
         stages, lines = strategy.stages(opened.parameters), strategy.describe(opened.parameters)
         steps.extend(
             Step(f"give {body.version} {line}", stage.pause_s) for line, stage in zip(lines, stages, strict=False)
@@ -479,6 +519,8 @@ def _plan(world: World, body: StartSwitch, context: Context) -> Plan | Rejected:
         deadline_s=(opened.deadline - opened.at).total_seconds(),
         policy=opened.policy,
         parameters=opened.parameters,
+        holds=holds,
+        pause_s=pause_s,
     )
 
 
@@ -588,11 +630,11 @@ def _undo(world: World, body: UndoModel, context: Context) -> Writes | Rejected:
             f"{body.model} has no earlier version that is known to be good (active: {state.active or 'none'})",
             f"name the version: turnout switch {body.model} VERSION",
         )
-    if problem := _no_way(world, body.model, target, context.cache):
+    if problem := _no_way(world, body.model, target, context.cache, hold=body.hold):
         return problem
     # Nobody judges it: an operator has decided, and evidence must not undo the undo.
     unjudged: dict[str, object] = {"judge": {"mode": "none"}}
-    start = StartSwitch(body.model, target, "immediate", unjudged, reason, bake_s=0.0)
+    start = StartSwitch(body.model, target, "immediate", unjudged, reason, bake_s=0.0, hold=body.hold)
     return _open(world, start, context, undo=True)
 
 
@@ -605,11 +647,17 @@ def _back(world: World, state: SwitchState, cause: str, reason: str, context: Co
         )
     if state.phase in UNTOUCHED:
         return (Write("switch", state.switch, AbortSwitch(state.switch, reason)), saga.close(state, "aborted"))
-    if state.phase in FORWARD and not state.source:
+    if state.phase == "holding":
+        return saga.rollback(world, state, cause, reason, context.now)
+    if state.phase in FORWARD and (not state.source or state.alone):
         return Rejected(
             "nothing_to_undo",
-            f"{state.target} is the first version of {state.model}: there is none to go back to",
-            f"register another one and switch to it: turnout switch {state.model} VERSION",
+            f"{state.target} is the first version of {state.model}: there is none to go back to"
+            if not state.source
+            else f"{state.target} has taken the place of {state.source}, and the switch is about to end",
+            f"register another one and switch to it: turnout switch {state.model} VERSION"
+            if not state.source
+            else f"when it has ended: turnout undo {state.model} --hold",
         )
     home = routes.way_back(world, state)
     if not home or (cause == "abort" and home not in (state.source, state.to)):
@@ -667,6 +715,7 @@ def _retry(world: World, body: RetrySwitch, context: Context) -> Writes | Reject
         reason=body.reason or f"retry of {state.switch}",
         bake_s=state.bake_s,
         drain_s=state.drain_s,
+        hold=state.hold is not None,
     )
     writes = _start(world, again, context)
     if isinstance(writes, Rejected):

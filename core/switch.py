@@ -9,9 +9,12 @@ import msgspec
 from turnout.core.decider import Rejected
 from turnout.core.judging.judgement import Decision, Judgement
 from turnout.core.strategies import STRATEGIES
+from turnout.events.route import Hold
 from turnout.events.switch import (
     BakeStarted,
     DrainStarted,
+    HoldReleased,
+    HoldStarted,
     InstancesRequested,
     RollbackStarted,
     RolledBack,
@@ -47,7 +50,7 @@ class SwitchState(msgspec.Struct, frozen=True):
 
     Attributes:
         phase: unknown, requested, loading, ready, stepping (a step waits for gateways), stepped (it was applied),
-            baking, draining, rolling_back, or one of ENDED.
+            baking, draining, rolling_back, holding (requests wait while the source makes room), or one of ENDED.
         step: number of the newest step, 0 before the first.
         weight: percent that the target has since that step; ``mirror``: percent that is copied to it.
         revision: route revision that the phase waits for.
@@ -57,6 +60,8 @@ class SwitchState(msgspec.Struct, frozen=True):
         promoted: newest step that an operator has let it past; ``full``: past all.
         verdict: newest decision of the judge on this step, empty where there is none.
         to: version that a rollback gave everything to because the source was not ready; empty for the source.
+        hold: bounds within which requests may wait where there is no place for both; None: they may not.
+        held_at: since when they had to (UTC), None where they never had; ``released``: they have gone on.
     """
 
     switch: str = ""
@@ -89,11 +94,24 @@ class SwitchState(msgspec.Struct, frozen=True):
     verdict: str = ""
     policy: str = ""
     to: str = ""
+    hold: Hold | None = None
+    held_at: datetime | None = None
+    released: bool = False
 
     @property
     def home(self) -> str:
         """The version that has everything when the switch has gone back."""
         return self.to or self.source
+
+    @property
+    def alone(self) -> bool:
+        """Whether the target has taken the source's place, so that there is nothing to bake, drain or go back to."""
+        return self.held_at is not None and self.phase in ("holding", "ready", "stepping", "stepped")
+
+    @property
+    def holds(self) -> bool:
+        """Whether requests wait for the switch."""
+        return self.held_at is not None and self.phase in ("holding", "rolling_back")
 
 
 initial = SwitchState()
@@ -120,9 +138,15 @@ def evolve(state: SwitchState, event: SwitchEvent) -> SwitchState:
                 since=event.at,
                 reason=event.reason,
                 policy=event.policy,
+                hold=event.hold,
             )
+        case HoldStarted():
+            return replace(state, phase="holding", revision=event.revision, since=event.at, held_at=event.at)
+        case HoldReleased():
+            return replace(state, released=True)
         case InstancesRequested():
-            return replace(state, phase="loading", instances=event.instances)
+            phase = "holding" if state.phase == "holding" else "loading"
+            return replace(state, phase=phase, instances=event.instances)
         case TargetReady():
             return replace(state, phase="ready", instances=event.instances)
         case StepStarted():
@@ -214,6 +238,24 @@ class OpenSwitch(msgspec.Struct, frozen=True):
     drain_s: float
     at: datetime
     policy: str = ""
+    hold: Hold | None = None
+
+
+class StartHold(msgspec.Struct, frozen=True):
+    """Let requests wait while the source makes room; the route without it is written in the same batch."""
+
+    switch: str
+    revision: int
+    expected_s: float | None
+    at: datetime
+
+
+class ReleaseHold(msgspec.Struct, frozen=True):
+    """The requests that waited have somewhere to go."""
+
+    switch: str
+    version: str
+    at: datetime
 
 
 class RecordInstancesRequested(msgspec.Struct, frozen=True):
@@ -360,6 +402,8 @@ class FailSwitch(msgspec.Struct, frozen=True):
 
 SwitchCommand = (
     OpenSwitch
+    | StartHold
+    | ReleaseHold
     | RecordInstancesRequested
     | RecordTargetReady
     | StartStep
@@ -391,12 +435,20 @@ def decide(state: SwitchState, command: SwitchCommand) -> tuple[SwitchEvent, ...
             return () if state.phase == "aborted" else _out_of_turn(state, "abort before traffic")
         case _ if state.phase in ENDED:
             return () if _is_outcome(state, command) else _out_of_turn(state, _ASKED.get(type(command), "go on"))
+        case StartHold(switch, revision, expected_s, at):
+            if state.phase == "requested" and state.hold is not None and not state.paused:
+                return (HoldStarted(switch, state.source, revision, state.policy, expected_s, at),)
+            return () if state.held_at is not None else _out_of_turn(state, "hold requests")
+        case ReleaseHold(switch, version, at):
+            if state.held_at is None or state.released:
+                return ()
+            return (HoldReleased(switch, version, max(0.0, (at - state.held_at).total_seconds())),)
         case RecordInstancesRequested(switch, instances):
-            if state.phase == "requested":
+            if state.phase == "requested" or (state.phase == "holding" and not state.instances):
                 return (InstancesRequested(switch, instances),)
             return () if state.instances == instances else _out_of_turn(state, "load")
         case RecordTargetReady(switch, instances, seconds, warm):
-            if state.phase in ("requested", "loading"):
+            if state.phase in ("requested", "loading", "holding"):
                 return (TargetReady(switch, instances, seconds, warm),)
             return ()
         case FailSwitch(switch, stage, reason, log_tail):
@@ -430,11 +482,11 @@ def decide(state: SwitchState, command: SwitchCommand) -> tuple[SwitchEvent, ...
                 return (DrainStarted(switch, version, revision, at),)
             return () if state.phase == "draining" else _out_of_turn(state, "drain")
         case CompleteSwitch(switch, drain_s):
-            if state.phase == "draining" or (state.phase == "stepped" and not state.source):
+            if state.phase == "draining" or (state.phase == "stepped" and (not state.source or state.alone)):
                 return (SwitchCompleted(switch, drain_s),)
             return _out_of_turn(state, "complete")
         case StartRollback(switch, revision, cause, reason, at, verdict, to):
-            if state.phase in FORWARD:
+            if state.phase in FORWARD or state.phase == "holding":
                 return (*_receipt(state, verdict, at), RollbackStarted(switch, revision, cause, reason, at, to))
             if state.phase == "rolling_back":
                 return () if state.to == to else (RollbackStarted(switch, revision, cause, reason, at, to),)
@@ -489,6 +541,7 @@ def _open(state: SwitchState, command: OpenSwitch) -> tuple[SwitchEvent, ...] | 
             command.drain_s,
             command.at,
             command.policy,
+            command.hold,
         ),
     )
 

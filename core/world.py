@@ -145,6 +145,8 @@ class World:
         self.uses: dict[tuple[str, str], int] = {}
         #: Instances that have been in a route, of those that have not ended.
         self.served: set[str] = set()
+        #: (model, version) → seconds that its newest instance took to stop, from its last request on.
+        self.stops: dict[tuple[str, str], float] = {}
         #: Model → the event that ended its newest switch.
         self.ended: dict[str, Recorded] = {}
         #: (``gateway`` or ``worker``, id) → the event that it was lost by, of the newest LOST_MOST that are lost still.
@@ -436,8 +438,9 @@ class World:
                 sound = ready is not None and (time - ready).total_seconds() >= SOUND_S
                 count = 0 if sound or key not in self.failures else self.failures[key].count
                 self.failures[key] = Failures(count + 1, time, failed.stage, failed.reason)
-            case InstanceStopped():
+            case InstanceStopped(_, seconds):
                 self._ready_at.pop(id, None)
+                self.stops[key] = seconds
             case _:
                 pass
 

@@ -6,6 +6,8 @@ from datetime import datetime
 
 import msgspec
 
+from turnout.events.route import Hold
+
 
 class SwitchRequested(msgspec.Struct, frozen=True):
     """An operator asked for the target version.
@@ -24,6 +26,8 @@ class SwitchRequested(msgspec.Struct, frozen=True):
         drain_s: seconds a leaving version's requests may still run before the gateway ends them with an error event.
         at: UTC, when it was asked.
         policy: name of the model's policy that gave strategy and parameters; empty where the command gave them.
+        hold: where there is no place for both versions, requests may wait within these bounds while one makes room for
+            the other; None: such a switch is not begun.
     """
 
     switch: str
@@ -39,6 +43,37 @@ class SwitchRequested(msgspec.Struct, frozen=True):
     drain_s: float
     at: datetime
     policy: str = ""
+    hold: Hold | None = None
+
+
+class HoldStarted(msgspec.Struct, frozen=True, gc=False):
+    """There is no place for both: new requests wait, ``version`` finishes what it has and leaves, the target comes.
+
+    From here to ``HoldReleased`` no version can take all traffic at once: whoever allowed the hold has waived that.
+
+    Attributes:
+        switch: id of the switch.
+        version: the one that leaves, its source.
+        revision: of the route without any version, by which gateways let requests wait.
+        allowed_by: name of the policy that allows it; empty where the command does.
+        expected_s: the pause as measured loads and stops foretell it; None where the target was never loaded.
+        at: UTC.
+    """
+
+    switch: str
+    version: str
+    revision: int
+    allowed_by: str
+    expected_s: float | None
+    at: datetime
+
+
+class HoldReleased(msgspec.Struct, frozen=True, gc=False):
+    """The requests that waited go on to ``version``, ``seconds`` after the first of them had to wait."""
+
+    switch: str
+    version: str
+    seconds: float
 
 
 class InstancesRequested(msgspec.Struct, frozen=True, gc=False):
@@ -261,6 +296,8 @@ SwitchEvent = (
     | DrainStarted
     | SwitchCompleted
     | RollbackStarted
+    | HoldStarted
+    | HoldReleased
     | RolledBack
     | SwitchAborted
     | SwitchConcluded

@@ -56,6 +56,8 @@ from turnout.events.route import RouteChanged
 from turnout.events.switch import (
     BakeStarted,
     DrainStarted,
+    HoldReleased,
+    HoldStarted,
     InstancesRequested,
     RollbackStarted,
     RolledBack,
@@ -95,7 +97,7 @@ _PAUSES = {
     "invalid": "held: the comparison is broken",
 }
 _BAD = (SwitchFailed, VersionRejected, InstanceFailed, WorkerLost, GatewayLost)
-_WARNING = (RollbackStarted, RolledBack, SwitchAborted, KnownGoodRevoked, SwitchPaused, TierFailed)
+_WARNING = (RollbackStarted, RolledBack, SwitchAborted, KnownGoodRevoked, SwitchPaused, TierFailed, HoldStarted)
 _GOOD = (
     SwitchCompleted,
     SwitchConcluded,
@@ -248,6 +250,8 @@ def _say(recorded: Recorded, names: Mapping[str, str]) -> str:
         case (
             SwitchRequested()
             | InstancesRequested()
+            | HoldStarted()
+            | HoldReleased()
             | TargetReady()
             | StepStarted()
             | StepApplied()
@@ -360,6 +364,15 @@ def _say_switch(event: object, recorded: Recorded, names: Mapping[str, str]) -> 
     match event:
         case InstancesRequested(_, instances):
             return f"{name}: {_several(instances)} must be loaded first"
+        case HoldStarted(_, version, revision, allowed_by, expected_s):
+            how_long = "of a length never measured" if expected_s is None else f"of about {seconds(expected_s)}"
+            by = f"policy {allowed_by} allows" if allowed_by else "the command allows"
+            return (
+                f"{name}: no place for both, so requests wait from revision {revision} on while {version} makes room, "
+                f"a pause {how_long} in which nobody can take over, as {by}"
+            )
+        case HoldReleased(_, version, took_s):
+            return f"{name}: the requests that waited go on to {version}, after a pause of {seconds(took_s)}"
         case TargetReady(_, instances, took_s, warm):
             after = "already" if warm else f"after {seconds(took_s)}"
             return f"{name}: ready {after} ({_several(instances)})"

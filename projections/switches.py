@@ -10,6 +10,8 @@ import msgspec
 from turnout.events.switch import (
     BakeStarted,
     DrainStarted,
+    HoldReleased,
+    HoldStarted,
     InstancesRequested,
     RollbackStarted,
     RolledBack,
@@ -61,6 +63,7 @@ class SwitchView(msgspec.Struct, gc=False):
         drain_s: seconds from the first route without the source to its last request's end.
         back_to: version that a rollback gave everything to: the source, or an older one where the source was not ready;
             empty where nothing was rolled back.
+        expected_pause_s, pause_s: seconds that requests had to wait, as foretold and in fact; None where none had to.
     """
 
     switch: str
@@ -94,6 +97,8 @@ class SwitchView(msgspec.Struct, gc=False):
     policy: str = ""
     parameters: dict[str, object] = {}
     back_to: str = ""
+    expected_pause_s: float | None = None
+    pause_s: float | None = None
 
 
 class Switches(Fold):
@@ -106,6 +111,8 @@ class Switches(Fold):
             {
                 SwitchRequested: self._requested,
                 InstancesRequested: self._instances_requested,
+                HoldStarted: self._hold_started,
+                HoldReleased: self._hold_released,
                 TargetReady: self._target_ready,
                 StepStarted: self._step_started,
                 StepApplied: self._step_applied,
@@ -150,8 +157,17 @@ class Switches(Fold):
 
     def _instances_requested(self, event: InstancesRequested, recorded: Recorded) -> None:
         view = self._view(event.switch)
-        self._move(view, "loading")
+        if view.phase != "holding":
+            self._move(view, "loading")
         view.instances = event.instances
+
+    def _hold_started(self, event: HoldStarted, recorded: Recorded) -> None:
+        view = self._view(event.switch)
+        view.phase = "holding"
+        view.expected_pause_s = event.expected_s
+
+    def _hold_released(self, event: HoldReleased, recorded: Recorded) -> None:
+        self._view(event.switch).pause_s = event.seconds
 
     def _target_ready(self, event: TargetReady, recorded: Recorded) -> None:
         view = self._view(event.switch)

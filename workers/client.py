@@ -543,6 +543,7 @@ class ModelSwitcher:
         drain_s: float | None = None,
         max_transition_time_s: float | None = None,
         policy: str = "",
+        hold: bool | None = None,
         actor: str = "",
         id: str = "",
     ) -> SwitchOperation:
@@ -559,6 +560,8 @@ class ModelSwitcher:
             max_transition_time_s: seconds until the target must carry all traffic; None for the configured default and
                 what the strategy plans to wait.
             policy: name of one of the model's policies, instead of strategy and parameters.
+            hold: where there is no place for both versions, requests may wait while one makes room for the other; None
+                for what the policy says.
             actor: who asks, where it is not the client's actor.
             id: of the command: the same id asks for the same switch again.
 
@@ -566,7 +569,7 @@ class ModelSwitcher:
             CommandRejected: it can't be done; the reason says why.
         """
         body = StartSwitch(
-            model, version, strategy, parameters or {}, reason, bake_s, drain_s, max_transition_time_s, policy
+            model, version, strategy, parameters or {}, reason, bake_s, drain_s, max_transition_time_s, policy, hold
         )
         return self._operation(await self._client.send("switch.start", body, actor=actor, id=id))
 
@@ -581,6 +584,7 @@ class ModelSwitcher:
         drain_s: float | None = None,
         max_transition_time_s: float | None = None,
         policy: str = "",
+        hold: bool | None = None,
     ) -> Plan:
         """What a switch would do, without doing it. Arguments as for :meth:`switch_model`.
 
@@ -588,7 +592,7 @@ class ModelSwitcher:
             CommandRejected: it could not be done.
         """
         body = StartSwitch(
-            model, version, strategy, parameters or {}, "", bake_s, drain_s, max_transition_time_s, policy
+            model, version, strategy, parameters or {}, "", bake_s, drain_s, max_transition_time_s, policy, hold
         )
         answer = await self._client.send("switch.plan", body)
         if not isinstance(answer, Plan):
@@ -650,13 +654,17 @@ class ModelSwitcher:
         """
         return (await self._client.model(model)).policies
 
-    async def undo(self, model: str, *, reason: str = "", actor: str = "", id: str = "") -> SwitchOperation:
+    async def undo(
+        self, model: str, *, reason: str = "", hold: bool = False, actor: str = "", id: str = ""
+    ) -> SwitchOperation:
         """Roll the running switch back, or return to the last known good version.
 
         Raises:
             CommandRejected: there is nothing to go back to.
         """
-        return self._operation(await self._client.send("model.undo", UndoModel(model, reason), actor=actor, id=id))
+        return self._operation(
+            await self._client.send("model.undo", UndoModel(model, reason, hold), actor=actor, id=id)
+        )
 
     async def get_switch_status(self, switch: str) -> SwitchView:
         """How far a switch is, or how it ended.

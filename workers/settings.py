@@ -363,11 +363,16 @@ def _meaningless(settings: Settings, reader: _Reader) -> Iterator[Problem]:
 
 
 def _switch_problems(defaults: Defaults) -> tuple[str, ...]:
-    return tuple(
+    found = [
         f"{name} is {value}: give a number of seconds, 0 or more"
         for name in ("bake_s", "drain_s")
         if not 0 <= (value := getattr(defaults, name)) < 1e9
-    )
+    ]
+    if not 0 < defaults.hold_wait_s < 1e9:
+        found.append(f"hold_wait_s is {defaults.hold_wait_s}: give a number of seconds above 0")
+    if defaults.hold_queue < 1:
+        found.append(f"hold_queue is {defaults.hold_queue}: give the number of requests that may wait, 1 or more")
+    return tuple(found)
 
 
 def _nats_problems(nats: NatsSettings) -> tuple[str, ...]:

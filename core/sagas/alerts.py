@@ -144,7 +144,8 @@ def _troubles(world: World, findings: tuple[Finding, ...], now: datetime, wakes:
             found.extend(_of_running(world, world.state("switch", model.switch), now))
         if name in world.ended:
             found.extend(_of_ended(world, name))
-        for version in _needed(model):
+        holds = bool(model.switch) and world.state("switch", model.switch).alone
+        for version in _needed(model, away=model.active if holds else ""):
             found.extend(_of_version(world, name, version, now, wakes))
     found.extend(_of_finding(world, finding) for finding in findings if finding.kind in KINDS)
     for kind, id in sorted(world.lost):
@@ -238,9 +239,12 @@ def _of_ended(world: World, model: str) -> list[_Trouble]:
     return [_Trouble(alert, ended.sequence)]
 
 
-def _needed(model: ModelState) -> tuple[str, ...]:
-    """Versions that requests may go to outside a switch; a running switch tells of its target itself."""
-    needed = [model.active] if model.active else []
+def _needed(model: ModelState, away: str) -> tuple[str, ...]:
+    """Versions that requests may go to outside a switch; a running switch tells of its target itself.
+
+    ``away``: the version that makes room for its successor while requests wait.
+    """
+    needed = [model.active] if model.active != away else []
     return tuple(dict.fromkeys((*needed, *(rule.version for rule in model.rules if rule.version))))
 
 

@@ -142,7 +142,7 @@ def _end(world: World, state: ModelState, cause: str, reason: str, now: datetime
         salt=route.salt,
         drain_s=route.drain_s or DRAIN_S,
         cause="repair",
-        failed=reason if cause == "failed" else "",
+        waits=routes.hold(world, state.model, reason if cause == "failed" else ""),
     )
     end = Write("model", state.model, EndDemand(state.model, cause, reason, now))
     return Owed(f"demand.{state.model}.{revision}", (end, write), state.model)

@@ -154,41 +154,66 @@ def no_room(world: World, model: str, version: str, cache: CacheConfig = CACHE) 
     return Rejected("no_capacity", f"{model} {version} can't be loaded{which}: {whys}", start)
 
 
+def must_swap(world: World, model: str, source: str, target: str) -> bool:
+    """Whether the instances that the target lacks have room only where those of the source leave."""
+    count = missing(world, model, target)
+    serving = tuple(
+        _idle(world, one, since)
+        for one in world.ready(model, source)
+        if (since := world.ready_at(one.instance)) is not None
+    )
+    return (
+        count > 0
+        and not _has_room(world, evictable(world), model, target, count)
+        and _has_room(world, (*evictable(world), *serving), model, target, count)
+    )
+
+
+def _has_room(world: World, idle: tuple[Idle, ...], model: str, version: str, count: int) -> bool:
+    """Whether so many instances have room, now or once what stops and some of the idle ones have left."""
+    planned = plan(world, Ledger(world, idle), model, version, count)
+    return len(planned) == count and all(offer.verdict != FULL for offer in planned)
+
+
 def evictable(world: World) -> tuple[Idle, ...]:
     """Ready instances that no route uses and nothing needs."""
     found: list[Idle] = []
     for id, since in world.idle_since.items():
         one = world.instances[id]
         state = world.models.get(one.model)
-        if state is None or one.phase != "ready" or one.version in _needed(world, one.model):
-            continue
-        load = world.loads.get((one.model, one.version))
-        found.append(
-            Idle(
-                id,
-                one.worker,
-                since,
-                one.version == state.undo_target,
-                one.device,
-                one.bytes,
-                one.device_bytes,
-                max(one.priority, 0) if id in world.served else one.priority,
-                load.seconds if load else 0.0,
-                world.uses.get((one.model, one.version), 0),
-                one.version in state.residence.pinned,
-            )
-        )
+        if state is not None and one.phase == "ready" and one.version not in _needed(world, one.model):
+            found.append(_idle(world, one, since))
     return tuple(found)
+
+
+def _idle(world: World, one: InstanceState, since: datetime) -> Idle:
+    state = world.models[one.model]
+    load = world.loads.get((one.model, one.version))
+    return Idle(
+        one.instance,
+        one.worker,
+        since,
+        one.version == state.undo_target,
+        one.device,
+        one.bytes,
+        one.device_bytes,
+        max(one.priority, 0) if one.instance in world.served else one.priority,
+        load.seconds if load else 0.0,
+        world.uses.get((one.model, one.version), 0),
+        one.version in state.residence.pinned,
+    )
 
 
 def _needed(world: World, model: str) -> tuple[str, ...]:
     """Versions that must have a ready instance or be on the way to one."""
     state = world.models[model]
     switch = world.state("switch", state.switch) if state.switch else None
-    needed = [state.active] if state.active and not state.at_zero else []
+    away = state.at_zero or (switch is not None and switch.alone and switch.source == state.active)
+    needed = [state.active] if state.active and not away else []
     needed.extend(rule.version for rule in state.rules if rule.version and rule.version not in needed)
     if switch is not None and switch.phase not in ENDED:
-        needed.extend(v for v in (switch.target, switch.to) if v and v not in needed)
+        target = "" if switch.holds and switch.phase == "rolling_back" else switch.target
+        needed.extend(v for v in (target, switch.to) if v and v not in needed)
     return tuple(v for v in needed if v in state.versions)  # only what is registered can be loaded
 
 
@@ -196,7 +221,7 @@ def _restore(world: World, model: str, version: str, now: datetime) -> Owed | da
     """Replace a needed version's lost instance; a time where the back-off has to pass first."""
     state = world.models[model]
     switch = world.state("switch", state.switch) if state.switch else None
-    if switch is not None and version == switch.target and (switch.source or switch.step == 0):
+    if switch is not None and version == switch.target and (switch.step == 0 or (switch.source and not switch.alone)):
         return None  # the switch loads its target itself, and rolls back where the last of it dies
     if not loadable(world, model, version):
         return None

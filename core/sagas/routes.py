@@ -41,6 +41,8 @@ def table(world: World, model: str) -> Table:
             return Table({switch.target: 100.0})
         case "rolling_back":
             return source_only(switch.home)
+        case "holding":
+            return Table({})
         case "stepping" | "stepped" | "baking":
             return split(switch, switch.weight, switch.mirror)
         case _:
@@ -66,7 +68,7 @@ def source_only(version: str) -> Table:
 
 def split(switch: SwitchState, weight: float, mirror: float = 0.0) -> Table:
     """The switch's two versions, the target with ``weight`` percent, or with copies only."""
-    if not switch.source:
+    if not switch.source or switch.alone:
         return Table({switch.target: 100.0})
     if not weight:
         shares = {switch.source: 100.0}
@@ -75,11 +77,18 @@ def split(switch: SwitchState, weight: float, mirror: float = 0.0) -> Table:
 
 
 def change(
-    world: World, model: str, wanted: Table, *, salt: str, drain_s: float, cause: str, failed: str = ""
+    world: World,
+    model: str,
+    wanted: Table,
+    *,
+    salt: str,
+    drain_s: float,
+    cause: str,
+    waits: Hold | msgspec.UnsetType | None = msgspec.UNSET,
 ) -> tuple[Write, int]:
     """The route that says so over all proven instances, and the revision that it will have.
 
-    ``failed``: why a load has failed just now for which requests wait.
+    ``waits``: how requests wait; unset for what the model's state asks for.
     """
     route = world.state("route", model)
     rules = world.state("model", model).rules
@@ -101,7 +110,7 @@ def change(
         rules,
         (Mirror(wanted.mirror, wanted.mirrored, endpoints(wanted.mirror)),) if wanted.mirror else (),
         wanted.candidate,
-        hold(world, model, failed),
+        hold(world, model) if isinstance(waits, msgspec.UnsetType) else waits,
     )
     if same(route, command):  # already the table: the decider will write nothing
         command = msgspec.structs.replace(command, revision=route.revision)
@@ -109,8 +118,14 @@ def change(
 
 
 def hold(world: World, model: str, failed: str = "") -> Hold | None:
-    """Where requests wait while the model has no instance. ``failed``: why one more load has failed."""
+    """Where requests wait while the model has no instance. ``failed``: why one more load on demand has failed."""
     state: ModelState = world.state("model", model)
+    switch: SwitchState = world.state("switch", state.switch) if state.switch else SwitchState()
+    return switch.hold if switch.holds else demand(state, failed)
+
+
+def demand(state: ModelState, failed: str = "") -> Hold | None:
+    """Where requests wait for a model that is loaded on demand. ``failed``: why one more load has failed."""
     serving = state.serving
     if not serving.on_demand or not state.active:
         return None

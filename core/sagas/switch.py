@@ -2,15 +2,18 @@
 
 The way: requested → (loading) → ready → step, applied, step, … → bake → drain → completed; or a rollback on the same
 road: to the source, and where that is not ready while the target is bad, to the newest version that is known to be
-good. Every wait is a condition on the world, a deadline that stands in an event, or evidence that can be read again,
-so any controller can go on at any point after a kill -9. The judgement comes from outside (a fold over health samples);
+good. Where there is no place for both and the policy allows it, requests are held in between: the source leaves first.
+Every wait is a condition on the world, a deadline that stands in an event, or evidence that can be read again, so
+any controller can go on at any point after a kill -9. The judgement comes from outside (a fold over health samples);
 what it leads to is decided here, and written with all its figures.
 """
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from turnout.core.instance import ENDED as INSTANCE_ENDED
 from turnout.core.instance import RequestProbe
@@ -32,9 +35,11 @@ from turnout.core.switch import (
     RecordStepApplied,
     RecordTargetReady,
     RecordVerdict,
+    ReleaseHold,
     ResumeSwitch,
     StartBake,
     StartDrain,
+    StartHold,
     StartRollback,
     StartStep,
     SwitchState,
@@ -46,6 +51,7 @@ from turnout.events.switch import TargetReady
 if TYPE_CHECKING:
     from turnout.core.instance import InstanceState
     from turnout.core.world import World
+    from turnout.events.route import Hold as Held
 
 
 #: How long a rollback waits for a good answer of the source before it ends without one, seconds: its traffic is back
@@ -71,6 +77,8 @@ def agenda(world: World, id: str, now: datetime, judgement: Judgement | None = N
             return _make_ready(world, state, now)
         case "ready" | "stepped":
             return _next_step(world, state, judgement, now)
+        case "holding":
+            return _swap(world, state, now)
         case "stepping":
             return _await_step(world, state, now)
         case "baking":
@@ -126,6 +134,10 @@ def _trouble(world: World, state: SwitchState, now: datetime) -> Owed | None:
     limit = _seconds(state.requested_at, state.deadline)
     if state.phase in UNTOUCHED:
         return _load_trouble(world, state, late, limit)
+    if state.phase == "holding":
+        return _swap_trouble(world, state, late, limit, now)
+    if state.alone:
+        return None  # placement restores the target, as it does of a first version
     home = routes.way_back(world, state) if state.source else ""
     if state.phase not in FORWARD or not home:
         return None  # nothing to go back to: placement restores what is missing
@@ -204,6 +216,30 @@ def _load_trouble(world: World, state: SwitchState, late: bool, limit: float) ->
     return _owe(state, "fail", close(state, "failed"), Write("switch", state.switch, command))
 
 
+def _swap_trouble(world: World, state: SwitchState, late: bool, limit: float, now: datetime) -> Owed | None:
+    """The target can't take the source's place: the old one comes back for the requests that wait."""
+    if world.ready(state.model, state.target):
+        return None
+    if failed := _failed(world, state):
+        cause, why = "failure", f"{state.target} could not be loaded ({failed.stage}): {failed.reason}"
+    elif stopped := _stopped(world, state):
+        cause, why = "failure", f"{stopped.instance} was stopped while it loaded"
+    elif late:
+        cause, why = "deadline", f"{state.target} was not ready within {limit:g} s (max_transition_time)"
+    elif not state.instances and now >= _patience(state) and world.ready(state.model, state.source):
+        waited = (now - _patience(state)).total_seconds() + (state.hold.wait_s / 2 if state.hold else 0.0)
+        cause, why = "deadline", f"{state.source} had requests still after {waited:.0f} s, and others wait for it"
+    else:
+        return None
+    return _owe(state, "rollback", *rollback(world, state, cause, why, now))
+
+
+def _patience(state: SwitchState) -> datetime:
+    """How long the source may take to finish what it has: half the time that others wait at most."""
+    since = state.held_at or datetime.max.replace(tzinfo=UTC)
+    return since + timedelta(seconds=state.hold.wait_s / 2 if state.hold is not None else 0.0)
+
+
 def _failed(world: World, state: SwitchState) -> InstanceState | None:
     """The newest failed instance among those that the switch waits for."""
     failed = [world.instances[i] for i in state.instances if world.state("instance", i).phase == "failed"]
@@ -227,10 +263,46 @@ def _make_ready(world: World, state: SwitchState, now: datetime) -> Agenda:
         return wait
     if lacking and placement.awaits_inspection(world, state.model, state.target):
         return wait  # a worker looks at its files
+    if _may_hold(world, state):
+        return Agenda((_start_hold(world, state, now),))
     requests = placement.request(world, state.model, state.target, cause=state.switch, count=lacking)
     if requests is None:
         return wait  # no room yet: placement makes some, or the deadline ends it
     record = RecordInstancesRequested(state.switch, (*under_way, *(one.id for one in requests)))
+    return Agenda((_owe(state, "load", Write("switch", state.switch, record), *requests),))
+
+
+def _may_hold(world: World, state: SwitchState) -> bool:
+    """Whether requests may wait for the switch, and have to."""
+    if state.hold is None or not state.source or state.paused:
+        return False
+    return placement.must_swap(world, state.model, state.source, state.target)
+
+
+def _start_hold(world: World, state: SwitchState, now: datetime) -> Owed:
+    route, revision = _route(world, state, routes.source_only(""), state.hold)
+    start = StartHold(state.switch, revision, pause_s(world, state.model, state.source, state.target), now)
+    return _owe(state, "hold", Write("switch", state.switch, start), route)
+
+
+def pause_s(world: World, model: str, source: str, target: str) -> float | None:
+    """Seconds between the source's last answer and the target's first, as measured; None where it was never loaded."""
+    load = world.loads.get((model, target))
+    return None if load is None else round(load.seconds + world.stops.get((model, source), 0.0), 3)
+
+
+def _swap(world: World, state: SwitchState, now: datetime) -> Agenda:
+    """The source finishes and leaves (placement sees to it), then the target is loaded in its place."""
+    ready = tuple(i.instance for i in world.ready(state.model, state.target))
+    if ready and not world.instances_of(state.model, state.target, "requested", "loading"):
+        return Agenda((_owe(state, "ready", *_start(world, state, ready, now)),))
+    if ready or state.instances:
+        return Agenda(wake=state.deadline)
+    lacking = placement.missing(world, state.model, state.target)
+    requests = placement.request(world, state.model, state.target, cause=state.switch, count=lacking)
+    if requests is None:
+        return Agenda(wake=_earliest(_patience(state) if _patience(state) > now else None, state.deadline))
+    record = RecordInstancesRequested(state.switch, tuple(one.id for one in requests))
     return Agenda((_owe(state, "load", Write("switch", state.switch, record), *requests),))
 
 
@@ -281,13 +353,23 @@ def _next_step(world: World, state: SwitchState, judgement: Judgement | None, no
 
 def _step(world: World, state: SwitchState, action: SetWeight, passed: Judgement | None, now: datetime) -> Owed:
     step = state.step + 1
-    route, revision = _route(world, state, routes.split(state, action.weight, action.mirror))
+    wanted = routes.split(state, action.weight, action.mirror)
+    waits = routes.demand(world.models[state.model]) if state.alone else routes.hold(world, state.model)
+    route, revision = _route(world, state, wanted, waits)
     start = StartStep(state.switch, step, action.weight, revision, action.reason, now, action.mirror, passed)
-    return _owe(state, f"step.{step}", Write("switch", state.switch, start), route)
+    release = _release(state, state.target, now)
+    return _owe(state, f"step.{step}", Write("switch", state.switch, start), *release, route)
+
+
+def _release(state: SwitchState, version: str, now: datetime) -> tuple[Write, ...]:
+    """The requests that waited go on, where some had to."""
+    if state.held_at is None or state.released:
+        return ()
+    return (Write("switch", state.switch, ReleaseHold(state.switch, version, now)),)
 
 
 def _finish(world: World, state: SwitchState, now: datetime) -> Agenda:
-    if not state.source:
+    if not state.source or state.alone:
         complete = Write("switch", state.switch, CompleteSwitch(state.switch, 0.0))
         return Agenda((_owe(state, "complete", close(state, "completed"), complete),))
     if state.bake_s > 0:
@@ -342,7 +424,8 @@ def _roll_back(world: World, state: SwitchState, now: datetime) -> Agenda:
         return _prove(state, serving[0], now, given_up)
     finish = FinishRollback(state.switch, gateways, _seconds(state.since, now), proven)
     closing = close(state, outcome_of(state))
-    return Agenda((_owe(state, "rolled_back", closing, Write("switch", state.switch, finish)),))
+    release = _release(state, state.home, now)
+    return Agenda((_owe(state, "rolled_back", closing, *release, Write("switch", state.switch, finish)),))
 
 
 def _prove(state: SwitchState, one: InstanceState, now: datetime, given_up: datetime | None) -> Agenda:
@@ -359,9 +442,13 @@ def _prove(state: SwitchState, one: InstanceState, now: datetime, given_up: date
     return Agenda((Owed(f"probe.{one.instance}.{cause}", (Write("instance", one.instance, probe),), state.switch),))
 
 
-def _route(world: World, state: SwitchState, wanted: routes.Table) -> tuple[Write, int]:
-    """The model's route as the switch wants it, and the revision that it will have."""
-    return routes.change(world, state.model, wanted, salt=state.switch, drain_s=state.drain_s, cause=state.switch)
+def _route(
+    world: World, state: SwitchState, wanted: routes.Table, waits: Held | msgspec.UnsetType | None = msgspec.UNSET
+) -> tuple[Write, int]:
+    """The model's route as the switch wants it, and the revision that it will have; ``waits`` as in ``change``."""
+    return routes.change(
+        world, state.model, wanted, salt=state.switch, drain_s=state.drain_s, cause=state.switch, waits=waits
+    )
 
 
 def _owe(state: SwitchState, what: str, *writes: Write) -> Owed:

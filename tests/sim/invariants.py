@@ -178,6 +178,8 @@ class Checker:
             switch = self.world.switches[id]
             if not switch.source or (switch.model, switch.source) in self.wounded:
                 continue
+            if switch.held_at is not None:  # whoever allowed the hold has waived it: the event says so
+                continue
             if switch.phase not in UNTOUCHED and switch.phase not in ("stepping", "stepped", "baking"):
                 continue
             ready = self.world.ready(switch.model, switch.source)

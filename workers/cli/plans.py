@@ -50,6 +50,9 @@ async def show_plan(io: Terminal, client: Client, plan: Plan) -> None:
     io.show(rows(table("STEP", "TIME"), [(step.what, _time(step.seconds, n)) for n, step in enumerate(plan.steps)]))
     if plan.bytes:
         io.say(f"memory of {plan.target}: {size(plan.bytes)}")
+    if plan.holds:
+        long = "of a length that was never measured" if plan.pause_s is None else f"of about {seconds(plan.pause_s)}"
+        io.say(f"requests wait through a pause {long}, and for what {plan.source} has to finish", "yellow")
     for note in plan.notes:
         io.say(note)
     io.say(f"{plan.target} must carry all traffic within {seconds(plan.deadline_s)}")
@@ -59,6 +62,7 @@ async def show_plan(io: Terminal, client: Client, plan: Plan) -> None:
         chosen = f" --policy {plan.policy}"
     else:
         chosen = f" --strategy {plan.strategy}" + (" --param …" if plan.parameters else "")
+    chosen += " --hold" if plan.holds else ""
     io.next(f"turnout switch {plan.model} {plan.target}{chosen} --wait")
 
 

@@ -62,6 +62,8 @@ _timeout = click.option("--timeout", type=Duration(), help="With --wait: how lon
 @click.option("--bake", type=Duration(), help="How long the old version stays warm at full traffic.")
 @click.option("--drain", type=Duration(), help="How long its last requests may still run.")
 @click.option("--deadline", type=Duration(), help="By when the target must carry all traffic.")
+@click.option("--hold/--no-hold", default=None, help="Where there is no place for both versions, let requests wait "
+              "while one makes room for the other. --dry-run tells how long.")  # fmt: skip
 @_timeout
 @_reason
 @common
@@ -78,6 +80,7 @@ def switch(
     bake: float | None,
     drain: float | None,
     deadline: float | None,
+    hold: bool | None,
     timeout: float | None,
     reason: str,
 ) -> None:
@@ -107,12 +110,14 @@ def switch(
             "drain_s": drain,
             "max_transition_time_s": deadline,
             "policy": policy,
+            "hold": hold,
         }
         if policy_file is not None:
             brought = parsed(joined((policy_file, {"strategy": strategy} if strategy else {}, *params)))
             settings["strategy"], settings["parameters"] = brought.strategy, brought.parameters
             settings["bake_s"] = brought.bake_s if bake is None else bake
             settings["drain_s"] = brought.drain_s if drain is None else drain
+            settings["hold"] = brought.hold if hold is None else hold
             settings["max_transition_time_s"] = brought.max_transition_time_s if deadline is None else deadline
         if dry_run:
             await show_plan(io, client, await switcher.plan_switch(model, version, **settings))
@@ -125,11 +130,12 @@ def switch(
 
 @click.command()
 @click.argument("model")
+@click.option("--hold", is_flag=True, help="As for switch: let requests wait where there is no place for both.")
 @_wait
 @_timeout
 @_reason
 @common
-def undo(io: Terminal, model: str, wait: bool, timeout: float | None, reason: str) -> None:
+def undo(io: Terminal, model: str, hold: bool, wait: bool, timeout: float | None, reason: str) -> None:
     """Take MODEL back: roll its running switch back, else return to the last known good version. Without a bake.
 
     Where that version is warm, this needs no load. Exit codes with --wait as for switch; a running switch that was
@@ -139,7 +145,7 @@ def undo(io: Terminal, model: str, wait: bool, timeout: float | None, reason: st
         raise click.UsageError("--timeout needs --wait")
 
     async def work(client: Client) -> int:
-        operation = await ModelSwitcher(client).undo(model, reason=reason)
+        operation = await ModelSwitcher(client).undo(model, reason=reason, hold=hold)
         return await _asked(io, client, operation, wait, timeout, back_was_asked=True)
 
     io.run(work)
@@ -344,9 +350,11 @@ def _behind(view: SwitchView) -> Iterator[tuple[str, str, str]]:
             copies = f"copies of {view.mirror:g} % go to {view.target}"
             share = f"{view.target} has {view.weight:g} %"
             yield f"step {view.step}", seconds(view.cutover_s), copies if view.mirror else share
+    if view.pause_s is not None:
+        yield "held", seconds(view.pause_s), "requests waited, and went on"
     if view.bake_until is not None and view.phase in ("draining", "completed"):
         yield "baked", "", f"{view.source} stayed warm"
-    if view.phase == "completed" and view.source:
+    if view.phase == "completed" and view.source and view.pause_s is None:
         yield "drained", seconds(view.drain_s or 0.0), f"the last request on {view.source} has ended"
 
 
@@ -358,6 +366,9 @@ def _now(view: SwitchView, following: Following, now: datetime) -> Text:
         case "requested" | "loading":
             stage = next(iter(_loading(view, following)), "")
             line.append(f"  {age_s:.0f} s" + (f"  {stage}" if stage else ""), "default")
+        case "holding":
+            stage = next(iter(_loading(view, following)), "") or f"{view.source} makes room"
+            line.append(f"  {age_s:.0f} s  requests wait; {stage}", "default")
         case "baking":
             line.append(f"  {left_s(view.bake_until, now)} s left; {view.source} stays warm", "default")
         case "draining":

@@ -30,6 +30,7 @@ _STYLES = {
     "rolled_back": "yellow",
     "aborted": "yellow",
     "paused": "magenta",
+    "holding": "yellow",
 }
 _CODES = {"completed": DONE, "concluded": DONE, "failed": FAILED, "rolled_back": BACK, "aborted": BACK, "paused": HELD}
 _DECISIONS = {"pass": "green", "fail": "bold red", "inconclusive": "magenta", "invalid": "magenta"}

@@ -13,7 +13,7 @@ from turnout.events.gateway import GatewayJoined, RouteApplied, VersionDrained
 from turnout.events.instance import InstanceProbed, InstanceReady, InstanceRequested
 from turnout.events.model import ActiveVersionChanged, EngineSpec, KnownGoodMarked, ModelRegistered, SwitchAdmitted
 from turnout.events.model import VersionRegistered as Registered
-from turnout.events.route import Endpoint, RouteChanged, Split
+from turnout.events.route import Endpoint, Hold, RouteChanged, Split
 from turnout.events.switch import SwitchRequested
 from turnout.events.worker import WorkerJoined
 
@@ -89,6 +89,7 @@ class Story(WorldBuilder):
             "deadline_s": 300.0,
             "strategy": "immediate",
             "parameters": nothing,
+            "hold": None,
         } | fields
         self.later(1.0)
         requested = SwitchRequested(
@@ -104,6 +105,7 @@ class Story(WorldBuilder):
             bake_s=float(str(known["bake_s"])),
             drain_s=float(str(known["drain_s"])),
             at=self.now,
+            hold=cast("Hold | None", known["hold"]),
         )
         self.happens(SwitchAdmitted("chat", "sw-1", target), requested, after_s=0.0)
         return self

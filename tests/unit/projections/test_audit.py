@@ -108,6 +108,23 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
         "alice asked for chat v2 (immediate): new weights",
     ),
     ("switch", switch.InstancesRequested("sw-1", ("i2",)), "sw-1: i2 must be loaded first"),
+    (
+        "switch",
+        switch.HoldStarted("sw-1", "v1", 4, "fast", 31.2, NOW),
+        "sw-1: no place for both, so requests wait from revision 4 on while v1 makes room, a pause of about 31 s in "
+        "which nobody can take over, as policy fast allows",
+    ),
+    (
+        "switch",
+        switch.HoldStarted("sw-1", "v1", 4, "", None, NOW),
+        "sw-1: no place for both, so requests wait from revision 4 on while v1 makes room, a pause of a length never "
+        "measured in which nobody can take over, as the command allows",
+    ),
+    (
+        "switch",
+        switch.HoldReleased("sw-1", "v2", 30.8),
+        "sw-1: the requests that waited go on to v2, after a pause of 31 s",
+    ),
     ("switch", switch.TargetReady("sw-1", ("i2",), 31.24, False), "sw-1: ready after 31 s (i2)"),
     (
         "switch",
