@@ -68,6 +68,13 @@ class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str = ""
 
 
+class Undo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why, for the log. ``hold``: where there is no place for both versions, requests may wait."""
+
+    reason: str = ""
+    hold: bool = False
+
+
 class Policies(msgspec.Struct, frozen=True):
     """Name → policy as it was given."""
 
@@ -124,10 +131,10 @@ class Models(Controller):
         desk: Commands,
         asked: Told,
         model: ModelName,
-        data: JSONBody[Reason],
+        data: JSONBody[Undo],
     ) -> Response[Accepted]:
         """Roll the running switch back, or start one to the version before. `ids` has the switch."""
-        answer = await desk.send(asked, "model.undo", UndoModel(name(model), data.reason))
+        answer = await desk.send(asked, "model.undo", UndoModel(name(model), data.reason, data.hold))
         return Response(answer, headers={"location": f"/v1/switches/{answer.ids[0]}"} if answer.ids else {})
 
 

@@ -357,7 +357,7 @@ def test_every_refusal_has_a_status_of_its_kind() -> None:
         (models.NewProbe, Probe, set[str]()),
         (models.NewRule, Rule, set[str]()),
         (models.NewRules, SetRules, {"model"}),
-        (models.Reason, UndoModel, {"model"}),
+        (models.Undo, UndoModel, {"model"}),
         (models.Reason, StopSwitch, {"switch"}),
         (models.Reason, ContinueSwitch, {"switch"}),
         (models.Reason, RetrySwitch, {"switch"}),
