@@ -291,8 +291,6 @@ def _unwanted(world: World, one: InstanceState) -> str:
     if state.at_zero and one.version == state.active and not state.switch:
         return "nobody uses it: it is loaded again on demand"
     if one.phase == "ready":
-        return ""
-    if one.phase == "ready":
         asked, since = state.residence.evicted.get(one.version), world.idle_since.get(one.instance)
         gone = asked is not None and since is not None and since <= asked.at
         return asked.reason if asked is not None and gone and one.version not in state.residence.pinned else ""

@@ -14,6 +14,7 @@ from turnout.events.instance import InstanceDraining, InstanceReady, InstanceReq
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
+    EvictionRequested,
     PreloadEnded,
     PreloadRequested,
     ReplicasChanged,
@@ -130,6 +131,15 @@ def test_pinned_instances_make_no_room_and_the_refusal_names_them() -> None:
     assert "chat b (i2) 200 MiB, pinned" in full.reason
     made.asked("d")
     assert not drained(made.carry_placement(ModelSwitchingConfig(max_cached_models=0)))
+
+
+def test_what_was_asked_to_be_evicted_leaves_and_what_became_idle_later_stays() -> None:
+    made = serving(loaded(story(a=300, b=200, c=100), "i1", "a", 300), "a", "i1")
+    loaded(made, "i2", "b", 200)
+    made.later(1.0).happens(EvictionRequested("chat", "b", made.now, "room for others"))
+    loaded(made.later(1.0), "i3", "c", 100)
+    assert drained(made.carry_placement()) == [InstanceDraining("i2", "room for others")]
+    assert not drained(made.carry_placement())
 
 
 def test_what_is_not_bounded_is_limited_by_places_alone() -> None:
