@@ -232,3 +232,17 @@ def test_a_wish_never_pushes_out_what_the_cache_is_full_of() -> None:
     assert made.carry_placement(ModelSwitchingConfig(max_cached_models=1)) == []
     assert len(requested(made.carry_placement(ModelSwitchingConfig(max_cached_models=2)))) == 1
     assert CACHE.policy == "lru"
+
+
+# --- in the place of another -------------------------------------------------------------------------------------
+
+
+def test_a_target_takes_the_sources_memory_only_where_there_is_no_other_and_that_is_enough() -> None:
+    made = serving(loaded(story(a=600, b=100, c=500, d=1000), "i1", "a", 600), "a", "i1")
+    assert not placement.must_swap(made.world, "chat", "a", "b"), "both have room"
+    assert placement.must_swap(made.world, "chat", "a", "c")
+    assert not placement.must_swap(made.world, "chat", "a", "d"), "it is larger than the memory"
+    loaded(made, "i2", "b", 300)
+    assert placement.must_swap(made.world, "chat", "a", "c"), "what is idle is not enough"
+    made.happens(VersionPinned("chat", "a"))
+    assert not placement.must_swap(made.world, "chat", "a", "c"), "it is pinned"
