@@ -130,7 +130,7 @@ SCENARIOS = {
         Scenario(
             name="canary-dead",
             about="a candidate that was proven and then takes no connection is rolled back; no client notices",
-            target=("--deaf-after=1",),
+            target=("--deaf-after=2",),  # a proof asks two questions
             policy=_canary(),
             ends="rolled_back",
             serves=SOURCE,

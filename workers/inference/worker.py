@@ -89,12 +89,15 @@ class _Life:
         self.drain = asyncio.Event()
         self.forced = asyncio.Event()
         self.asked = asyncio.Event()  # a golden probe may be wanted: see the view
+        self.known = asyncio.Event()  # the view says what it is; of an engine that was found running only its id is known
         self.silent = False  # its end is known; nothing is to be reported
         self.unquiet = ""
         self.unsound = False  # the newest golden question that was published has failed
         self.task: asyncio.Task[None] | None = None
         if view.probe:
             self.asked.set()
+        if found is None:
+            self.known.set()
 
 
 class InferenceWorker:
@@ -276,6 +279,7 @@ class InferenceWorker:
             life = self._lives.get(instance)
             if life is not None:
                 life.view = wanted
+                life.known.set()
                 life.sequence = max(life.sequence, sequence)
                 self._drain_if_asked(life)
                 if wanted.probe:
@@ -385,8 +389,11 @@ class InferenceWorker:
     async def _load(self, life: _Life) -> Loaded | Failure | None:
         """Load and prove, one at a time, as two engines that start together charge each other's memory.
 
-        None where it was asked to stop first; what runs of it is then still to be ended.
+        None where it was asked to stop first; what runs of it is then still to be ended. One that an earlier worker has
+        begun goes on by itself, but what it must say is a matter of its version: the proof waits for the view.
         """
+        if await _unless(life.known.wait(), life.drain.wait()) is None:
+            return None
         view = life.view
         order = Order(
             view.instance,

@@ -130,7 +130,7 @@ class Model:
         self.names = (self.name, f"{self.name}@{settings.version}")
         self.running = 0
         self.answering: list[str] = []  # the names that running requests were sent under
-        self.asked = 0
+        self.asked = self.heard = 0
         self.finished: dict[str, int] = {}
         self.generated = 0
         self._draw = Draw(settings.seed)
@@ -181,6 +181,7 @@ class Model:
 
         One with several texts is how a worker compares engines: it is not counted, and no planned fault meets it.
         """
+        self.heard += 1
         self.asked += texts == 1
         if self.hand is not None and self.hand.garbage:  # asleep at level 2, woken without its weights
             return Plan(("!",) * count, finish="length")
@@ -210,7 +211,7 @@ class Model:
 
     def is_deaf(self) -> bool:
         """Whether no connection is taken any more."""
-        return 0 <= self.settings.deaf_after <= self.asked
+        return 0 <= self.settings.deaf_after <= self.heard
 
     def hangs(self) -> bool:
         """Whether the request that was counted last gets no byte for ever."""
@@ -919,7 +920,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     when.add_argument("--first-token-ms", type=float, default=0.0)
     when.add_argument("--token-ms", type=float, default=0.0, help="between two tokens")
     when.add_argument("--memory", type=int, default=0, help="MiB to hold")
-    bad = p.add_argument_group("what goes wrong (crash, hang and deaf count all requests, the proof included)")
+    bad = p.add_argument_group("what goes wrong (crash and hang count all requests, the first of a proof included; deaf its second too)")
     bad.add_argument("--sound-first", type=int, default=0, help="requests that go well before the faults below begin")
     bad.add_argument("--error-rate", type=float, default=0.0, help="share of requests answered 500")
     bad.add_argument("--error-says", default=DEAD, help="message of the 500; the default says that the engine is dead")
