@@ -89,7 +89,7 @@ class _Life:
         self.drain = asyncio.Event()
         self.forced = asyncio.Event()
         self.asked = asyncio.Event()  # a golden probe may be wanted: see the view
-        self.known = asyncio.Event()  # the view says what it is; of an engine that was found running only its id is known
+        self.known = asyncio.Event()  # the view says what it is: of a found engine only its id is known
         self.silent = False  # its end is known; nothing is to be reported
         self.unquiet = ""
         self.unsound = False  # the newest golden question that was published has failed

@@ -920,7 +920,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     when.add_argument("--first-token-ms", type=float, default=0.0)
     when.add_argument("--token-ms", type=float, default=0.0, help="between two tokens")
     when.add_argument("--memory", type=int, default=0, help="MiB to hold")
-    bad = p.add_argument_group("what goes wrong (crash and hang count all requests, the first of a proof included; deaf its second too)")
+    bad = p.add_argument_group("what goes wrong (all requests count: the first of a proof, for --deaf-after both)")
     bad.add_argument("--sound-first", type=int, default=0, help="requests that go well before the faults below begin")
     bad.add_argument("--error-rate", type=float, default=0.0, help="share of requests answered 500")
     bad.add_argument("--error-says", default=DEAD, help="message of the 500; the default says that the engine is dead")
