@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
@@ -31,7 +31,7 @@ from turnout.core.switch import ENDED, SwitchState, unknown_switch
 from turnout.core.switch import evolve as evolve_switch
 from turnout.core.switch import initial as no_switch
 from turnout.events import subjects
-from turnout.events.store import StoreFull, Unavailable
+from turnout.events.store import Damaged, StoreFull, Unavailable
 from turnout.events.switch import SwitchEvent
 from turnout.projections.alerts import AlertView
 from turnout.projections.audit import Audit, Entry
@@ -43,7 +43,9 @@ from turnout.projections.switches import SwitchView
 from turnout.workers.answers import CommandRejected, ControllerBug
 from turnout.workers.controller.activity import QUESTION, AskUses, UsesReport
 from turnout.workers.controller.health import AskEvidence, AskHealth, EvidenceReport, HealthReport
+from turnout.workers.loaded import Loaded, loaded
 from turnout.workers.ports import Request
+from turnout.workers.story import Report, Story
 
 __all__ = [
     "Client",
@@ -674,6 +676,25 @@ class ModelSwitcher:
         """
         return await self._client.switch(switch)
 
+    async def get_switch_report(self, switch: str) -> Report:
+        """Everything about one switch, from the log; and what clients noticed, where a controller knows it still.
+
+        Raises:
+            CommandRejected: there is none of this id.
+            Unavailable: the log can't be read.
+            Damaged: the log does not hold what the views say.
+        """
+        view = await self._client.switch(switch)
+        story = Story(view.switch)
+        async for recorded in self._client.log():
+            story.take(recorded)
+        made = story.report
+        if made is None:
+            raise Damaged(f"the log does not hold the beginning of {view.switch}")
+        with suppress(Unavailable, CommandRejected, ControllerBug):  # the log's part is told all the same
+            made.impact = await HealthMonitor(self._client).monitor_switch_impact(view.switch)
+        return made
+
     async def abort_switch(self, switch: str, *, reason: str = "", actor: str = "") -> SwitchOperation:
         """End a running switch; what has moved goes back to the source. Returns when it is in the log.
 
@@ -706,6 +727,25 @@ class HealthMonitor:
         if not isinstance(answer, HealthReport):
             raise TypeError(f"health.get was answered with {type(answer).__name__}")
         return answer
+
+    async def check_version_health(self, model: str, version: str, *, deadline_s: float = DEADLINE_S) -> VersionHealth:
+        """Status of one version, with reasons and numbers.
+
+        Raises:
+            CommandRejected: model or version is unknown, or the version is neither loaded nor routed.
+        """
+        report = await self.check_model_health(model, deadline_s=deadline_s)
+        found = next((one for one in report.versions if one.version == version), None)
+        if found is None:
+            version_of(await self._client.model(model), version)
+            raise CommandRejected(
+                Rejected(
+                    "version_not_loaded",
+                    f"{model} {version} is neither loaded nor routed: nothing is known of how it does",
+                    f"load it first: turnout preload {model} {version}",
+                )
+            )
+        return found
 
     async def check_evidence(self, switch: str, *, deadline_s: float = DEADLINE_S) -> EvidenceReport:
         """What the judge sees of a running switch now, and what clients noticed of it.
@@ -804,6 +844,11 @@ class DynamicModelRegistry:
         if not isinstance(answer, UsesReport):
             raise TypeError(f"{QUESTION} was answered with {type(answer).__name__}")
         return answer
+
+    async def get_loaded(self) -> list[Loaded]:
+        """What is loaded, where and until when; then the models on demand that are at zero. In the order of names."""
+        found = await self._client.views("worker.*", "model.*", "route.*")
+        return loaded(found, (await self.get_uses()).models, self._client.clock.now())
 
     async def get_active_model(self, model: str) -> VersionView | None:
         """The version that the model serves when no switch runs; None where it serves none yet.

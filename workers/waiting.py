@@ -152,6 +152,7 @@ class ModelSwitcher(_Twin[waited.ModelSwitcher]):
     remove_policy = _waits(waited.ModelSwitcher.remove_policy)
     get_policies = _waits(waited.ModelSwitcher.get_policies)
     get_switch_status = _waits(waited.ModelSwitcher.get_switch_status)
+    get_switch_report = _waits(waited.ModelSwitcher.get_switch_report)
 
 
 class HealthMonitor(_Twin[waited.HealthMonitor]):
@@ -161,6 +162,7 @@ class HealthMonitor(_Twin[waited.HealthMonitor]):
         super().__init__(client.loop, waited.HealthMonitor(client.twin))
 
     check_model_health = _waits(waited.HealthMonitor.check_model_health)
+    check_version_health = _waits(waited.HealthMonitor.check_version_health)
     check_evidence = _waits(waited.HealthMonitor.check_evidence)
     monitor_switch_impact = _waits(waited.HealthMonitor.monitor_switch_impact)
 
@@ -175,6 +177,7 @@ class DynamicModelRegistry(_Twin[waited.DynamicModelRegistry]):
     deregister_model = _waits(waited.DynamicModelRegistry.deregister_model)
     get_active_model = _waits(waited.DynamicModelRegistry.get_active_model)
     get_uses = _waits(waited.DynamicModelRegistry.get_uses)
+    get_loaded = _waits(waited.DynamicModelRegistry.get_loaded)
     set_serving = _waits(waited.DynamicModelRegistry.set_serving)
     switch_model = _starts(waited.DynamicModelRegistry.switch_model)  # type: ignore[arg-type]  # **settings
 

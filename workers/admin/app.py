@@ -20,6 +20,7 @@ from turnout.events.store import Unavailable
 from turnout.events.version import VERSION
 from turnout.workers.admin import problems
 from turnout.workers.admin.asked import Desk, asked
+from turnout.workers.admin.cache import Cache, Residence
 from turnout.workers.admin.door import Door
 from turnout.workers.admin.fleet import Alerts, Gateways, Instances, Workers
 from turnout.workers.admin.journal import Journal, Page
@@ -162,7 +163,21 @@ def build(client: Client, token: str, settings: AdminSettings, connected: Callab
         "metrics": registry,
     }
     app = Litestar(
-        [Models, Versions, ModelPolicies, ModelRules, Switches, Workers, Instances, Gateways, Alerts, Log, Own],
+        [
+            Models,
+            Versions,
+            ModelPolicies,
+            ModelRules,
+            Residence,
+            Cache,
+            Switches,
+            Workers,
+            Instances,
+            Gateways,
+            Alerts,
+            Log,
+            Own,
+        ],
         dependencies={
             "asked": Provide(asked),
             **{key: Provide(_Give(one), sync_to_thread=False) for key, one in shared.items()},

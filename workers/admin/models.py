@@ -12,11 +12,13 @@ from litestar import Controller, Response, delete, get, post, put
 from litestar.di import NamedDependency
 from litestar.params import JSONBody, PathParameter
 
-from turnout.core.decider import Accepted
+from turnout.core import rules as core
+from turnout.core.decider import Accepted, Rejected
 from turnout.core.handling import UndoModel
-from turnout.core.model import DeregisterVersion, RegisterVersion, SetPolicy, SetRules
+from turnout.core.health import VersionHealth
+from turnout.core.model import DeregisterVersion, RegisterVersion, SetPolicy, SetRules, SetServing
 from turnout.events import subjects
-from turnout.events.model import EngineSpec, Probe
+from turnout.events.model import EngineSpec, Probe, Serving
 from turnout.events.route import Rule
 from turnout.projections.comparison import Comparison
 from turnout.projections.registry import ModelView, VersionView
@@ -24,12 +26,15 @@ from turnout.projections.routing import RouteView
 from turnout.workers.admin import problems
 from turnout.workers.admin.asked import After, Commands, Control, Items, Limit, Told, etag, page
 from turnout.workers.admin.door import name
+from turnout.workers.answers import CommandRejected
 from turnout.workers.client import HealthMonitor, ModelVersionManager
 from turnout.workers.controller.health import HealthReport
+from turnout.workers.ruling import Ruling
 
 _READS = problems.spec(400, 401, 404, 408, 500, 503)
 _CHANGES = problems.spec(400, 401, 404, 408, 409, 412, 413, 422, 500, 503)
 
+_READS_OR_NOT_NOW = problems.spec(400, 401, 404, 408, 409, 500, 503)
 _COMPARES = problems.spec(400, 401, 404, 408, 422, 500, 503)
 
 ModelName = Annotated[str, PathParameter(description="A served name; a slash in it is written %2F.")]
@@ -93,6 +98,42 @@ class NewRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rules: tuple[NewRule, ...]
 
 
+class NewServing(Serving, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """As ``Serving``; a key that there isn't is refused."""
+
+
+class ServedLike(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a model is served from now on. ``version``: what it loads on demand where it serves none yet."""
+
+    serving: NewServing
+    version: str = ""
+
+
+class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A request to ask the rules about.
+
+    Attributes:
+        request: its JSON body; the model is the path's.
+        headers: of it.
+        path: where it would be sent to.
+        rules: to be asked instead of those that are set; every target of them counts as ready.
+    """
+
+    request: dict[str, Any]
+    headers: dict[str, str] = {}
+    path: str = "/v1/chat/completions"
+    rules: tuple[NewRule, ...] | None = None
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """``rule``: the one that decides, None where the split does. ``goes_to``: in words. ``facts``: what rules saw."""
+
+    rule: str | None
+    goes_to: str
+    rules: tuple[core.Told, ...]
+    facts: core.Facts
+
+
 class Models(Controller):
     """``/v1/models``."""
 
@@ -114,6 +155,17 @@ class Models(Controller):
     async def read_health(self, client: Control, model: ModelName) -> HealthReport:
         """Status of each version that is loaded or routed, with reasons and numbers."""
         return await HealthMonitor(client).check_model_health(name(model))
+
+    @get("/{model:str}/serving", summary="Read how it is served", responses=_READS)
+    async def read_serving(self, client: Control, model: ModelName) -> Response[Serving]:
+        """Always loaded, or on demand; what is left out is as the schema says."""
+        view = await client.model(name(model))
+        return Response(view.serving, headers=etag(view.sequence))
+
+    @put("/{model:str}/serving", summary="Set how it is served", responses=_CHANGES)
+    async def set_serving(self, desk: Commands, asked: Told, model: ModelName, data: JSONBody[ServedLike]) -> Accepted:
+        """Load it only when a request asks for it, and unload it when nobody uses it any more; or keep it loaded."""
+        return await desk.send(asked, "model.serving", SetServing(name(model), data.serving, data.version))
 
     @get("/{model:str}/route", summary="Read its route", responses=_READS)
     async def read_route(self, client: Control, model: ModelName) -> Response[RouteView]:
@@ -162,6 +214,11 @@ class Versions(Controller):
         """The version as it was registered. It never changes; its ETag is the model's, for deleting it."""
         view = await client.model(name(model))
         return Response(await versions.get_version(view.model, name(version)), headers=etag(view.sequence))
+
+    @get("/{version:str}/health", summary="Read how it does", responses=_READS_OR_NOT_NOW)
+    async def read_version_health(self, client: Control, model: ModelName, version: VersionName) -> VersionHealth:
+        """Its status with reasons and numbers; 409 where it is neither loaded nor routed."""
+        return await HealthMonitor(client).check_version_health(name(model), name(version))
 
     @get("/{version:str}/compare/{other:str}", summary="Compare two versions", responses=_COMPARES)
     async def compare(
@@ -254,3 +311,21 @@ class ModelRules(Controller):
     ) -> Accepted:
         """All rules of the model from now on; see docs/rules.md."""
         return await desk.send(asked, "model.rules", SetRules(name(model), data.rules))
+
+    @post("/test", summary="Try its rules", status_code=200, responses=_CHANGES)
+    async def test_rules(self, client: Control, model: ModelName, data: JSONBody[Trial]) -> Verdict:
+        """Which rule decides about a request, and why. Nothing is sent."""
+        view = await client.model(name(model))
+        if data.rules is not None and (found := core.problems(data.rules)):
+            hint = "correct them; docs/rules.md has every name and field"
+            raise CommandRejected(Rejected("rules_invalid", "; ".join(found), hint))
+        known = await client.views("route.*") if data.rules is None else {}
+        made = Ruling(
+            view.model,
+            view.rules if data.rules is None else data.rules,
+            data.path,
+            {key.lower(): value for key, value in data.headers.items()},
+            msgspec.json.encode({**data.request, "model": view.model}),
+            {key: route for key, route in known.items() if isinstance(route, RouteView)},
+        )
+        return Verdict(made.decided.name if made.decided else None, made.goes, made.told, made.facts)

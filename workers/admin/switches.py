@@ -16,8 +16,9 @@ from turnout.workers.admin import problems
 from turnout.workers.admin.asked import After, Commands, Control, Items, Limit, Told, page
 from turnout.workers.admin.door import name
 from turnout.workers.admin.models import Reason
-from turnout.workers.client import HealthMonitor
+from turnout.workers.client import HealthMonitor, ModelSwitcher
 from turnout.workers.controller.health import EvidenceReport
+from turnout.workers.story import Report
 
 _READS = problems.spec(400, 401, 404, 408, 500, 503)
 _CHANGES = problems.spec(400, 401, 404, 408, 409, 412, 413, 422, 500, 503)
@@ -86,6 +87,11 @@ class Switches(Controller):
     async def read_evidence(self, client: Control, switch: SwitchId) -> EvidenceReport:
         """What the judge sees of it now, and what clients noticed of it."""
         return await HealthMonitor(client).check_evidence(name(switch))
+
+    @get("/{switch:str}/report", summary="Read its report", responses=_READS)
+    async def read_report(self, client: Control, switch: SwitchId) -> Report:
+        """Its story from the log: each step, each verdict, who did what, how it ended; and what clients noticed."""
+        return await ModelSwitcher(client).get_switch_report(name(switch))
 
     @post("/{switch:str}/promote", summary="Promote a switch", status_code=202, responses=_CHANGES)
     async def promote(

@@ -15,8 +15,8 @@ from turnout.workers import running
 from turnout.workers.cli import report as reports
 from turnout.workers.cli.audit import Lines
 from turnout.workers.cli.doctor import nvidia_gpus
-from turnout.workers.cli.story import Story
 from turnout.workers.cli.terminal import DONE, FAILED, Duration, Terminal, common, rows, table
+from turnout.workers.story import Story
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from turnout.events.switch import Figure, VerdictReached
-    from turnout.workers.cli.story import Report
+    from turnout.workers.story import Report
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fcfcfb; --card: #ffffff; --ink: #1d1d1b; --faint: #6d6d68; --line: #dddcd6;

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from turnout.events.store import Unavailable
 from turnout.projections.audit import seconds
-from turnout.workers.answers import CommandRejected, ControllerBug
 from turnout.workers.cli.page import page
-from turnout.workers.cli.story import Report, Story, effects, periods, summary
+from turnout.workers.cli.story import effects, periods, summary
 from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common, rows, table
 from turnout.workers.cli.words import (
     bar,
@@ -24,14 +22,14 @@ from turnout.workers.cli.words import (
     share_text,
     toml,
 )
-from turnout.workers.client import HealthMonitor
+from turnout.workers.client import ModelSwitcher
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from turnout.core.health import SwitchImpact
     from turnout.events.switch import VerdictReached
     from turnout.workers.client import Client
+    from turnout.workers.story import Report
 
 _STYLES = {"good": "green", "warning": "yellow", "bad": "bold red", "detail": "dim", "": ""}
 _METER = 12
@@ -50,15 +48,7 @@ def report(io: Terminal, switch: str, html: Path | None) -> None:
 
     async def work(client: Client) -> int:
         view = await client.find_switch(switch, ended=True)
-        story = Story(view.switch)
-        async for recorded in client.log():
-            story.take(recorded)
-        made = story.report
-        if made is not None:
-            made.impact = await _impact(client, view.switch)
-        if made is None:
-            io.fail("log_damaged", f"the log does not hold the beginning of {view.switch}", "check it: turnout verify")
-            return FAILED
+        made = await ModelSwitcher(client).get_switch_report(view.switch)
         if html is not None:
             try:
                 _write(html, page(made, client.clock.now()))
@@ -74,14 +64,6 @@ def report(io: Terminal, switch: str, html: Path | None) -> None:
         return DONE
 
     io.run(work)
-
-
-async def _impact(client: Client, switch: str) -> SwitchImpact | None:
-    """What clients noticed; None where no controller answers, or none knows: the log's part is told all the same."""
-    try:
-        return await HealthMonitor(client).monitor_switch_impact(switch)
-    except (Unavailable, CommandRejected, ControllerBug):
-        return None
 
 
 def _write(file: Path, text: str) -> None:

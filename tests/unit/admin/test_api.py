@@ -13,18 +13,21 @@ from turnout.core.decider import Rejected
 from turnout.core.handling import (
     AdvanceSwitch,
     ContinueSwitch,
+    EvictVersion,
     HoldSwitch,
+    PreloadVersion,
     RetrySwitch,
     StopInstance,
     StopSwitch,
     UndoModel,
 )
-from turnout.core.model import RegisterVersion, SetRules
-from turnout.events.model import EngineSpec, ModelEvent, Probe
+from turnout.core.model import RegisterVersion, SetRules, SetServing
+from turnout.core.residence import PinVersion, SetReplicas
+from turnout.events.model import EngineSpec, ModelEvent, Probe, Serving
 from turnout.events.route import Rule
 from turnout.events.store import StoreFull, Unavailable
 from turnout.projections.registry import Registry
-from turnout.workers.admin import fleet, models, problems, switches
+from turnout.workers.admin import cache, fleet, models, problems, switches
 from turnout.workers.answers import CommandRejected
 
 if TYPE_CHECKING:
@@ -120,6 +123,17 @@ def test_a_key_that_is_used_for_something_else_is_refused(api: Api, make_api: Ca
         ("GET", "/v1/switches/sw-1/evidence", None, 404, "switch_unknown"),
         ("POST", "/v1/switches/sw-1/abort", {}, 404, "switch_unknown"),
         ("POST", "/v1/switches/sw-1/promote", {"step": 1}, 404, "switch_unknown"),
+        ("GET", "/v1/switches/sw-1/report", None, 404, "switch_unknown"),
+        ("GET", "/v1/models/chat/versions/v9/health", None, 404, "version_unknown"),
+        ("GET", "/v1/models/chat/versions/v1/health", None, 409, "version_not_loaded"),
+        ("GET", "/v1/models/chat/versions/v9/placing", None, 404, "version_unknown"),
+        ("PUT", "/v1/models/chat/versions/v9/pin", {}, 404, "version_unknown"),
+        ("POST", "/v1/models/chat/versions/v1/preload", {"priority": 1000}, 422, "parameters_invalid"),
+        ("PUT", "/v1/models/chat/versions/v1/replicas", {"replicas": 0}, 422, "parameters_invalid"),
+        ("GET", "/v1/models/nope/serving", None, 404, "model_unknown"),
+        ("PUT", "/v1/models/chat/serving", {"serving": {"on_demand": True, "queue": 0}}, 422, "serving_invalid"),
+        ("PUT", "/v1/models/chat/serving", {"serving": {"keep_alive": "5m"}}, 400, "request_invalid"),
+        ("POST", "/v1/models/chat/rules/test", {"request": []}, 400, "request_invalid"),
         ("GET", "/v1/workers/w", None, 404, "worker_unknown"),
         ("GET", "/v1/gateways/g", None, 404, "gateway_unknown"),
         ("GET", "/v1/instances/i", None, 404, "instance_unknown"),
@@ -179,12 +193,18 @@ def test_an_oversized_body_is_refused(make_api: Callable[..., Api]) -> None:
     assert api.done("GET", "/v1/models")["items"] == []
 
 
-@pytest.mark.parametrize(("method", "path"), [("PUT", "policies/p"), ("PUT", "rules"), ("DELETE", "versions/v1")])
+@pytest.mark.parametrize(
+    ("method", "path"), [("PUT", "policies/p"), ("PUT", "rules"), ("PUT", "serving"), ("DELETE", "versions/v1")]
+)
 def test_a_change_made_from_an_older_state_is_refused(api: Api, method: str, path: str) -> None:
     api.done("PUT", V1, json=FAKE)
     seen = api("GET", "/v1/models/chat").headers["etag"]
     api.done("PUT", "/v1/models/chat/versions/v2", json=FAKE)  # somebody else
-    bodies: dict[str, dict[str, Any]] = {"policies/p": {"strategy": "canary"}, "rules": {"rules": []}}
+    bodies: dict[str, dict[str, Any]] = {
+        "policies/p": {"strategy": "canary"},
+        "rules": {"rules": []},
+        "serving": {"serving": {"on_demand": True}},
+    }
     body = bodies.get(path)
     stale = api(method, f"/v1/models/chat/{path}", json=body, headers={"if-match": seen})
     assert (stale.status_code, stale.json()["code"]) == (412, "sequence_stale")
@@ -361,6 +381,12 @@ def test_every_refusal_has_a_status_of_its_kind() -> None:
         (models.Reason, StopSwitch, {"switch"}),
         (models.Reason, ContinueSwitch, {"switch"}),
         (models.Reason, RetrySwitch, {"switch"}),
+        (models.Reason, PinVersion, {"model", "version"}),
+        (models.Reason, EvictVersion, {"model", "version"}),
+        (cache.Preload, PreloadVersion, {"model", "version"}),
+        (cache.Replicas, SetReplicas, {"model", "version"}),
+        (models.NewServing, Serving, set[str]()),
+        (models.ServedLike, SetServing, {"model"}),
         (switches.Promotion, AdvanceSwitch, {"switch"}),
         (switches.Pause, HoldSwitch, {"switch"}),
         (fleet.Note, AcknowledgeAlert, {"alert", "by"}),

@@ -18,6 +18,7 @@ from turnout.workers import client
 from turnout.workers.cli import cli
 from turnout.workers.client import Client
 from turnout.workers.clock import SystemClock
+from turnout.workers.controller.activity import QUESTION, Activity
 from turnout.workers.controller.commands import Commands
 from turnout.workers.controller.health import QUESTIONS, HealthMonitor
 from turnout.workers.controller.log import Log
@@ -46,12 +47,15 @@ class LocalPlane:
         self.reader = self
         self._log = Log(store, lambda _: None)
         self._commands = Commands(self._log, self.clock, ModelSwitchingConfig(), Defaults())
+        self._activity = Activity(self.clock)
         self.health = HealthMonitor(self._log.world, self.clock, ModelSwitchingConfig(), lambda: None, lambda _: {})
 
     async def start(self) -> None:
         await self._log.follow()
 
     async def ask(self, role: str, verb: str, request: Request, timeout_s: float) -> bytes:
+        if verb == QUESTION:
+            return msgspec.json.encode(self._activity.answer(self._log.world))
         if verb in QUESTIONS:
             return msgspec.json.encode(self.health.answer(verb, request.body))
         return msgspec.json.encode(await self._commands.handle(role, verb, request))

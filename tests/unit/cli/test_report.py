@@ -13,7 +13,7 @@ from tests.unit.cli.tale import FIGURES, T0, canary_held, canary_rolled_back
 from turnout.events.health import HealthSampled
 from turnout.events.switch import SwitchAborted
 from turnout.workers.cli.page import page
-from turnout.workers.cli.story import Report, Story
+from turnout.workers.story import Report, Story
 
 if TYPE_CHECKING:
     from collections.abc import Callable

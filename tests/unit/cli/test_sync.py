@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 #: What each class must have at least: the methods that the design names, and those of the README.
 METHODS: dict[str, set[str]] = {
     "Client": {"models", "model", "switch", "find_switch", "views", "log"},
-    "DynamicModelRegistry": {"register_model", "deregister_model", "get_active_model", "switch_model"},
-    "HealthMonitor": {"check_model_health", "check_evidence", "monitor_switch_impact"},
-    "ModelSwitcher": {"switch_model", "plan_switch", "get_switch_status", "abort_switch", "promote", "undo", "retry"},
+    "DynamicModelRegistry": {"register_model", "deregister_model", "get_active_model", "get_loaded", "switch_model"},
+    "HealthMonitor": {"check_model_health", "check_version_health", "check_evidence", "monitor_switch_impact"},
+    "ModelSwitcher": {
+        *("switch_model", "plan_switch", "get_switch_status", "get_switch_report"),
+        *("abort_switch", "promote", "undo", "retry"),
+    },
     "ModelVersionManager": {"create_version", "get_version", "rollback_to_version", "compare_versions"},
     "SwitchOperation": {"status", "wait", "progress", "abort", "promote", "pause", "resume"},
 }
