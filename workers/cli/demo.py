@@ -21,7 +21,7 @@ from turnout.workers.story import Story
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from turnout.workers import memory_scenarios, scenarios, tier_scenarios
+    from turnout.workers import memory_scenarios, scenarios, tier_scenarios, waiting_scenarios
     from turnout.workers.demo import Latency, Outcome, Progress, Script
 
 T = TypeVar("T")
@@ -43,13 +43,15 @@ TIER_SCENARIO_NAMES = ("warm", "spare")
 
 #: Those of workers/memory_scenarios.py.
 MEMORY_NAMES = ("evict", "two-workers", "many-versions")
+#: Those of workers/waiting_scenarios.py.
+WAITING_NAMES = ("on-demand", "hold")
 
 
 @click.command()
 @click.option("--engine", type=click.Choice(("vllm", "fake")), default=None, help="Default: vllm.")
 @click.option(
     "--scenario",
-    type=click.Choice((*SCENARIO_NAMES, *TIER_SCENARIO_NAMES, *MEMORY_NAMES)),
+    type=click.Choice((*SCENARIO_NAMES, *TIER_SCENARIO_NAMES, *MEMORY_NAMES, *WAITING_NAMES)),
     default=None,
     help="Play a rollout with the fake engine instead; ends with one JSON object (docs/scenarios.md).",
 )
@@ -76,6 +78,8 @@ def demo(
             raise click.UsageError("a scenario runs with the fake engine, and for as long as its rollout takes")
         if scenario in MEMORY_NAMES:
             io.run_process(lambda: _play_memory(io, scenario, rate or 10.0, seconds or 30.0, folder))
+        if scenario in WAITING_NAMES:
+            io.run_process(lambda: _play_waiting(io, scenario, rate or 10.0, folder))
         play = _play_tier if scenario in TIER_SCENARIO_NAMES else _play
         io.run_process(lambda: play(io, scenario, rate, folder))
 
@@ -148,6 +152,31 @@ def _show_memory(io: Terminal, made: memory_scenarios.MemoryReport) -> int:
     )
     if made.refused:
         io.say(f"refused: {made.refused}")
+    for reason in made.reasons:
+        io.say(f"not ok: {reason}", "red")
+    io.emit(made)
+    return DONE if made.as_planned else FAILED
+
+
+async def _play_waiting(io: Terminal, name: str, rate: float, folder: Path) -> int:
+    from turnout.workers import waiting_scenarios
+
+    io.say(waiting_scenarios.SCENARIOS[name], "bold")
+    return await _told(
+        io,
+        lambda progress: waiting_scenarios.play(name, folder, progress, rate),
+        lambda report: _show_waiting(io, report),
+    )
+
+
+def _show_waiting(io: Terminal, made: waiting_scenarios.WaitingReport) -> int:
+    io.say(
+        f"{made.requests} requests: {made.failed} failed, {made.cut} cut; {made.held} waited for the last load, "
+        f"at most {_seconds(made.longest_wait_s)}",
+        "" if made.as_planned else "red",
+    )
+    if made.pause_s is not None:
+        io.say(f"the pause took {_seconds(made.pause_s.measured)}, foretold were {_seconds(made.pause_s.foretold)}")
     for reason in made.reasons:
         io.say(f"not ok: {reason}", "red")
     io.emit(made)
