@@ -36,7 +36,7 @@ from turnout.core.handling import (
 )
 from turnout.core.sagas.owed import decide
 from turnout.events.alert import AlertRaised, AlertResolved
-from turnout.events.instance import InstanceDraining, InstanceFailed, InstanceRequested
+from turnout.events.instance import InstanceDraining, InstanceFailed, InstanceRequested, InstanceStopped
 from turnout.events.model import (
     ActiveVersionChanged,
     DemandSeen,
@@ -435,6 +435,30 @@ def test_a_plan_knows_what_the_newest_load_took_and_a_warm_version() -> None:
 def test_a_first_versions_plan_has_nothing_to_bake_or_drain() -> None:
     plan = handled(registered("v1"), "ops", "switch.plan", StartSwitch("chat", "v1"))
     assert len(plan.steps) == 2
+
+
+def test_where_one_version_has_room_a_switch_is_refused_unless_it_may_hold_and_the_plan_foretells_the_pause() -> None:
+    story = serving(capacity=1)
+    full = handled(story, "ops", "switch.plan", StartSwitch("chat", "v2"))
+    assert (full.code, "--hold" in full.hint) == ("no_capacity", True)
+    plan = handled(story, "ops", "switch.plan", StartSwitch("chat", "v2", hold=True))
+    assert (plan.holds, plan.pause_s) == (True, None)
+    assert [s.what.split()[0] for s in plan.steps] == ["let", "drain", "load", "give"]
+    story.happens(InstanceStopped("i1", 0.25)).instance("i2", "v2")
+    story.happens(InstanceStopped("i2", 0.5)).instance("i3", "v1")
+    assert handled(story, "ops", "switch.plan", StartSwitch("chat", "v2", hold=True)).pause_s == 1.25
+
+
+def test_a_strategy_that_needs_both_versions_can_not_hold() -> None:
+    refused = handled(serving(), "ops", "switch.plan", StartSwitch("chat", "v2", "canary", hold=True))
+    assert refused.code == "parameters_invalid"
+    assert "canary needs both versions" in refused.reason
+
+
+def test_a_hold_changes_nothing_where_both_versions_have_room() -> None:
+    plan = handled(serving(), "ops", "switch.plan", StartSwitch("chat", "v2", hold=True))
+    assert (plan.holds, plan.pause_s) == (False, None)
+    assert [s.what.split()[0] for s in plan.steps] == ["load", "give", "bake:", "drain"]
 
 
 def test_a_plan_is_refused_as_the_switch_would_be() -> None:
