@@ -78,6 +78,12 @@ def path() -> Iterator[Path]:
         assert not left, "engines were left running"
 
 
+@pytest.fixture
+def evicted_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory is free for a start ahead: only an evicted engine can be the spare, however fast the machine is."""
+    monkeypatch.setattr("turnout.workers.inference.tiers.spare._free_bytes", lambda: 0)
+
+
 async def answer(address: str) -> tuple[str, str]:
     """What the engine says, and what it calls itself."""
     body = msgspec.json.encode({"model": "chat", "prompt": "x", "max_tokens": 3})
@@ -85,6 +91,7 @@ async def answer(address: str) -> tuple[str, str]:
     return said["choices"][0]["text"], said["system_fingerprint"]
 
 
+@pytest.mark.usefixtures("evicted_only")
 def test_an_evicted_engine_serves_the_next_version_of_its_shape(runner: asyncio.Runner, path: Path) -> None:
     async def test() -> None:
         rig = Rig(path, spares=1)
@@ -118,6 +125,7 @@ def test_one_is_started_ahead_without_weights_and_filled(runner: asyncio.Runner,
     runner.run(test())
 
 
+@pytest.mark.usefixtures("evicted_only")
 def test_other_settings_need_another_engine(runner: asyncio.Runner, path: Path) -> None:
     async def test() -> None:
         rig = Rig(path, spares=1)
@@ -134,6 +142,7 @@ def test_other_settings_need_another_engine(runner: asyncio.Runner, path: Path) 
     runner.run(test())
 
 
+@pytest.mark.usefixtures("evicted_only")
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -162,6 +171,7 @@ def test_a_spare_that_fails_is_killed_and_the_version_starts_cold(
     runner.run(test())
 
 
+@pytest.mark.usefixtures("evicted_only")
 def test_a_tier_that_failed_for_a_pair_is_not_tried_again_for_it(runner: asyncio.Runner, path: Path) -> None:
     async def test() -> None:
         rig = Rig(path, spares=1)
@@ -209,6 +219,7 @@ def test_a_version_that_says_other_things_than_before_is_not_ready(runner: async
     runner.run(test())
 
 
+@pytest.mark.usefixtures("evicted_only")
 def test_a_worker_that_comes_back_finds_its_spares(runner: asyncio.Runner, path: Path) -> None:
     async def test() -> None:
         rig = Rig(path, spares=1)
@@ -240,6 +251,7 @@ def test_an_engine_that_was_being_filled_when_its_worker_died_is_killed(runner: 
     runner.run(test())
 
 
+@pytest.mark.usefixtures("evicted_only")
 def test_a_gateway_that_still_holds_a_connection_to_a_filled_engine_is_seen(runner: asyncio.Runner, path: Path) -> None:
     async def test() -> None:
         rig = Rig(path, spares=1)
