@@ -43,6 +43,7 @@ class Idle(msgspec.Struct, frozen=True):
         seconds: what loading it again would take.
         uses: how often its version was switched to.
         pinned: it never leaves by itself.
+        asleep: it sleeps, and takes no place.
     """
 
     instance: str
@@ -56,11 +57,12 @@ class Idle(msgspec.Struct, frozen=True):
     seconds: float = 0.0
     uses: int = 0
     pinned: bool = False
+    asleep: bool = False
 
     @property
     def room(self) -> Room:
         """What its end would free, on its worker and its device."""
-        return Room(1, self.bytes, self.device_bytes)
+        return Room(0 if self.asleep else 1, self.bytes, self.device_bytes)
 
     @property
     def worth(self) -> float:
@@ -119,7 +121,7 @@ def make_room(idle: tuple[Idle, ...], short: Room, device: str, policy: Policy) 
     def freed(chosen: list[Idle]) -> Room:
         total = Room()
         for one in chosen:
-            total += one.room if one.device == device else Room(1, one.bytes)
+            total += one.room if one.device == device else Room(one.room.places, one.bytes)
         return total
 
     chosen: list[Idle] = []

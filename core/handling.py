@@ -540,7 +540,7 @@ def _known(world: World, name: str, version: str) -> Rejected | None:
 def _place(world: World, body: PlaceVersion, context: Context) -> Placing | Rejected:
     if problem := _known(world, body.model, body.version):
         return problem
-    here = world.instances_of(body.model, body.version, "requested", "loading", "ready")
+    here = world.instances_of(body.model, body.version, "requested", "loading", "waking", "ready")
     lacking = placement.missing(world, body.model, body.version)
     idle = placement.evictable(world)
     planned = placement.plan(world, Ledger(world, idle, context.cache.policy), body.model, body.version, lacking)

@@ -133,7 +133,7 @@ def _held(world: World, one: InstanceState, turn: int, policy: Policy) -> Held:
 
 
 def _waits_for(world: World, ledger: Ledger, model: str, version: str, priority: int) -> str:
-    if world.instances_of(model, version, "requested", "loading"):
+    if world.instances_of(model, version, "requested", "loading", "waking"):
         return "its load"
     offers = ledger.offers(model, version, priority)
     if not offers:

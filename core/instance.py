@@ -42,6 +42,7 @@ class InstanceState(msgspec.Struct, frozen=True):
         priority: what has a lower one makes room for what has a higher one.
         tier: how it was made ready the last time: cold, spare, adapter or wake.
         served: name that its requests must carry upstream; empty for the model's own.
+        sleeps: it can be put to sleep; ``slept``: how often it was asked to.
         level: of the sleep that was asked for last.
         struck: tiers that have failed for it.
         probe: cause of the newest probe that was asked for since it was ready, at ``probe_at`` (UTC).
@@ -73,6 +74,8 @@ class InstanceState(msgspec.Struct, frozen=True):
     struck: tuple[str, ...] = ()
     device: str = ""
     priority: int = 0
+    sleeps: bool = False
+    slept: int = 0
 
 
 initial = InstanceState()
@@ -93,6 +96,7 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
                 tier=event.tier,
                 device_bytes=event.device_bytes,
                 served=event.served,
+                sleeps=event.sleeps,
             )
         case InstanceMeasured():
             return msgspec.structs.replace(state, bytes=event.bytes, device_bytes=event.device_bytes)
@@ -129,7 +133,7 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
         case TierFailed():
             return msgspec.structs.replace(state, struck=(*state.struck, event.tier))
         case InstanceSleepRequested():
-            return msgspec.structs.replace(state, phase="sleeping", level=event.level)
+            return msgspec.structs.replace(state, phase="sleeping", level=event.level, slept=state.slept + 1)
         case InstanceSlept():
             return msgspec.structs.replace(
                 state, phase="asleep", level=event.level, bytes=event.bytes, device_bytes=event.device_bytes
@@ -138,7 +142,12 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
             return msgspec.structs.replace(state, phase="waking", cause=event.cause)
         case InstanceWoken():
             return msgspec.structs.replace(
-                state, phase="ready", tier="wake", bytes=event.bytes, device_bytes=event.device_bytes
+                state,
+                phase="ready",
+                tier="wake",
+                bytes=event.bytes,
+                device_bytes=event.device_bytes,
+                address=event.address or state.address,
             )
 
 
@@ -179,6 +188,7 @@ class ReportReady(msgspec.Struct, frozen=True):
     tier: str = "cold"
     device_bytes: int = 0
     served: str = ""
+    sleeps: bool = False
 
 
 class ReportTierFailed(msgspec.Struct, frozen=True):
@@ -223,6 +233,7 @@ class ReportWoken(msgspec.Struct, frozen=True):
     probe_s: float
     bytes: int = 0
     device_bytes: int = 0
+    address: str = ""
 
 
 class ReportMeasured(msgspec.Struct, frozen=True):
@@ -347,14 +358,30 @@ def decide(state: InstanceState, command: InstanceCommand) -> tuple[InstanceEven
                 f"instance {command.instance} was asked to stop ({state.reason}) before it was ready",
                 "stop it",
             )
-        case ReportWoken(instance, seconds, probe_s, bytes, device_bytes):
+        case ReportWoken(instance, seconds, probe_s, bytes, device_bytes, address):
             if state.phase != "waking":
                 return ()
-            return (InstanceWoken(instance, seconds, probe_s, bytes, device_bytes),)
-        case ReportReady(instance, address, load_s, probe_s, bytes, fingerprint, tier, device_bytes, served):
-            if state.phase in ("sleeping", "asleep", "waking") or (state.phase == "ready" and state.address == address):
+            return (InstanceWoken(instance, seconds, probe_s, bytes, device_bytes, address),)
+        case ReportReady():
+            slumbers = state.phase in ("sleeping", "asleep", "waking")
+            if slumbers or (state.phase == "ready" and state.address == command.address):
                 return ()
-            return (InstanceReady(instance, address, load_s, probe_s, bytes, fingerprint, tier, device_bytes, served),)
+            return (_ready(command),)
+
+
+def _ready(command: ReportReady) -> InstanceReady:
+    return InstanceReady(
+        command.instance,
+        command.address,
+        command.load_s,
+        command.probe_s,
+        command.bytes,
+        command.fingerprint,
+        command.tier,
+        command.device_bytes,
+        command.served,
+        command.sleeps,
+    )
 
 
 def _requested(command: RequestInstance) -> InstanceRequested:

@@ -1,7 +1,7 @@
 """Where a version can be loaded, at whose cost, and why not elsewhere: a ledger of memory and places. Pure.
 
 The ledger charges each instance with what it was admitted with until it has been measured, and with that from then on.
-What is asked to stop is charged until it has stopped.
+What is asked to stop is charged until it has stopped. What sleeps is charged with what it still holds, and no place.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Offer(msgspec.Struct, frozen=True):
         need: what it was charged with.
         evict: idle instances that would have to go.
         lacks: places, memory or engine, where it is full.
+        wake: the sleeping instance that would be woken; empty where a new one is loaded.
     """
 
     worker: str
@@ -46,6 +47,7 @@ class Offer(msgspec.Struct, frozen=True):
     need: Need
     evict: tuple[str, ...] = ()
     lacks: str = ""
+    wake: str = ""
 
 
 class Ledger:
@@ -66,13 +68,17 @@ class Ledger:
         self._leaving: dict[tuple[str, str], Room] = {}
         #: (model, version) → where its instances are.
         self._homes: dict[tuple[str, str], list[str]] = {}
+        self._asleep: dict[tuple[str, str], list[InstanceState]] = {}
         for one in idle:
             self._idle.setdefault(one.worker, []).append(one)
         for id in world.alive:
             one_state = world.instances[id]
-            room = Room(1, one_state.bytes, one_state.device_bytes)
+            asleep = one_state.phase == "asleep"
+            room = Room(0 if asleep else 1, one_state.bytes, one_state.device_bytes)
             self._charge(self._held, one_state.worker, one_state.device, room)
-            if one_state.phase == "draining":
+            if asleep:
+                self._asleep.setdefault((one_state.model, one_state.version), []).append(one_state)
+            elif one_state.phase in ("draining", "sleeping"):  # of what sleeps the rest is known once it does
                 self._charge(self._leaving, one_state.worker, one_state.device, room)
             else:
                 self._homes.setdefault((one_state.model, one_state.version), []).append(one_state.worker)
@@ -99,6 +105,8 @@ class Ledger:
             total = worker.memory_bytes
             share = round(self.held(worker.worker).bytes / total, 1) if total else 0.0
             key = (
+                offer.verdict == FULL,
+                not offer.wake,
                 _BEST_FIRST.index(offer.verdict),
                 places.count(worker.place),
                 homes.count(worker.worker),
@@ -114,6 +122,8 @@ class Ledger:
         """Plan with it: its room is taken, and what it evicts is leaving."""
         self._charge(self._held, offer.worker, offer.device, Room(1, offer.need.bytes, offer.need.device_bytes))
         self._homes.setdefault((model, version), []).append(offer.worker)
+        sleepers = self._asleep.get((model, version), [])
+        self._asleep[model, version] = [one for one in sleepers if one.instance != offer.wake]
         stay: list[Idle] = []
         for one in self._idle.get(offer.worker, []):
             if one.instance in offer.evict:
@@ -140,25 +150,32 @@ class Ledger:
             kinds = ", ".join(worker.engines) or "none"
             why = f"it may not start {spec.kind} engines (only {kinds})"
             return Offer(worker.worker, "", FULL, why, need, lacks="engine")
+        for one in self._asleep.get((model, version), ()):
+            if one.worker == worker.worker:
+                more = Need(max(0, need.bytes - one.bytes), max(0, need.device_bytes - one.device_bytes), need.source)
+                offer = self._offer(worker, one.device, more, priority, one.instance)
+                if offer.verdict != FULL:
+                    return offer
         offers = [self._offer(worker, device, need, priority) for device in worker.device_bytes or ("",)]
         return min(offers, key=lambda o: (_BEST_FIRST.index(o.verdict), len(o.evict), self._held_on(worker, o.device)))
 
     def _held_on(self, worker: WorkerState, device: str) -> int:
         return self._of(self._held, worker.worker, device).device_bytes
 
-    def _offer(self, worker: WorkerState, device: str, need: Need, priority: int | None) -> Offer:
+    def _offer(self, worker: WorkerState, device: str, need: Need, priority: int | None, wake: str = "") -> Offer:
         free = self._free(worker, device)
         wanted = Room(1, need.bytes, need.device_bytes)
         numbers = self._numbers(worker, device, need, free)
         if (free - wanted).enough:
-            return Offer(worker.worker, device, FITS, numbers, need)
+            return Offer(worker.worker, device, FITS, numbers, need, wake=wake)
         soon = free + self._of(self._leaving, worker.worker, device)
         if (soon - wanted).enough:
-            return Offer(worker.worker, device, SOON, f"{numbers}, and more once what stops has stopped", need)
+            why = f"{numbers}, and more once what stops has stopped"
+            return Offer(worker.worker, device, SOON, why, need, wake=wake)
         idle = tuple(
             one
             for one in self._idle.get(worker.worker, ())
-            if priority is None or (one.priority < priority and not one.protected)
+            if one.instance != wake and (priority is None or (one.priority < priority and not one.protected))
         )
         chosen = make_room(idle, wanted - soon, device, self._policy)
         if chosen is not None:
@@ -170,6 +187,7 @@ class Ledger:
                 f"{numbers}; makes room: {names}",
                 need,
                 tuple(i.instance for i in chosen),
+                wake=wake,
             )
         lacks = "places" if (soon - msgspec.structs.replace(wanted, places=0)).enough else "memory"
         return Offer(worker.worker, device, FULL, f"{numbers}; {self._kept(worker, device, idle)}", need, lacks=lacks)
@@ -240,4 +258,4 @@ def why_kept(world: World, one: InstanceState) -> str:
         return "named by a rule"
     if one.version in state.residence.pinned:
         return "pinned"
-    return "loading" if one.phase in ("requested", "loading") else "in use or of no lower priority"
+    return "loading" if one.phase in ("requested", "loading", "waking") else "in use or of no lower priority"

@@ -444,9 +444,11 @@ def decide(state: SwitchState, command: SwitchCommand) -> tuple[SwitchEvent, ...
                 return ()
             return (HoldReleased(switch, version, max(0.0, (at - state.held_at).total_seconds())),)
         case RecordInstancesRequested(switch, instances):
-            if state.phase == "requested" or (state.phase == "holding" and not state.instances):
+            if state.phase != "requested" and state.instances == instances:
+                return ()
+            if state.phase in ("requested", "loading", "holding"):  # again, where what slept could not be woken
                 return (InstancesRequested(switch, instances),)
-            return () if state.instances == instances else _out_of_turn(state, "load")
+            return _out_of_turn(state, "load")
         case RecordTargetReady(switch, instances, seconds, warm):
             if state.phase in ("requested", "loading", "holding"):
                 return (TargetReady(switch, instances, seconds, warm),)

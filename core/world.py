@@ -24,7 +24,7 @@ from turnout.events import subjects
 from turnout.events.alert import AlertRaised
 from turnout.events.envelope import START, Position, Recorded, Unknown
 from turnout.events.gateway import RouteApplied, VersionDrained
-from turnout.events.instance import InstanceFailed, InstanceMeasured, InstanceReady, InstanceStopped
+from turnout.events.instance import InstanceFailed, InstanceMeasured, InstanceReady, InstanceStopped, InstanceWoken
 from turnout.events.model import ActiveVersionChanged, VersionDeregistered
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class World:
         self.running: set[str] = set()
         #: Live gateways, by id.
         self.live_gateways: set[str] = set()
-        #: Ready instances that no route names → since when (UTC).
+        #: Ready and sleeping instances that no route names → since when (UTC).
         self.idle_since: dict[str, datetime] = {}
         #: (model, version) → failed loads in a row.
         self.failures: dict[tuple[str, str], Failures] = {}
@@ -316,7 +316,7 @@ class World:
         return self.instances_of(model, version, "ready")
 
     def ready_at(self, instance: str) -> datetime | None:
-        """When the instance was proven first (UTC)."""
+        """When the instance was proven first, or woken last (UTC)."""
         return self._ready_at.get(instance)
 
     def makes_room(self, one: instance.InstanceState) -> bool:
@@ -431,6 +431,12 @@ class World:
                 self.loads[key] = Load(load_s, size)
                 if size and after.tier != "adapter":  # an adapter shares its base's engine
                     self.sizes[after.worker, after.model, after.version] = Size(size, after.device_bytes)
+            case InstanceWoken(_, _, _, size, device_size):
+                self._ready_at[id] = time
+                if not self.state("route", after.model).names(id):
+                    self.idle_since[id] = time
+                if size:
+                    self.sizes[after.worker, after.model, after.version] = Size(size, device_size)
             case InstanceMeasured(_, size, device_size):
                 self.sizes[after.worker, after.model, after.version] = Size(size, device_size)
             case InstanceFailed() as failed:

@@ -55,6 +55,7 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
         tier: how it was made ready: cold (a new process), spare, adapter.
         device_bytes: memory that the engine holds on its devices; 0 where it has none of its own.
         served: name that its requests must carry upstream; empty where the engine knows the model's own.
+        sleeps: it can be put to sleep.
     """
 
     instance: str
@@ -66,6 +67,7 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
     tier: str = "cold"
     device_bytes: int = 0
     served: str = ""
+    sleeps: bool = False
 
 
 class InstanceMeasured(msgspec.Struct, frozen=True, gc=False):
@@ -163,13 +165,17 @@ class InstanceWakeRequested(msgspec.Struct, frozen=True, gc=False):
 
 
 class InstanceWoken(msgspec.Struct, frozen=True, gc=False):
-    """It is awake and has answered its golden probe again. ``seconds``: the waking; ``probe_s``: the proof."""
+    """It is awake and has answered its golden probe again.
+
+    ``seconds``: the waking; ``probe_s``: the proof; ``address``: where gateways reach it from now on.
+    """
 
     instance: str
     seconds: float
     probe_s: float
     bytes: int
     device_bytes: int = 0
+    address: str = ""
 
 
 InstanceEvent = (

@@ -213,6 +213,7 @@ class Workers(Fold):
         view.phase = "ready"
         view.reason = ""
         view.tier = "wake"
+        view.address = event.address or view.address
         view.bytes = event.bytes
         view.device_bytes = event.device_bytes
 

@@ -1,6 +1,7 @@
-"""The scenarios ``warm`` and ``spare``: how a version becomes ready, under load, with the fake engine. Prints nothing.
+"""The scenarios ``warm``, ``spare`` and ``sleep``: how a version becomes ready, under load. Prints nothing.
 
 ``warm``: the target is in the cache still. ``spare``: it was never loaded, and is put into an engine that runs already.
+``sleep``: it was put to sleep to make room for another one, and is woken.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import msgspec
 
 from turnout.core.switch import ENDED
 from turnout.events.envelope import Recorded
-from turnout.events.instance import InstanceReady, InstanceRequested, TierFailed
+from turnout.events.instance import InstanceReady, InstanceRequested, InstanceWoken, TierFailed
 from turnout.events.model import EngineSpec
 from turnout.events.switch import TargetReady
 from turnout.workers import wiring
 from turnout.workers.client import Client, DynamicModelRegistry, ModelSwitcher
 from turnout.workers.demo import MODEL, DemoError, Progress, turnout_up, worker_joins
+from turnout.workers.inference.engines.base import SLEEP_FLAG
 from turnout.workers.load import Clients
 from turnout.workers.registry import BaseRegistry
 
@@ -27,19 +29,24 @@ if TYPE_CHECKING:
 
 _LOAD_S = 3.0
 _ARGS = (f"--load-seconds={_LOAD_S:g}", "--tokens=20", "--token-ms=5")
-_SETTINGS = "[worker]\nquiet_s = 0.1\nspares = {spares}\n"
+_SETTINGS = "[worker]\nquiet_s = 0.1\nspares = {spares}\ncapacity = {places}\n"
 _SERVES_S = 60.0
 _TOKENS = 20
 
 
 class TierScenario(msgspec.Struct, frozen=True):
-    """One story. ``visits``: the versions that are switched to; the last one is what is looked at."""
+    """One story. ``visits``: the versions that are switched to; the last one is what is looked at.
+
+    ``args``: further settings of their engines; ``places``: engines that the worker may run awake.
+    """
 
     name: str
     about: str
     visits: tuple[str, ...]
     spares: int
     tier: str
+    args: tuple[str, ...] = ()
+    places: int = 4
 
 
 TIER_SCENARIOS = {
@@ -50,6 +57,15 @@ TIER_SCENARIOS = {
         ),
         TierScenario(
             "spare", "a version never loaded before is put into an engine that runs already", ("v1", "v2"), 1, "spare"
+        ),
+        TierScenario(
+            "sleep",
+            "a version that sleeps, as others needed its place, is woken and proven",
+            ("v1", "v2", "v3", "v1"),
+            0,
+            "wake",
+            (SLEEP_FLAG,),
+            2,
         ),
     )
 }
@@ -100,7 +116,7 @@ async def play(scenario: TierScenario, rate: float, folder: Path, progress: Prog
     Raises:
         DemoError: something could not be started.
     """
-    settings = _SETTINGS.format(spares=scenario.spares)
+    settings = _SETTINGS.format(spares=scenario.spares, places=scenario.places)
     async with (
         turnout_up(folder, progress, settings) as (nats, gateway),
         wiring.control_plane(nats, "turnout demo") as plane,
@@ -109,7 +125,9 @@ async def play(scenario: TierScenario, rate: float, folder: Path, progress: Prog
         await worker_joins(client)
         registry, switcher = DynamicModelRegistry(BaseRegistry(), client), ModelSwitcher(client)
         for version in sorted(set(scenario.visits)):
-            await registry.register_model(MODEL, version, EngineSpec("fake", args=_ARGS), note=scenario.name)
+            await registry.register_model(
+                MODEL, version, EngineSpec("fake", args=(*_ARGS, *scenario.args)), note=scenario.name
+            )
         load = Clients(gateway, MODEL, rate, client.clock, max_tokens=_TOKENS)
         id, outcome = "", ""
         try:
@@ -139,9 +157,10 @@ def _report(
     target = scenario.visits[-1]
     of_target = {e.instance for r in log if isinstance(e := r.event, InstanceRequested) and e.version == target}
     readies = [r.event for r in log if isinstance(r.event, InstanceReady)]
-    newest = [e for e in readies if e.instance in of_target][-1]
+    proofs = [e for r in log if isinstance(e := r.event, InstanceReady | InstanceWoken) and e.instance in of_target]
+    newest = proofs[-1]
     proven = next(e for r in log if isinstance(e := r.event, TargetReady) and e.switch == id)
-    tier = "warm" if proven.warm else newest.tier
+    tier = "warm" if proven.warm else "wake" if isinstance(newest, InstanceWoken) else newest.tier
     return TierReport(
         scenario=scenario.name,
         outcome=outcome,

@@ -69,7 +69,7 @@ def _failed(world: World, state: ModelState, now: datetime) -> Owed | None:
     failures = world.failures.get((state.model, state.active))
     if failures is None or failures.stage == "serving" or state.wanted_at is None or failures.last < state.wanted_at:
         return None
-    if world.instances_of(state.model, state.active, "requested", "loading", "ready"):
+    if world.instances_of(state.model, state.active, "requested", "loading", "waking", "ready"):
         return None
     return _end(world, state, "failed", failures.reason or "it could not be loaded", now)
 
@@ -116,7 +116,7 @@ def _displaced(world: World, uses: Mapping[str, Use], now: datetime) -> Owed | d
 
 
 def _waits_for_a_place(world: World, state: ModelState) -> bool:
-    if world.instances_of(state.model, state.active, "requested", "loading", "ready"):
+    if world.instances_of(state.model, state.active, "requested", "loading", "waking", "ready"):
         return False
     return placement.no_room(world, state.model, state.active) is not None
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from turnout.core.cache import Idle, evict, leaves_first
 from turnout.core.config import CACHE, CacheConfig
 from turnout.core.decider import Rejected
-from turnout.core.instance import DrainInstance, InstanceState, RequestInstance
+from turnout.core.instance import DrainInstance, InstanceState, RequestInstance, SleepInstance, WakeInstance
 from turnout.core.memory import estimate
 from turnout.core.placement import FITS, FULL, SOON, Ledger, Offer
 from turnout.core.residence import EndPreload, Wish
@@ -29,7 +29,7 @@ Writes = tuple[Write, ...]
 
 #: Cause of an instance that nobody has switched to yet.
 PRELOAD = "preload"
-_LOADING = ("requested", "loading")
+_LOADING = ("requested", "loading", "waking")
 
 #: Seconds before the n-th retry of a failed load: 1, 2, 4, … at most this.
 BACK_OFF_S_MAX = 60.0
@@ -54,7 +54,7 @@ def agenda(world: World, config: ModelSwitchingConfig, now: datetime, cache: Cac
     wakes.extend(
         since + timedelta(seconds=config.model_ttl_seconds)
         for id, since in world.idle_since.items()
-        if world.instances[id].phase == "ready"
+        if world.instances[id].phase in ("ready", "asleep")
     )
     later = [w for w in wakes if w > now]
     return Agenda(tuple(owed), min(later) if later else None)
@@ -67,14 +67,19 @@ def _turn(world: World, model: str) -> tuple[float, str]:
 
 
 def request(world: World, model: str, version: str, *, cause: str, attempt: int = 1, count: int = 1) -> Writes | None:
-    """Ask the best fitting workers for so many instances, all or none; None where there is no room for all now."""
+    """Ask the best fitting workers for so many instances, all or none; None where there is no room for all now.
+
+    Sleeping ones are woken before others are loaded.
+    """
     planned = plan(world, Ledger(world, ()), model, version, count)
     if any(offer.verdict != FITS for offer in planned) or len(planned) < count:
         return None
-    return tuple(
+    woken = [_request(world, offer, model, version, cause=cause) for offer in planned if offer.wake]
+    loaded = [
         _request(world, offer, model, version, cause=cause, attempt=attempt, number=number)
-        for number, offer in enumerate(planned)
-    )
+        for number, offer in enumerate(offer for offer in planned if not offer.wake)
+    ]
+    return (*woken, *loaded)
 
 
 def awaits_inspection(world: World, model: str, version: str) -> bool:
@@ -176,12 +181,15 @@ def _has_room(world: World, idle: tuple[Idle, ...], model: str, version: str, co
 
 
 def evictable(world: World) -> tuple[Idle, ...]:
-    """Ready instances that no route uses and nothing needs."""
+    """Ready and sleeping instances that no route uses and nothing needs."""
     found: list[Idle] = []
     for id, since in world.idle_since.items():
         one = world.instances[id]
         state = world.models.get(one.model)
-        if state is not None and one.phase == "ready" and one.version not in _needed(world, one.model):
+        if state is None or one.phase not in ("ready", "asleep"):
+            continue
+        surplus = one.phase == "asleep" and one.version in state.versions and not missing(world, one.model, one.version)
+        if surplus or one.version not in _needed(world, one.model):
             found.append(_idle(world, one, since))
     return tuple(found)
 
@@ -201,6 +209,7 @@ def _idle(world: World, one: InstanceState, since: datetime) -> Idle:
         load.seconds if load else 0.0,
         world.uses.get((one.model, one.version), 0),
         one.version in state.residence.pinned,
+        one.phase == "asleep",
     )
 
 
@@ -236,7 +245,9 @@ def _restore(world: World, model: str, version: str, now: datetime) -> Owed | da
     writes = request(world, model, version, cause="restore", attempt=attempt)
     if writes is None:
         return None
-    return Owed(f"restore.{writes[0].id}", writes, model)
+    first = world.instances.get(writes[0].id)
+    which = f"{writes[0].id}.{first.slept}" if first is not None else writes[0].id  # one instance is woken often
+    return Owed(f"restore.{which}", writes, model)
 
 
 def _repair(world: World, model: str) -> Owed | None:
@@ -259,16 +270,33 @@ def _let_go(world: World, config: ModelSwitchingConfig, cache: CacheConfig, now:
     leaving: dict[str, str] = {}
     for id in sorted(world.alive):
         one = world.instances[id]
-        if one.phase in ("requested", "loading", "ready") and (why := _unwanted(world, one)):
+        if one.phase in ("requested", "loading", "ready", "asleep") and (why := _unwanted(world, one)):
             leaving[id] = why
     idle = tuple(i for i in evictable(world) if i.instance not in leaving)
     leaving.update(evict(idle, now, config.max_cached_models, config.model_ttl_seconds, cache.policy))
     staying = tuple(i for i in idle if i.instance not in leaving)
-    leaving.update(_shrink(world, cache, staying))
-    staying = tuple(i for i in staying if i.instance not in leaving)
-    room, short = _make_room(world, cache, staying)
-    leaving.update(room)
-    return [_drain(world, id, why) for id, why in leaving.items() if safe(world, world.instances[id])], short
+    shrunk = _shrink(world, cache, staying)
+    room, short = _make_room(world, cache, tuple(i for i in staying if i.instance not in shrunk))
+    owed = [_drain(world, id, why) for id, why in leaving.items() if safe(world, world.instances[id])]
+    yielding = {**shrunk, **room}
+    owed += [_yield_room(world, id, why) for id, why in yielding.items() if safe(world, world.instances[id])]
+    return owed, short
+
+
+def _yield_room(world: World, instance: str, why: str) -> Owed:
+    """It sleeps where it can, as waking is faster than loading; what sleeps already, or can't, stops."""
+    one = world.instances[instance]
+    if one.phase != "ready" or not one.sleeps:
+        return _drain(world, instance, why)
+    sleep = SleepInstance(instance, _level(world, one), why)
+    return Owed(f"sleep.{instance}.{one.slept}", (Write("instance", instance, sleep),), one.model)
+
+
+def _level(world: World, one: InstanceState) -> int:
+    """1, which keeps the weights in host memory, where that has room for what the device holds; else 2."""
+    bound = world.workers[one.worker].memory_bytes
+    held = sum(world.instances[i].bytes for i in world.alive if world.instances[i].worker == one.worker)
+    return 1 if not bound or held + one.device_bytes <= bound else 2
 
 
 def _drain(world: World, instance: str, why: str) -> Owed:
@@ -290,7 +318,7 @@ def _unwanted(world: World, one: InstanceState) -> str:
         return ""
     if state.at_zero and one.version == state.active and not state.switch:
         return "nobody uses it: it is loaded again on demand"
-    if one.phase == "ready":
+    if one.phase in ("ready", "asleep"):
         asked, since = state.residence.evicted.get(one.version), world.idle_since.get(one.instance)
         gone = asked is not None and since is not None and since <= asked.at
         return asked.reason if asked is not None and gone and one.version not in state.residence.pinned else ""
@@ -373,7 +401,7 @@ def _preload_one(
             return None
         if offer.verdict == SOON:
             return ()
-        kept = [i for i in idle if i.worker == offer.worker and i.instance not in offer.evict]
+        kept = [i for i in idle if i.worker == offer.worker and i.instance not in (*offer.evict, offer.wake)]
         lower = sorted((i for i in kept if i.priority < priority and not i.pinned), key=leaves_first(cache.policy))
         beyond = max(0, len(kept) + 1 - config.max_cached_models)
         if beyond > len(lower):
@@ -381,7 +409,8 @@ def _preload_one(
         leaving = [*offer.evict, *(i.instance for i in lower[:beyond])]
         if not leaving:
             write = _request(world, offer, model, version, cause=PRELOAD, priority=priority)
-            return (Owed(f"preload.{write.id}", (write,), model),)
+            which = f"{write.id}.{world.instances[offer.wake].slept}" if offer.wake else write.id
+            return (Owed(f"preload.{which}", (write,), model),)
         why = f"makes room to preload {model} {version}"
         return tuple(_drain(world, id, why) for id in leaving if safe(world, world.instances[id]))
     return None
@@ -403,7 +432,9 @@ def _request(
     number: int = 0,
     priority: int = 0,
 ) -> Write:
-    """``number``: how many further instances are asked for before it in the same write."""
+    """Wake or load. ``number``: how many further instances are asked for before it in the same write."""
+    if offer.wake:
+        return Write("instance", offer.wake, WakeInstance(offer.wake, cause))
     instance = f"i{world.requested_instances + 1 + number}"
     engine = world.models[model].versions[version]
     command = RequestInstance(

@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 #: long before, and the model must not be held for ever.
 PROOF_S = 60.0
 PROBE_AGAIN_S = 5.0
+_ON_THE_WAY = ("requested", "loading", "waking")
+#: Stages in which an instance fails that was asleep.
+_SLUMBER = ("sleeping", "waking")
 
 
 def agenda(world: World, id: str, now: datetime, judgement: Judgement | None = None) -> Agenda:
@@ -202,7 +205,7 @@ def _load_trouble(world: World, state: SwitchState, late: bool, limit: float) ->
     elif state.phase == "requested" and (large := placement.too_large(world, state.model, state.target)):
         command = FailSwitch(state.switch, "placement", large.reason)
     elif late:
-        loading = world.instances_of(state.model, state.target, "requested", "loading")
+        loading = world.instances_of(state.model, state.target, *_ON_THE_WAY)
         unseen = not loading and placement.awaits_inspection(world, state.model, state.target)
         stage = (loading[0].stage or "starting") if loading else "checking" if unseen else "placement"
         why = f"not ready within {limit:g} s (max_transition_time)"
@@ -242,34 +245,52 @@ def _patience(state: SwitchState) -> datetime:
 
 def _failed(world: World, state: SwitchState) -> InstanceState | None:
     """The newest failed instance among those that the switch waits for."""
-    failed = [world.instances[i] for i in state.instances if world.state("instance", i).phase == "failed"]
+    failed = [
+        world.instances[i]
+        for i in state.instances
+        if (one := world.state("instance", i)).phase == "failed" and one.stage not in _SLUMBER
+    ]
     return failed[-1] if failed else None
 
 
 def _stopped(world: World, state: SwitchState) -> InstanceState | None:
     """The newest instance that the switch waited for, if all of them were stopped (their worker left)."""
     waited = [world.state("instance", i) for i in state.instances]
+    if _not_woken(world, state):
+        return None
     return waited[-1] if waited and all(one.phase in INSTANCE_ENDED for one in waited) else None
+
+
+def _not_woken(world: World, state: SwitchState) -> bool:
+    """All that the switch waited for slept and could not be woken: no fault of the version, which is loaded anew."""
+    waited = [world.state("instance", i) for i in state.instances]
+    return bool(waited) and all(one.phase == "failed" and one.stage in _SLUMBER for one in waited)
+
+
+def _load_of(state: SwitchState) -> str:
+    """Name of the load that is owed: another one for each that was in vain."""
+    return ".".join(("load", *state.instances))
 
 
 def _make_ready(world: World, state: SwitchState, now: datetime) -> Agenda:
     ready = tuple(i.instance for i in world.ready(state.model, state.target))
-    under_way = tuple(i.instance for i in world.instances_of(state.model, state.target, "requested", "loading"))
-    lacking = placement.missing(world, state.model, state.target) if state.phase == "requested" else 0
+    under_way = tuple(i.instance for i in world.instances_of(state.model, state.target, *_ON_THE_WAY))
+    again = _not_woken(world, state)
+    lacking = placement.missing(world, state.model, state.target) if state.phase == "requested" or again else 0
     if ready and not under_way and not lacking:  # all replicas: the first step may give them all traffic
         return Agenda((_owe(state, "ready", *_start(world, state, ready, now)),))
     wait = Agenda(wake=state.deadline)
-    if state.phase == "loading":
+    if state.phase == "loading" and not again:
         return wait
     if lacking and placement.awaits_inspection(world, state.model, state.target):
         return wait  # a worker looks at its files
-    if _may_hold(world, state):
+    if not again and _may_hold(world, state):
         return Agenda((_start_hold(world, state, now),))
     requests = placement.request(world, state.model, state.target, cause=state.switch, count=lacking)
     if requests is None:
         return wait  # no room yet: placement makes some, or the deadline ends it
     record = RecordInstancesRequested(state.switch, (*under_way, *(one.id for one in requests)))
-    return Agenda((_owe(state, "load", Write("switch", state.switch, record), *requests),))
+    return Agenda((_owe(state, _load_of(state), Write("switch", state.switch, record), *requests),))
 
 
 def _may_hold(world: World, state: SwitchState) -> bool:
@@ -294,16 +315,16 @@ def pause_s(world: World, model: str, source: str, target: str) -> float | None:
 def _swap(world: World, state: SwitchState, now: datetime) -> Agenda:
     """The source finishes and leaves (placement sees to it), then the target is loaded in its place."""
     ready = tuple(i.instance for i in world.ready(state.model, state.target))
-    if ready and not world.instances_of(state.model, state.target, "requested", "loading"):
+    if ready and not world.instances_of(state.model, state.target, *_ON_THE_WAY):
         return Agenda((_owe(state, "ready", *_start(world, state, ready, now)),))
-    if ready or state.instances:
+    if ready or (state.instances and not _not_woken(world, state)):
         return Agenda(wake=state.deadline)
     lacking = placement.missing(world, state.model, state.target)
     requests = placement.request(world, state.model, state.target, cause=state.switch, count=lacking)
     if requests is None:
         return Agenda(wake=_earliest(_patience(state) if _patience(state) > now else None, state.deadline))
     record = RecordInstancesRequested(state.switch, tuple(one.id for one in requests))
-    return Agenda((_owe(state, "load", Write("switch", state.switch, record), *requests),))
+    return Agenda((_owe(state, _load_of(state), Write("switch", state.switch, record), *requests),))
 
 
 def _start(world: World, state: SwitchState, ready: tuple[str, ...], now: datetime) -> tuple[Write, ...]:

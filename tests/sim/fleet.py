@@ -20,7 +20,7 @@ from turnout.events.store import Unavailable
 from turnout.workers.gateway.agent import GatewayAgent
 from turnout.workers.gateway.holding import Holding
 from turnout.workers.gateway.transition import Choice, NoRoute, RequestTracker, Slot, TransitionManager
-from turnout.workers.inference.runner import Failure, Found, HostMemory, Loaded, Order, Usage
+from turnout.workers.inference.runner import Failure, Found, HostMemory, Loaded, Order, Slept, Usage
 from turnout.workers.ports import ModelUse, Request
 
 if TYPE_CHECKING:
@@ -253,6 +253,15 @@ class SimRunner:
         await asyncio.sleep(0.02)
         engine = self._host.engines.get(instance)
         return "" if engine is not None and engine.state == "up" else "no answer"
+
+    async def sleep(self, instance: str, level: int) -> Slept | Failure:
+        raise NotImplementedError  # no engine here says that it can
+
+    async def slumber(self, instance: str) -> Failure:
+        raise NotImplementedError
+
+    async def wake(self, order: Order) -> Loaded | Failure:
+        raise NotImplementedError
 
     def remains(self, instance: str) -> Failure:
         """What is known of one that is not there."""

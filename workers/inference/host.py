@@ -23,11 +23,12 @@ from turnout.workers.inference.engines.openai import OpenAIEngine
 from turnout.workers.inference.engines.vllm import VllmEngine, find_vllm
 from turnout.workers.inference.memory import MemoryManager
 from turnout.workers.inference.process import SHUT, EngineProcess, Record, RunFolder
-from turnout.workers.inference.runner import Failure, Found, HostMemory, Loaded, Order, Struck, Usage
+from turnout.workers.inference.runner import Failure, Found, HostMemory, Loaded, Order, Slept, Struck, Usage
 from turnout.workers.inference.starting import Planned, Running, Starter
 from turnout.workers.inference.tiers.adapter import Adapter, AdapterCold, Bases
 from turnout.workers.inference.tiers.cold import Cold
 from turnout.workers.inference.tiers.spare import Spare, Spares
+from turnout.workers.inference.tiers.wake import Sleepers
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -103,6 +104,7 @@ class HostRunner:
         )
         self._struck: set[tuple[str, str, str]] = set()
         self._memory = MemoryManager(settings.memory, settings.devices, settings.device_memory)
+        self._sleepers = Sleepers(self._starter, self._running, self._memory)
         self._probed: Probed | None = None
 
     def on_probed(self, report: Probed) -> None:
@@ -151,6 +153,7 @@ class HostRunner:
                     record.fingerprint,
                     record.tier,
                     served=record.launch.model if record.base else "",
+                    sleeps=record.launch.sleeps,
                 )
             answer[record.instance] = Found(record.sequence, loaded)
         self._bases.adopted()
@@ -418,6 +421,18 @@ class HostRunner:
             path = launch.address[5:]
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path + SHUT, path)
+
+    async def sleep(self, instance: str, level: int) -> Slept | Failure:
+        """See the port."""
+        return await self._sleepers.sleep(instance, level)
+
+    async def slumber(self, instance: str) -> Failure:
+        """See the port."""
+        return await self._sleepers.slumber(instance)
+
+    async def wake(self, order: Order) -> Loaded | Failure:
+        """See the port."""
+        return await self._sleepers.wake(order)
 
     async def stop(self, instance: str) -> None:
         """SIGTERM, a grace, SIGKILL to the group; or it becomes a spare. See the port."""

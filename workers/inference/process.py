@@ -60,8 +60,8 @@ class Record(msgspec.Struct, frozen=True):
         bound: the address that its socket was bound to, where that is another one than it is reached at.
         shape: what it keeps when other weights are put into it; empty where none may be.
         source: model and version that it holds.
-        role: ``spare`` where it waits for weights, ``filling`` while they come, ``base`` of adapters, ``adapter`` in
-            another one's engine, else empty.
+        role: ``spare`` where it waits for weights, ``filling`` while they come or it sleeps, ``base`` of adapters,
+            ``adapter`` in another one's engine, else empty.
         base: of an adapter: name of the engine that it shares.
         tier: how it was made ready.
     """

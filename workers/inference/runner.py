@@ -72,7 +72,16 @@ class Loaded(msgspec.Struct, frozen=True):
     tier: str = "cold"
     device_bytes: int = 0
     served: str = ""
+    sleeps: bool = False
     struck: tuple[Struck, ...] = ()
+
+
+class Slept(msgspec.Struct, frozen=True):
+    """An engine that sleeps: the seconds that it took, and the memory that it still holds, in bytes."""
+
+    seconds: float
+    bytes: int = 0
+    device_bytes: int = 0
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -130,6 +139,18 @@ class EngineRunner(Protocol):
 
         Returns the failure of an engine that died meanwhile.
         """
+        ...
+
+    async def sleep(self, instance: str, level: int) -> Slept | Failure:
+        """Put an engine that is quiet to sleep; see ``control.sleep``. What has failed is gone when this returns."""
+        ...
+
+    async def slumber(self, instance: str) -> Failure:
+        """Returns when a sleeping engine has died."""
+        ...
+
+    async def wake(self, order: Order) -> Loaded | Failure:
+        """Wake it and prove it, at a new address. Tried once: what has failed is gone when this returns."""
         ...
 
     async def stop(self, instance: str) -> None:

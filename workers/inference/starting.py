@@ -55,6 +55,7 @@ class Running(msgspec.Struct):
         source: model and version that it holds.
         base: of an adapter: name of the engine that it shares with others.
         quiet: nobody uses it, and nobody can reach it any more.
+        asleep: the level at which it sleeps; 0 where it is awake.
         trouble: what its newest golden question has shown.
         probes: golden questions since the watch began, and ``row`` those that failed in a row.
     """
@@ -66,6 +67,7 @@ class Running(msgspec.Struct):
     source: str = ""
     base: str = ""
     quiet: bool = False
+    asleep: int = 0
     trouble: str = ""
     probes: int = 0
     row: int = 0
@@ -273,7 +275,8 @@ class Starter:
                 fingerprint=verdict.fingerprint,
             )
             self.folder.write(running.process.record)
-        return Loaded(running.launch.address, load_s, probe_s, size, verdict.fingerprint)
+        sleeps = running.launch.sleeps
+        return Loaded(running.launch.address, load_s, probe_s, size, verdict.fingerprint, sleeps=sleeps)
 
     async def fail(self, name: str, running: Running, stage: str, reason: str) -> Failure:
         """End what is left, and gather what tells why."""

@@ -21,8 +21,10 @@ from turnout.core.instance import (
     ReportMeasured,
     ReportProbed,
     ReportReady,
+    ReportSlept,
     ReportStopped,
     ReportTierFailed,
+    ReportWoken,
 )
 from turnout.core.model import ReportInspected
 from turnout.core.worker import JoinWorker, LeaveWorker
@@ -89,6 +91,8 @@ class _Life:
         self.drain = asyncio.Event()
         self.forced = asyncio.Event()
         self.asked = asyncio.Event()  # a golden probe may be wanted: see the view
+        self.sleep = asyncio.Event()  # the view wants it to sleep
+        self.wake = asyncio.Event()  # the view wants it to be woken
         self.known = asyncio.Event()  # the view says what it is: of a found engine only its id is known
         self.silent = False  # its end is known; nothing is to be reported
         self.unquiet = ""
@@ -280,6 +284,9 @@ class InferenceWorker:
             if life is not None:
                 life.view = wanted
                 life.known.set()
+                if sequence >= life.sequence:  # what is older may ask for a sleep that is over
+                    _turn(life.sleep, on=wanted.phase == "sleeping")
+                    _turn(life.wake, on=wanted.phase == "waking")
                 life.sequence = max(life.sequence, sequence)
                 self._drain_if_asked(life)
                 if wanted.probe:
@@ -366,8 +373,10 @@ class InferenceWorker:
             return
         # Also one that a worker before has begun to load: its word that it is ready may still come, and must not be
         # taken for one that loads again at the same address.
-        if life.found is None and life.view.phase in ("loading", "ready"):
-            gone = msgspec.structs.replace(self._runner.remains(instance), stage=life.view.stage or "serving")
+        slumber = {"sleeping": "sleeping", "asleep": "sleeping", "waking": "waking"}.get(life.view.phase, "")
+        if life.found is None and (slumber or life.view.phase in ("loading", "ready")):
+            stage = slumber or life.view.stage or "serving"
+            gone = msgspec.structs.replace(self._runner.remains(instance), stage=stage)
             await self._report_life(life, _failed(instance, gone))
             return
         if loaded is None:
@@ -380,11 +389,41 @@ class InferenceWorker:
                 await self._report_life(life, _failed(instance, result))
                 return
             loaded = result
-        failure = await self._serve(life, loaded) if loaded else None
-        if failure is not None:
-            await self._report_life(life, _failed(instance, failure))
-            return
+        while loaded is not None:
+            result = await self._serve(life, loaded)
+            if result is None and life.sleep.is_set() and not life.drain.is_set() and not life.silent:
+                result = await self._sleep_until_woken(life)
+            if isinstance(result, Failure):
+                await self._report_life(life, _failed(instance, result))
+                return
+            loaded = result
         await self._end(life)
+
+    async def _sleep_until_woken(self, life: _Life) -> Loaded | Failure | None:
+        """Wait until nobody uses the engine, put it to sleep, and wake it when it is asked for; None: it shall end.
+
+        Sleeping and waking take their turn among the loads of the device.
+        """
+        view, instance = life.view, life.view.instance
+        failure = await _unless(self._wait_quiet(life), life.drain.wait())
+        if failure is not None or life.drain.is_set():
+            return failure
+        slept = await self.cache.preload_model(
+            lambda: self._runner.sleep(instance, view.level), device=view.device, priority=_FOR_TRAFFIC
+        )
+        if isinstance(slept, Failure):
+            return slept
+        log.info("instance_slept", instance=instance, level=view.level, seconds=round(slept.seconds, 2))
+        report = ReportSlept(instance, view.level, slept.seconds, slept.bytes, slept.device_bytes)
+        await self._report("instance.slept", report)
+        asked = _unless(life.wake.wait(), life.drain.wait())
+        if (died := await _unless(self._runner.slumber(instance), asked)) is not None:
+            return died
+        if life.drain.is_set():
+            return None
+        return await self.cache.preload_model(
+            lambda: self._runner.wake(_order(life)), device=view.device, priority=_FOR_TRAFFIC
+        )
 
     async def _load(self, life: _Life) -> Loaded | Failure | None:
         """Load and prove, one at a time, as two engines that start together charge each other's memory.
@@ -395,16 +434,7 @@ class InferenceWorker:
         if await _unless(life.known.wait(), life.drain.wait()) is None:
             return None
         view = life.view
-        order = Order(
-            view.instance,
-            view.model,
-            view.version,
-            view.engine,
-            life.sequence,
-            view.inspection,
-            view.estimate,
-            view.device,
-        )
+        order = _order(life)
         begun = self._clock.monotonic()
 
         def progress(stage: str, detail: str) -> None:
@@ -439,16 +469,22 @@ class InferenceWorker:
         proving = asyncio.create_task(self._answer_probes(life))
         proving.add_done_callback(_loud)
         try:
-            report = ReportReady(
-                instance,
-                loaded.address,
-                loaded.load_s,
-                loaded.probe_s,
-                loaded.bytes,
-                loaded.fingerprint,
-                loaded.tier,
-                loaded.device_bytes,
-                loaded.served,
+            woken = loaded.tier == "wake"
+            report = (
+                _woken(instance, loaded)
+                if woken
+                else ReportReady(
+                    instance,
+                    loaded.address,
+                    loaded.load_s,
+                    loaded.probe_s,
+                    loaded.bytes,
+                    loaded.fingerprint,
+                    loaded.tier,
+                    loaded.device_bytes,
+                    loaded.served,
+                    loaded.sleeps,
+                )
             )
             log.info(
                 "instance_ready",
@@ -460,7 +496,9 @@ class InferenceWorker:
                 tier=loaded.tier,
                 adopted=life.found is not None,
             )
-            answer = await _unless(self._report("instance.ready", report), asyncio.wait((watching,)))
+            answer = await _unless(
+                self._report("instance.woken" if woken else "instance.ready", report), asyncio.wait((watching,))
+            )
             if isinstance(answer, Rejected):
                 log.warning("instance_refused", instance=instance, code=answer.code, reason=answer.reason)
                 life.silent = answer.code == "instance_unknown"
@@ -469,7 +507,8 @@ class InferenceWorker:
                 life.sequence = max(life.sequence, answer.sequence)
             told = Usage(loaded.bytes, loaded.device_bytes)
             self.cache.put_model(CachedModel(instance, life.view.model, life.view.version, told))
-            return await _unless(asyncio.shield(watching), life.drain.wait())
+            leaves = _first(life.drain.wait(), life.sleep.wait())
+            return await _unless(asyncio.shield(watching), leaves)
         finally:
             self.cache.evict_model(instance)
             await _cancelled(watching, proving)
@@ -611,6 +650,42 @@ _NO_ENGINE = EngineSpec("")
 
 def _failed(instance: str, failure: Failure) -> ReportFailed:
     return ReportFailed(instance, failure.stage, failure.reason, failure.log_tail, failure.exit_code)
+
+
+def _woken(instance: str, loaded: Loaded) -> ReportWoken:
+    return ReportWoken(
+        instance, loaded.load_s, loaded.probe_s, loaded.bytes, loaded.device_bytes, address=loaded.address
+    )
+
+
+def _order(life: _Life) -> Order:
+    view = life.view
+    return Order(
+        view.instance,
+        view.model,
+        view.version,
+        view.engine,
+        life.sequence,
+        view.inspection,
+        view.estimate,
+        view.device,
+    )
+
+
+def _turn(event: asyncio.Event, *, on: bool) -> None:
+    if on:
+        event.set()
+    else:
+        event.clear()
+
+
+async def _first(*events: Awaitable[object]) -> None:
+    """Until one of them came."""
+    waiting = [asyncio.ensure_future(event) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await _cancelled(*waiting)
 
 
 async def _unless(work: Awaitable[T], event: Awaitable[object]) -> T | None:

@@ -15,11 +15,15 @@ from turnout.events.instance import (
     InstanceFailed,
     InstanceReady,
     InstanceRequested,
+    InstanceSleepRequested,
+    InstanceSlept,
     InstanceStopped,
+    InstanceWakeRequested,
+    InstanceWoken,
 )
 from turnout.events.model import ActiveVersionChanged, EngineSpec, VersionDeregistered, VersionRegistered
 from turnout.events.route import Endpoint, RouteChanged, Split
-from turnout.events.switch import SwitchAborted
+from turnout.events.switch import InstancesRequested, SwitchAborted
 from turnout.events.worker import WorkerJoined, WorkerLost
 
 KEEP_NONE = ModelSwitchingConfig(max_cached_models=0)
@@ -267,3 +271,78 @@ def test_another_models_events_owe_nothing_here() -> None:
     story = serving()
     story.happens(VersionRegistered("embed", "v1", EngineSpec("fake"), ""))
     assert story.placement().owed == ()
+
+
+# --- sleep and wake ----------------------------------------------------------------------------------------------
+
+
+def full_house() -> Story:
+    """``i1`` of v1 serves, ``i2`` of v2 is idle and can sleep, v3 is wanted, and both places are taken."""
+    story = registered("v1", "v2", "v3", capacity=2).instance("i1", "v1").instance("i2", "v2")
+    story.happens(InstanceReady("i2", "unix:/run/i2.b", 1.0, 0.1, 1000, "", sleeps=True))
+    split = Split("v1", 100.0, (Endpoint("i1", "unix:/run/i1"),))
+    story.happens(RouteChanged("chat", 1, (split,), "s", 1.0, "x")).applied()
+    return story.happens(ActiveVersionChanged("chat", "v1", "", "sw-0")).asked("v3")
+
+
+def test_what_makes_room_sleeps_where_it_can_and_gives_its_place_up() -> None:
+    story = full_house()
+    assert not story.owes().owed
+    assert story.carry_placement() == [InstanceSleepRequested("i2", 1, "makes room for chat v3")]
+    assert story.carry_placement() == [], "once"
+    story.happens(InstanceSlept("i2", 1, 0.1, 10))
+    assert story.carry_placement() == []
+    assert story.carry()[-1] == InstanceRequested("i3", "chat", "v3", "w1", FAKE, "sw-1", 1, 1000)
+
+
+def asleep() -> Story:
+    """``i1`` of v1 serves, ``i2`` of v2 sleeps, and there is a place for it."""
+    story = serving(capacity=2)
+    story.instance("i2", "v2").happens(InstanceReady("i2", "unix:/run/i2.b", 1.0, 0.1, 1000, "", sleeps=True))
+    story.happens(InstanceSleepRequested("i2", 1, "x"), InstanceSlept("i2", 1, 0.1, 10))
+    return story
+
+
+def test_a_switch_wakes_what_sleeps_and_routes_to_its_new_address() -> None:
+    story = asleep()
+    assert not of(story.carry_placement(), RouteChanged)
+    story.asked("v2")
+    assert story.carry() == (InstancesRequested("sw-1", ("i2",)), InstanceWakeRequested("i2", "sw-1"))
+    assert story.owes().owed == ()
+    story.happens(InstanceWoken("i2", 0.2, 0.1, 1000, 0, "unix:/run/i2.c"))
+    (route,) = of(list(story.carry()), RouteChanged)
+    assert isinstance(route, RouteChanged)
+    assert [e.address for s in route.splits if s.version == "v2" for e in s.endpoints] == ["unix:/run/i2.c"]
+
+
+@pytest.mark.parametrize("stage", ["waking", "sleeping"])
+def test_a_wake_that_fails_is_not_tried_again_and_the_same_switch_loads_cold(stage: str) -> None:
+    story = asleep().asked("v2")
+    story.carry()
+    story.happens(InstanceFailed("i2", stage, "golden answers differ"))
+    events = story.carry()
+    assert events == (
+        InstancesRequested("sw-1", ("i3",)),
+        InstanceRequested("i3", "chat", "v2", "w1", FAKE, "sw-1", 1, 1000),
+    )
+    story.ready("i3")
+    assert of(list(story.carry()), RouteChanged)
+
+
+def test_a_lost_active_version_that_sleeps_elsewhere_is_woken() -> None:
+    story = serving(capacity=2)
+    story.instance("i2", "v1").happens(InstanceReady("i2", "unix:/run/i2.b", 1.0, 0.1, 1000, "", sleeps=True))
+    story.happens(InstanceSleepRequested("i2", 2, "x"), InstanceSlept("i2", 2, 0.1, 10))
+    story.happens(InstanceFailed("i1", "serving", "crashed")).later(1.0)
+    assert of(story.carry_placement(), InstanceWakeRequested) == [InstanceWakeRequested("i2", "restore")]
+
+
+def test_what_sleeps_leaves_when_its_time_is_up_or_its_memory_is_needed() -> None:
+    story = asleep()
+    story.now = story.world.idle_since["i2"] + timedelta(seconds=3600)
+    assert of(story.carry_placement(), InstanceDraining) == [
+        InstanceDraining("i2", "idle for 3600 s (model_ttl_seconds)")
+    ]
+    short = asleep()
+    short.happens(WorkerJoined("w1", "h1", ("fake",), (), 2, 1005))
+    assert of(short.carry_placement(), InstanceDraining) == [InstanceDraining("i2", "w1 holds more than its memory")]

@@ -16,7 +16,7 @@ from turnout.events.instance import InstanceDraining, InstanceRequested
 from turnout.events.model import EngineSpec, Inspection, VersionRegistered
 from turnout.events.store import Unavailable
 from turnout.projections.fleet import Workers
-from turnout.workers.inference.runner import Failure, Found, HostMemory, Loaded, Order, Usage
+from turnout.workers.inference.runner import Failure, Found, HostMemory, Loaded, Order, Slept, Usage
 from turnout.workers.inference.settings import WorkerSettings
 from turnout.workers.inference.worker import InferenceWorker, WorkerBeat
 from turnout.workers.ports import Closeable, Request, ViewEntry
@@ -174,6 +174,8 @@ class Host:
         self.released = False
         self.used: dict[str, str] = {}
         self.troubles: dict[str, str] = {}
+        self.slept: list[tuple[str, int]] = []
+        self.wakes: list[Loaded | Failure] = []
         self.bytes: dict[str, int] = {}
         self.progress: dict[str, Callable[[str, str], None]] = {}
         self._outcome: dict[str, asyncio.Future[Loaded | Failure]] = {}
@@ -206,7 +208,7 @@ class Host:
     async def watch(self, instance: str) -> Failure:
         self.watched.add(instance)
         try:
-            return await self._end.setdefault(instance, asyncio.Future())
+            return await asyncio.shield(self._end.setdefault(instance, asyncio.Future()))
         finally:
             self.watched.discard(instance)
 
@@ -224,6 +226,16 @@ class Host:
 
     async def stop(self, instance: str) -> None:
         self.stopped.append(instance)
+
+    async def sleep(self, instance: str, level: int) -> Slept | Failure:
+        self.slept.append((instance, level))
+        return Slept(0.5, 3)
+
+    async def slumber(self, instance: str) -> Failure:
+        return await asyncio.shield(self._end.setdefault(instance, asyncio.Future()))
+
+    async def wake(self, order: Order) -> Loaded | Failure:
+        return self.wakes.pop(0)
 
     def remains(self, instance: str) -> Failure:
         return Failure("serving", "gone", ("last line",))

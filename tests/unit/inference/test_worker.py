@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from turnout.events.instance import InstanceFailed, InstanceLoading, InstanceProbeRequested, InstanceReady
+from turnout.events.instance import (
+    InstanceFailed,
+    InstanceLoading,
+    InstanceProbeRequested,
+    InstanceReady,
+    InstanceSleepRequested,
+    InstanceWakeRequested,
+    InstanceWoken,
+)
 from turnout.events.model import EngineSpec, Inspection
 from turnout.events.worker import WorkerLost
 from turnout.projections.fleet import WorkerView
@@ -483,5 +491,65 @@ def test_an_instance_is_ordered_with_what_its_files_said(runner: asyncio.Runner,
             rig.plane.request()
             await until(lambda: "i-1" in rig.host.orders)
             assert rig.host.orders["i-1"].inspection == Inspection("c0ffee")
+
+    runner.run(test())
+
+
+async def asleep(rig: Any, until: Any) -> None:
+    """An instance that the log has put to sleep at level 2."""
+    await ready(rig, until)
+    rig.plane.record(InstanceSleepRequested("i-1", 2, "makes room"))
+    await until(lambda: rig.plane.phase() == "asleep")
+
+
+def test_it_sleeps_once_it_is_quiet_and_is_woken_at_a_new_address(runner: asyncio.Runner, rig: Any, until: Any) -> None:
+    async def test() -> None:
+        async with rig:
+            await ready(rig, until)
+            rig.host.used["i-1"] = "1 connections are open"
+            rig.plane.record(InstanceSleepRequested("i-1", 2, "makes room"))
+            await until(lambda: not rig.host.watched)
+            assert rig.host.slept == []
+            del rig.host.used["i-1"]
+            await until(lambda: rig.plane.phase() == "asleep")
+            assert rig.host.slept == [("i-1", 2)]
+            rig.host.wakes.append(Loaded("unix:/run/new.sock", 0.2, 0.1, 7, "v1", tier="wake"))
+            rig.plane.record(InstanceWakeRequested("i-1", "sw-2"))
+            await until(lambda: rig.plane.phase() == "ready")
+            assert rig.plane.log[-1] == InstanceWoken("i-1", 0.2, 0.1, 7, 0, "unix:/run/new.sock")
+            await until(lambda: rig.host.watched == {"i-1"})
+            rig.plane.record(InstanceSleepRequested("i-1", 1, "again"))
+            await until(lambda: rig.host.slept == [("i-1", 2), ("i-1", 1)])
+
+    runner.run(test())
+
+
+def test_a_wake_that_fails_ends_the_instance(runner: asyncio.Runner, rig: Any, until: Any) -> None:
+    async def test() -> None:
+        async with rig:
+            await asleep(rig, until)
+            rig.host.wakes.append(Failure("waking", "it says other things than before"))
+            rig.plane.record(InstanceWakeRequested("i-1", "sw-2"))
+            await until(lambda: rig.plane.phase() == "failed")
+            assert rig.plane.log[-1] == InstanceFailed("i-1", "waking", "it says other things than before")
+            await until(lambda: rig.worker.instances == ())
+
+    runner.run(test())
+
+
+def test_an_engine_that_dies_in_its_sleep_is_reported_and_one_that_shall_end_is_stopped(
+    runner: asyncio.Runner, rig: Any, until: Any
+) -> None:
+    async def test() -> None:
+        async with rig:
+            await asleep(rig, until)
+            rig.host.dies("i-1", Failure("sleeping", "killed"))
+            await until(lambda: rig.plane.phase() == "failed")
+            await ready(rig, until, "i-2")
+            rig.plane.record(InstanceSleepRequested("i-2", 1, "makes room"))
+            await until(lambda: rig.plane.phase("i-2") == "asleep")
+            rig.plane.drain("i-2")
+            await until(lambda: rig.plane.phase("i-2") == "stopped")
+            assert rig.host.stopped == ["i-2"]
 
     runner.run(test())

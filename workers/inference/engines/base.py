@@ -105,6 +105,7 @@ class Launch(msgspec.Struct, frozen=True):
         fills: other weights can be put into it while it runs (see control.py); its socket is private then.
         empty: it was started without weights.
         weights: what to fill it with; a folder, for the fake engine any word.
+        sleeps: it can be put to sleep (see control.py); its socket is private then.
         adapters: flags by which it takes adapters; empty where it takes none.
     """
 
@@ -123,6 +124,11 @@ class Launch(msgspec.Struct, frozen=True):
     empty: bool = False
     weights: str = ""
     adapters: tuple[str, ...] = ()
+    sleeps: bool = False
+
+
+#: Flag of vLLM, and of the fake engine, without which it can't be put to sleep.
+SLEEP_FLAG = "--enable-sleep-mode"
 
 
 def unshared() -> Refusal:

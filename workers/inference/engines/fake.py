@@ -12,6 +12,7 @@ from turnout.workers.inference.engines.base import (
     BASE,
     CHAT,
     COMPLETIONS,
+    SLEEP_FLAG,
     Launch,
     Refusal,
     Sign,
@@ -64,4 +65,5 @@ class FakeEngine:
             adapters=("--enable-lora",) if spec.adapter else (),
             empty=not site.weights,
             weights=weights,
+            sleeps=site.unix and not spec.adapter and SLEEP_FLAG in spec.args,
         )

@@ -2,7 +2,8 @@
 
 It copies the endpoints of vLLM's dev mode and of turnout's hand in it with the failures that were seen on real ones,
 the silent ones above all: an answer of 200 after which requests hang, talk nonsense or keep old weights. "Weights" are
-a word, or a folder whose ``fake.json`` may say what is wrong with them: ``nan``, ``broken`` or ``missing``.
+a word, or a folder whose ``fake.json`` may say what is wrong with them: ``nan``, ``broken`` or ``missing``; or with the
+next reload of them, which answers 200 all the same: ``unread`` reads nothing, ``stale`` reads other weights.
 """
 
 from __future__ import annotations
@@ -139,7 +140,9 @@ class Hand:
         wrong = _wrong(path)
         if wrong.get("broken"):
             raise Refused(500, "start (0) + length (1536) exceeds dimension size (1024)", dies=True)
-        self.weights = path
+        if wrong.get("unread"):
+            return {"fault": ""}
+        self.weights = f"{path} of before" if wrong.get("stale") else path
         self.garbage = False
         self.poisoned = self.poisoned or bool(wrong.get("nan"))
         if repack:

@@ -935,6 +935,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     bad.add_argument("--hang-after", type=int, default=-1, help="answer so many requests, then none; /health stays 200")
     bad.add_argument("--deaf-after", type=int, default=-1, help="answer so many requests, then take no connection")
     bad.add_argument("--hang-at-load", action="store_true", help="never get ready")
+    when.add_argument("--enable-sleep-mode", action="store_true", help="it may be put to sleep; the worker asks")
     bad.add_argument("--wake-fails", action="store_true", help="put to sleep, it never comes back (500)")
     bad.add_argument("--seed", type=int, default=0, help="the same seed fails the same requests")
     a = p.parse_args(argv)

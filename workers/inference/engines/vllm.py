@@ -20,6 +20,7 @@ from turnout.workers.inference.engines.base import (
     BASE,
     CHAT,
     COMPLETIONS,
+    SLEEP_FLAG,
     Launch,
     Refusal,
     Sign,
@@ -145,6 +146,13 @@ class VllmEngine:
             program = (install.python, "-m", "vllm_omni.entrypoints.cli.main", "serve", spec.path)
         else:
             program = (install.python, "-m", install.module, "--model", spec.path)
+        if SLEEP_FLAG in _names(spec.args) and install.cpu:
+            return Refusal(
+                "sleep_needs_gpu",
+                f"the version asks for {SLEEP_FLAG}, and this vLLM is built for the CPU",
+                "register the version again without it, or place it on a worker with a GPU",
+                "starting",
+            )
         where = ("--uds", site.socket) if site.unix else ("--host", site.host, "--port", str(site.port))
         # The default fingerprint is a hash of the settings, equal for two versions of the same weights' shape.
         named = _since(install.version, (0, 24)) and not omni
@@ -187,6 +195,7 @@ class VllmEngine:
             empty=not site.weights,
             weights=spec.path,
             adapters=adapters,
+            sleeps=fills and SLEEP_FLAG in _names(spec.args),
         )
 
     def _defaults(self, args: tuple[str, ...]) -> tuple[str, ...]:

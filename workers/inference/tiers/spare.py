@@ -66,7 +66,14 @@ class Spares:
     def keep(self, instance: str, running: Running) -> bool:
         """Keep an engine that nobody uses any more, if there is room for it. Its socket has lost its name already."""
         process = running.process
-        if process is None or not running.quiet or running.exited or running.trouble or not running.shape:
+        if (
+            process is None
+            or running.asleep
+            or not running.quiet
+            or running.exited
+            or running.trouble
+            or not running.shape
+        ):
             return False
         if len(self._kept) >= self._most:
             return False
