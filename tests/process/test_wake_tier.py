@@ -31,13 +31,13 @@ pytestmark = pytest.mark.process
 class Rig:
     """One engine that can sleep, with weights in a folder of the test; ``wrong`` with them: see fake_hand.py."""
 
-    def __init__(self, path: Path, *args: str, spares: int = 0, **wrong: object) -> None:
+    def __init__(self, path: Path, *args: str, spares: int = 0, wrong: dict[str, object] | None = None) -> None:
         self.folder = path / "run"
         weights = path / "models" / "v1"
         weights.mkdir(parents=True, exist_ok=True)
         header = json.dumps({"w": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
         (weights / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-        (weights / "fake.json").write_text(json.dumps(wrong))
+        (weights / "fake.json").write_text(json.dumps(wrong or {}))
         settings = WorkerSettings(
             id="w1",
             run_folder=str(self.folder),
@@ -117,7 +117,7 @@ def test_what_does_not_wake_as_it_was_is_killed_and_the_version_loads_cold(
     runner: asyncio.Runner, path: Path, wrong: dict[str, object], args: tuple[str, ...], says: str
 ) -> None:
     async def test() -> None:
-        rig = Rig(path, *args, **wrong)
+        rig = Rig(path, *args, wrong=wrong)
         await rig.load()
         pid = rig.pid()
         await rig.sleep(2)
