@@ -6,7 +6,11 @@ import math
 
 import msgspec
 
+from turnout.core import cron
 from turnout.core.cache import Policy
+
+#: Names of strategies in ``[cache] warm``.
+WARM = ("recent", "predicted")
 
 
 class ModelSwitchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,14 +68,44 @@ class ModelSwitchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
         return tuple(found)
 
 
+class Scheduled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A version that shall be loaded at certain minutes. ``cron``: five fields, UTC; see core/cron.py."""
+
+    model: str
+    version: str
+    cron: str
+
+
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the cache of idle instances does beyond ``max_cached_models`` and ``model_ttl_seconds``.
 
     Attributes:
         policy: who leaves first: ``lru`` (least recently used) or ``cost`` (the cheapest to load again for its size).
+        warm: what is loaded ahead where there is room: ``recent`` (what was used last) and ``predicted`` (what the
+            switches so far let expect).
+        schedule: what is loaded ahead at certain minutes.
     """
 
     policy: Policy = "lru"
+    warm: tuple[str, ...] = ()
+    schedule: tuple[Scheduled, ...] = ()
+
+    def problems(self) -> tuple[str, ...]:
+        """What can't be meant, one sentence each, naming the field."""
+        found = [
+            f"warm names {name!r}: choose from {', '.join(WARM)} (times are written as [[cache.schedule]])"
+            for name in self.warm
+            if name not in WARM
+        ]
+        for number, one in enumerate(self.schedule, 1):
+            found.extend(
+                f"schedule number {number}: {key} is empty: give its name"
+                for key in ("model", "version")
+                if not getattr(one, key)
+            )
+            if isinstance(problem := cron.parse(one.cron), str):
+                found.append(f"schedule number {number}: cron {problem}")
+        return tuple(found)
 
 
 #: What holds where nothing else was said.

@@ -53,6 +53,8 @@ _OPERATORS = "ops"
 
 #: An instance that served this long was sound: its failure starts the back-off anew.
 SOUND_S = 60.0
+#: Switches of each model that are remembered.
+TURNS_MOST = 100
 #: Lost gateways and workers that are remembered: each process that is killed leaves one behind.
 LOST_MOST = 100
 
@@ -93,6 +95,13 @@ class Load(msgspec.Struct, frozen=True, gc=False):
 
     seconds: float
     bytes: int
+
+
+class Turn(msgspec.Struct, frozen=True, gc=False):
+    """A version became the active one of its model, at this time (UTC)."""
+
+    version: str
+    at: datetime
 
 
 class Size(msgspec.Struct, frozen=True, gc=False):
@@ -143,6 +152,11 @@ class World:
         self.sizes: dict[tuple[str, str, str], Size] = {}
         #: (model, version) → how often it became the active one.
         self.uses: dict[tuple[str, str], int] = {}
+        #: Model → its newest changes of the active version, oldest first.
+        self.turns: dict[str, tuple[Turn, ...]] = {}
+        #: (model, version) → when it left its route last (UTC), and when its newest instance ended.
+        self.used: dict[tuple[str, str], datetime] = {}
+        self.gone: dict[tuple[str, str], datetime] = {}
         #: Instances that have been in a route, of those that have not ended.
         self.served: set[str] = set()
         #: (model, version) → seconds that its newest instance took to stop, from its last request on.
@@ -352,11 +366,16 @@ class World:
             self.failures.pop(key, None)
             self.loads.pop(key, None)
             self.uses.pop(key, None)
+            self.used.pop(key, None)
+            self.gone.pop(key, None)
             for worker in self.workers:
                 self.sizes.pop((worker, *key), None)
         elif type(recorded.event) is ActiveVersionChanged:
             key = (id, after.active)
             self.uses[key] = self.uses.get(key, 0) + 1
+            if after.active and after.active != before.active:
+                turn = Turn(after.active, recorded.envelope.time)
+                self.turns[id] = (*self.turns.get(id, ()), turn)[-TURNS_MOST:]
 
     def _index_switch(self, id: str, before: Any, after: switch.SwitchState, recorded: Recorded) -> None:
         if after.phase in switch.ENDED:
@@ -408,6 +427,8 @@ class World:
         for one in was:
             if one not in now and one in self.alive:
                 self.idle_since[one] = recorded.envelope.time
+        for version in {part.version for part in before.parts} - {part.version for part in after.parts}:
+            self.used[id, version] = recorded.envelope.time
 
     def _index_instance(
         self, id: str, before: instance.InstanceState, after: instance.InstanceState, recorded: Recorded
@@ -420,6 +441,7 @@ class World:
             self.alive.discard(id)
             self.served.discard(id)
             self.idle_since.pop(id, None)
+            self.gone[key] = time
             self._end(recorded)
         else:
             self.alive.add(id)

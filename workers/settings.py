@@ -295,6 +295,8 @@ class _Reader:
             return self._struct(type, value, path, base)
         if get_origin(type) is dict and _is_struct(inner := get_args(type)[1]):
             return self._table_of(inner, value, path)
+        if get_origin(type) is tuple and _is_struct(inner := get_args(type)[0]):
+            return self._list_of(inner, value, path)
         raw = value.raw if isinstance(value, _Text) else _MISSING
         parsed = value.value if isinstance(value, _Text) else value
         for candidate in (parsed, raw):
@@ -317,6 +319,15 @@ class _Reader:
             if got is not _MISSING:
                 read[name] = got
         return read
+
+    def _list_of(self, inner: type[Any], value: object, path: Path_) -> Any:
+        value = value.value if isinstance(value, _Text) else value
+        if not isinstance(value, list):
+            self._wrong(path, f"{_dotted(path)} must be a list of tables: write [[{_dotted(path)}]]")
+            return _MISSING
+        tables = enumerate(cast("list[object]", value), 1)
+        read = [self._struct(inner, one, (*path, str(number)), _MISSING) for number, one in tables]
+        return _MISSING if any(one is _MISSING for one in read) else tuple(read)
 
 
 class _Text(msgspec.Struct, frozen=True):
@@ -346,6 +357,7 @@ def _meaningless(settings: Settings, reader: _Reader) -> Iterator[Problem]:
         ("switching", settings.switching.problems(frozenset(STRATEGIES))),
         ("gateway", settings.gateway.problems()),
         ("worker", settings.worker.problems()),
+        ("cache", settings.cache.problems()),
         ("switch", _switch_problems(settings.switch)),
         ("nats", _nats_problems(settings.nats)),
         ("alerts", settings.alerts.problems()),
@@ -356,6 +368,12 @@ def _meaningless(settings: Settings, reader: _Reader) -> Iterator[Problem]:
             yield Problem(reader.where((table, key)), f"[{table}] {problem}")
     for name, one in settings.models.items():
         yield from _model_problems(settings, name, one, reader)
+    for number, planned in enumerate(settings.cache.schedule, 1):
+        declared = settings.models.get(planned.model)
+        known = declared is not None and planned.version in declared.versions
+        if settings.models and not settings.switching.enable_dynamic_registry and not known:
+            what = f"[cache] schedule number {number} names {planned.model} {planned.version}, which is not declared"
+            yield Problem(reader.where(("cache", "schedule")), what)
     for name in settings.gateway.model_limits:
         if settings.models and not settings.switching.enable_dynamic_registry and name not in settings.models:
             where = reader.where(("gateway", "model_limits", name))

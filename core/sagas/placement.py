@@ -40,7 +40,7 @@ def agenda(world: World, config: ModelSwitchingConfig, now: datetime, cache: Cac
     owed: list[Owed] = []
     wakes: list[datetime] = []
     for model in sorted(world.models, key=lambda name: _turn(world, name)):
-        for version in _needed(world, model):
+        for version in needed(world, model):
             again = _restore(world, model, version, now)
             if isinstance(again, Owed):
                 owed.append(again)
@@ -133,13 +133,22 @@ def missing(world: World, model: str, version: str) -> int:
     return max(0, world.models[model].residence.wanted(version) - len(counted))
 
 
+def something_needed_waits(world: World) -> bool:
+    """Whether an instance that something needs is still to be asked for."""
+    return any(
+        missing(world, model, version) and loadable(world, model, version)
+        for model in world.models
+        for version in needed(world, model)
+    )
+
+
 def no_room(world: World, model: str, version: str, cache: CacheConfig = CACHE) -> Rejected | None:
     """Why the instances that a version lacks can't be loaded, with the numbers; None where they can.
 
     Nothing is unloaded for it: what would have to go is only counted.
     """
     count = missing(world, model, version)
-    ledger = Ledger(world, evictable(world), cache.policy)
+    ledger = Ledger(world, (*evictable(world), *_loading_ahead(world)), cache.policy)
     planned = plan(world, ledger, model, version, count)
     if len(planned) == count and all(offer.verdict != FULL for offer in planned):
         return None
@@ -167,10 +176,11 @@ def must_swap(world: World, model: str, source: str, target: str) -> bool:
         for one in world.ready(model, source)
         if (since := world.ready_at(one.instance)) is not None
     )
+    spare = (*evictable(world), *_loading_ahead(world))
     return (
         count > 0
-        and not _has_room(world, evictable(world), model, target, count)
-        and _has_room(world, (*evictable(world), *serving), model, target, count)
+        and not _has_room(world, spare, model, target, count)
+        and _has_room(world, (*spare, *serving), model, target, count)
     )
 
 
@@ -189,8 +199,21 @@ def evictable(world: World) -> tuple[Idle, ...]:
         if state is None or one.phase not in ("ready", "asleep"):
             continue
         surplus = one.phase == "asleep" and one.version in state.versions and not missing(world, one.model, one.version)
-        if surplus or one.version not in _needed(world, one.model):
+        if surplus or one.version not in needed(world, one.model):
             found.append(_idle(world, one, since))
+    return tuple(found)
+
+
+def _loading_ahead(world: World) -> tuple[Idle, ...]:
+    """Preloads that are under way and nothing needs: they give way to what is needed, and their wishes wait again."""
+    found: list[Idle] = []
+    for id in sorted(world.alive):
+        one = world.instances[id]
+        state = world.models.get(one.model)
+        wish = None if state is None else state.residence.wishes.get(one.version)
+        ahead = one.cause == PRELOAD and one.phase in _LOADING
+        if wish is not None and ahead and one.version not in needed(world, one.model):
+            found.append(_idle(world, one, wish.at))
     return tuple(found)
 
 
@@ -213,17 +236,17 @@ def _idle(world: World, one: InstanceState, since: datetime) -> Idle:
     )
 
 
-def _needed(world: World, model: str) -> tuple[str, ...]:
+def needed(world: World, model: str) -> tuple[str, ...]:
     """Versions that must have a ready instance or be on the way to one."""
     state = world.models[model]
     switch = world.state("switch", state.switch) if state.switch else None
     away = state.at_zero or (switch is not None and switch.alone and switch.source == state.active)
-    needed = [state.active] if state.active and not away else []
-    needed.extend(rule.version for rule in state.rules if rule.version and rule.version not in needed)
+    found = [state.active] if state.active and not away else []
+    found.extend(rule.version for rule in state.rules if rule.version and rule.version not in found)
     if switch is not None and switch.phase not in ENDED:
         target = "" if switch.holds and switch.phase == "rolling_back" else switch.target
-        needed.extend(v for v in (target, switch.to) if v and v not in needed)
-    return tuple(v for v in needed if v in state.versions)  # only what is registered can be loaded
+        found.extend(v for v in (target, switch.to) if v and v not in found)
+    return tuple(v for v in found if v in state.versions)  # only what is registered can be loaded
 
 
 def _restore(world: World, model: str, version: str, now: datetime) -> Owed | datetime | None:
@@ -314,7 +337,7 @@ def _unwanted(world: World, one: InstanceState) -> str:
         return f"{one.version} was deregistered"
     if one.phase == "ready" and world.makes_room(one):
         return "makes room for another model"
-    if one.version in _needed(world, one.model):
+    if one.version in needed(world, one.model):
         return ""
     if state.at_zero and one.version == state.active and not state.switch:
         return "nobody uses it: it is loaded again on demand"
@@ -342,11 +365,12 @@ def _make_room(world: World, cache: CacheConfig, idle: tuple[Idle, ...]) -> tupl
     """What a switch or a restore that finds no room makes leave, and whether one finds none: one version at a time."""
     short = False
     for model in sorted(world.models):
-        for version in _needed(world, model):
+        for version in needed(world, model):
             count = missing(world, model, version)
             if not count or not loadable(world, model, version):
                 continue  # nothing is unloaded for what nobody has looked at yet
-            planned = plan(world, Ledger(world, idle, cache.policy), model, version, count)
+            ledger = Ledger(world, (*idle, *_loading_ahead(world)), cache.policy)
+            planned = plan(world, ledger, model, version, count)
             short = short or any(offer.verdict != FITS for offer in planned)
             if any(offer.verdict == FULL for offer in planned):
                 continue  # all or nothing: nothing is unloaded for what does not fit in the end

@@ -27,7 +27,7 @@ from tests.sim.network import (
 )
 from tests.sim.ruling import draw_facts, draw_rules
 
-from turnout.core.config import ModelSwitchingConfig
+from turnout.core.config import CACHE, WARM, CacheConfig, ModelSwitchingConfig, Scheduled
 from turnout.core.decider import Accepted, Answer, Rejected
 from turnout.core.handling import (
     AdvanceSwitch,
@@ -79,6 +79,7 @@ class Simulation:
         workers: int = 2,
         capacity: int = 4,
         config: ModelSwitchingConfig | None = None,
+        cache: CacheConfig = CACHE,
         memory_mib: int = 0,
         skew_s: float = 0.0,
         holds: bool = True,
@@ -94,6 +95,7 @@ class Simulation:
         self.checker = Checker(self.net, self.fleet)
         self.world = self.checker.world
         self.config = config or ModelSwitchingConfig()
+        self.cache = cache
         self.capacity = capacity
         self.controllers: dict[str, Controller] = {}
         self.processes: dict[str, Process] = {}
@@ -144,6 +146,7 @@ class Simulation:
             samples=SimHealth(process),
             clock=process,
             config=self.config,
+            cache=self.cache,
             defaults=Defaults(bake_s=1.0, drain_s=8.0),
             poll_s=0.4,
         )
@@ -387,6 +390,10 @@ async def _settle(loop: asyncio.AbstractEventLoop) -> None:
 # --- a random run ------------------------------------------------------------------------------------------------
 
 
+#: Of every third run: what may be loaded ahead is, at once.
+SCHEDULE = tuple(Scheduled(model="chat", version=version, cron="* * * * *") for version in ("v2", "v3"))
+
+
 def run_seed(seed: int, *, trace: bool = False) -> Simulation:
     """Draw a scenario from the seed, run it, and return it. Raises what it finds."""
     rng = random.Random(f"scenario {seed}")
@@ -403,6 +410,7 @@ def run_seed(seed: int, *, trace: bool = False) -> Simulation:
         capacity=rng.choice((2, 3, 4)),
         memory_mib=rng.choice((0, 700, 1000)),
         config=config,
+        cache=CacheConfig(warm=WARM, schedule=SCHEDULE) if seed % 3 == 0 else CACHE,
         skew_s=rng.choice((0.0, 0.05, 1.0)),
         trace=trace,
     )

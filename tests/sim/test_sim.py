@@ -15,10 +15,11 @@ import pytest
 from tests.sim.invariants import Broken
 from tests.sim.simulation import Simulation, run_seed
 
-from turnout.core.config import ModelSwitchingConfig
+from turnout.core.config import CacheConfig, ModelSwitchingConfig
 from turnout.core.decider import Accepted, Rejected
 from turnout.core.handling import StartSwitch, StopSwitch, UndoModel
 from turnout.events.instance import InstanceDraining, InstanceReady, InstanceRequested
+from turnout.events.model import PreloadRequested
 from turnout.events.route import RouteChanged
 from turnout.events.switch import RollbackStarted, SwitchFailed
 
@@ -125,6 +126,27 @@ def test_invariant_2_no_instance_is_asked_to_stop_before_every_live_gateway_has_
 
     sim.run(scenario())
     assert sim.fleet.counts["answered"] == 1
+
+
+def test_a_warm_engine_that_died_is_loaded_again_without_anybody_asking() -> None:
+    sim = Simulation(4, workers=1, cache=CacheConfig(warm=("recent",)))
+
+    async def scenario() -> None:
+        await sim.ready()
+        await sim.serve("chat", "v1")
+        await sim.register("chat", "v2")
+        await sim.switch("chat", "v2", bake_s=0.0)
+        await sim.until(lambda: sim.world.state("model", "chat").active == "v2")
+        (old,) = sim.world.ready("chat", "v1")
+        sim.crash_engine(old.instance)
+        await sim.until(lambda: not sim.world.ready("chat", "v1"))
+        await sim.until(lambda: sim.world.ready("chat", "v1"), 90.0)
+        await sim.rest()
+
+    sim.run(scenario())
+    (wish,) = (r.event for r in events_of(sim, PreloadRequested))
+    assert isinstance(wish, PreloadRequested)
+    assert wish.reason.startswith("recent: ")
 
 
 def test_invariant_2_needs_gateways_that_hold_a_connection_to_what_they_route_to() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from turnout.core.config import CACHE, CacheConfig, ModelSwitchingConfig
-from turnout.core.sagas import alerts, demand, placement, switch
+from turnout.core.sagas import alerts, demand, placement, switch, warming
 from turnout.core.sagas.owed import Agenda, Owed, merge
 from turnout.events.store import StoreFull, Unavailable
 from turnout.workers.controller.commands import Deposed
@@ -89,11 +89,12 @@ class SagaRunner:
         self._moved.set()
 
     def agenda(self) -> Agenda:
-        """Everything that is owed now: switches, what goes to zero, placement, the losses, then who must be told."""
+        """All that is owed now: switches, what goes to zero, placement, warming, losses, then who must be told."""
         world, now = self._log.world, self._clock.now()
         agendas = [switch.agenda(world, id, now, self.health.judgement(id)) for id in sorted(world.running)]
         agendas.append(demand.agenda(world, self._activity.uses(world), now))
         agendas.append(placement.agenda(world, self._config, now, self._cache))
+        agendas.append(warming.agenda(world, self._config, now, self._cache))
         agendas.append(Agenda(self._liveness.owed(world)))
         agendas.append(alerts.agenda(world, self.health.findings(), now))
         return merge(tuple(agendas))

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnout.core import alert, gateway, instance, model, route, switch, worker
-from turnout.core.config import ModelSwitchingConfig
+from turnout.core.config import WARM, CacheConfig, ModelSwitchingConfig
 from turnout.core.decider import Rejected
-from turnout.core.sagas import alerts, placement
+from turnout.core.sagas import alerts, placement, warming
 from turnout.core.sagas import switch as saga
 from turnout.core.testing import WorldBuilder
 from turnout.core.world import DECIDERS, World
@@ -193,4 +193,5 @@ def test_no_saga_raises_whatever_has_happened_to_registered_models(events: list[
     for id in world.running:
         saga.agenda(world, id, builder.now)
     placement.agenda(world, ModelSwitchingConfig(), builder.now)
+    warming.agenda(world, ModelSwitchingConfig(), builder.now, CacheConfig(warm=WARM))
     alerts.agenda(world, (), builder.now)

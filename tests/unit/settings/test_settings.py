@@ -231,3 +231,32 @@ def test_the_example_file_is_accepted_and_names_every_key() -> None:
         assert f"[{table}]" in text
         for key in getattr(Settings(), table).__struct_fields__:
             assert f"{key}" in text, f"[{table}] {key}"
+
+
+def test_what_is_loaded_ahead_is_read_with_its_schedule(write: WriteFile) -> None:
+    file = write(
+        '[cache]\nwarm = ["recent", "predicted"]\n'
+        '[[cache.schedule]]\nmodel = "chat"\nversion = "v2"\ncron = "45 8 * * mon-fri"\n'
+    )
+    cache = load(file).cache
+    assert cache.warm == ("recent", "predicted")
+    assert [(one.model, one.version, one.cron) for one in cache.schedule] == [("chat", "v2", "45 8 * * mon-fri")]
+    assert load("", {"TURNOUT_CACHE_WARM": '["recent"]'}).cache.warm == ("recent",)
+    assert (Settings().cache.warm, Settings().cache.schedule) == ((), ())
+
+
+def test_what_can_not_be_loaded_ahead_names_its_field_and_reason(write: WriteFile) -> None:
+    file = write(
+        '[cache]\nwarm = ["oracle"]\n'
+        '[[cache.schedule]]\nmodel = "chat"\nversion = "v2"\ncron = "61 * * * *"\n'
+        '[[cache.schedule]]\nmodel = "chat"\nversion = ""\ncron = "* * * * *"\n'
+    )
+    told = problems(file)
+    assert any("line 2: [cache] warm names 'oracle': choose from recent, predicted" in one for one in told)
+    assert any("[cache] schedule number 1: cron '61 * * * *': minute '61' can't be read" in one for one in told)
+    assert any("[cache] schedule number 2: version is empty" in one for one in told)
+    told = problems(write('[[cache.schedule]]\nmodel = "chat"\nversion = "v2"\ncorn = "* * * * *"\n'))
+    assert any("[cache.schedule.1] has no key 'corn'; did you mean 'cron'?" in one for one in told)
+    assert any("[cache.schedule.1] needs 'cron'" in one for one in told)
+    told = problems(write('[cache]\nschedule = "daily"\n'))
+    assert any("cache.schedule must be a list of tables: write [[cache.schedule]]" in one for one in told)
