@@ -148,4 +148,5 @@ def test_truncated_weights_fail_with_the_stage_and_the_engines_own_cause(seen: S
 
 def test_nothing_of_a_stopped_engine_is_left(seen: Seen) -> None:
     assert seen.left == {"v1": 0, "v2": 0}
-    assert seen.files == ["v1.log", "v2.log", "v3.log"]
+    # logs, for whoever looks for a cause, and what each version said when it was proven first
+    assert seen.files == ["golden", "v1.log", "v2.log", "v3.log"]
