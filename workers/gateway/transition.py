@@ -483,10 +483,8 @@ class TransitionManager:
         """Whether a rule's target has an instance."""
         if rule.version:
             return bool(table.choices.get(rule.version))
-        if rule.model:
-            other = self._tables.get(rule.model)
-            return other is not None and any(other.choices[split.version] for split in other.view.splits)
-        return True
+        other = self._tables.get(rule.model) if rule.model else table
+        return other is not None and any(other.choices[split.version] for split in other.view.splits)
 
     def _let_go(self, route: RouteView, old: _Table | None, here: set[str], now: float) -> tuple[Drained, ...]:
         """Start to drain what the revision does not name; report what has nothing in flight."""

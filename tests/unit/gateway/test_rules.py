@@ -287,6 +287,13 @@ def test_a_restricted_request_is_served_by_the_candidate_rather_than_by_nobody()
     assert chosen(manager, LONG) == ("chat", "v2", False)
 
 
+def test_a_candidate_rule_of_a_model_without_an_instance_leaves_the_request_to_the_next_rule() -> None:
+    rules = Rule("short", "tokens < 100", candidate=True), Rule("rest", "true", model="vision")
+    manager = managed(*rules, splits=(split("v1", 100.0, ready=False),))
+
+    assert chosen(manager, SHORT) == ("vision", "w1", False)
+
+
 def test_nothing_that_is_ready_is_said_as_without_rules() -> None:
     manager = managed(Rule("r", "true", version="v1"), splits=(split("v1", 100.0, ready=False),))
 
