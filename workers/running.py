@@ -19,7 +19,7 @@ class Running(msgspec.Struct, frozen=True):
         pid: its process id.
         nats: address of its control plane.
         gateway: URL where clients connect.
-        processes: name → process id of what it supervises.
+        processes: name → process id of what it supervises, 0 while one is being started again.
         admin: URL of the management API, which answers a moment later than the rest; empty where it does not run.
     """
 

@@ -263,7 +263,7 @@ async def _up(io: Terminal, loaded: Settings, processes: int, folder: Path) -> i
         written: list[running.Running] = []
 
         def write() -> None:
-            pids = {child.name: child.pid for child in children if child.pid}
+            pids = {child.name: child.pid for child in children if child.pid or child.needed}
             pids |= {"nats": server.pid} if server is not None else {}
             said = running.Running(os.getpid(), nats, url, pids, address())
             if written != [said]:
