@@ -11,17 +11,29 @@ import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import msgspec
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: Longest wait for anything; only ends a test that fails.
+#: Longest wait for anything, and for a whole demonstration; only ends a test that fails.
 WAIT_S = 60.0
+DEMO_S = 180.0
 
 _SOURCE = str(Path(__file__).resolve().parents[2] / "src")
+
+
+class Played(Protocol):
+    """What a demonstration's scenario reports."""
+
+    @property
+    def as_planned(self) -> bool: ...
+
+
+R = TypeVar("R", bound=Played)
 
 
 class Up:
@@ -94,6 +106,19 @@ class Up:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def play(self, report: type[R], *words: str) -> R:
+        """Run ``turnout demo --scenario NAME``; its one JSON object."""
+        demo = self.open("demo", "--scenario", *words, "--json")
+        try:
+            out, err = demo.communicate(timeout=DEMO_S)
+        except subprocess.TimeoutExpired:
+            demo.send_signal(signal.SIGINT)  # it stops what it has started
+            out, err = demo.communicate(timeout=DEMO_S)
+        assert out.count("\n") == 1, (out, err)
+        said = msgspec.json.decode(out, type=report)
+        assert (demo.returncode == 0) == said.as_planned, said
+        return said
 
     def running(self) -> dict[str, Any]:
         """What ``turnout up`` says of itself."""

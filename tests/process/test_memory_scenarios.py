@@ -5,11 +5,8 @@ What is asserted is what clients saw and what was charged, never how fast.
 
 from __future__ import annotations
 
-import signal
-import subprocess
 from typing import TYPE_CHECKING
 
-import msgspec
 import pytest
 
 from turnout.workers.cli.demo import MEMORY_NAMES
@@ -20,26 +17,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.process
 
-#: Only ends a test that fails.
-LIMIT_S = 180.0
-
-
-def play(up: Up, *words: str) -> MemoryReport:
-    """Run ``turnout demo --scenario NAME``; its one JSON object."""
-    demo = up.open("demo", "--scenario", *words, "--json")
-    try:
-        out, err = demo.communicate(timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        demo.send_signal(signal.SIGINT)  # it stops what it has started
-        out, err = demo.communicate(timeout=LIMIT_S)
-    assert out.count("\n") == 1, (out, err)
-    report = msgspec.json.decode(out, type=MemoryReport)
-    assert (demo.returncode == 0) == report.as_planned, report
-    return report
-
 
 def test_the_least_recently_used_makes_room_and_what_is_too_large_is_refused(up: Up) -> None:
-    report = play(up, "evict")
+    report = up.play(MemoryReport, "evict")
     assert report.as_planned, report
     assert (report.failed, report.cut, report.made_room, report.final_version) == (0, 0, 1, "v4"), report
     assert report.refused.startswith("no_memory: chat huge can't be loaded: w1: needs 922 MiB"), report
@@ -47,13 +27,13 @@ def test_the_least_recently_used_makes_room_and_what_is_too_large_is_refused(up:
 
 
 def test_replicas_are_spread_and_a_killed_workers_replica_is_placed_again(up: Up) -> None:
-    report = play(up, "two-workers")
+    report = up.play(MemoryReport, "two-workers")
     assert report.as_planned, report
     assert sorted(report.workers.values()) == ["w1", "w1", "w2"], report
 
 
 def test_many_versions_are_switched_among_in_memory_for_three(up: Up) -> None:
-    report = play(up, "many-versions", "--seconds", "10s")
+    report = up.play(MemoryReport, "many-versions", "--seconds", "10s")
     assert report.as_planned, report
     assert report.versions == 100
     assert report.switches > 1
