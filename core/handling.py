@@ -38,6 +38,7 @@ from turnout.core.switch import (
     SwitchState,
     unknown_switch,
 )
+from turnout.events import subjects
 from turnout.events.route import Hold
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ class ContinueSwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class AdvanceSwitch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``switch.promote``: let it past its step.
 
-    ``step`` is the one that the operator has seen, so that a second click does nothing; None for whichever it is now.
+    ``step`` is the one that its author has seen, so that a second click does nothing. None: whichever it is now, but
+    not moments after another promotion, whose second click this may be.
     ``full``: past every further step, pause and analysis; needs a reason.
     """
 
@@ -622,8 +624,18 @@ def _undo(world: World, body: UndoModel, context: Context) -> Writes | Rejected:
         return unknown_model(body.model)
     reason = body.reason or f"undone by {context.actor}"
     if state.switch:
-        return _back(world, world.state("switch", state.switch), "undo", reason, context)
+        running: SwitchState = world.state("switch", state.switch)
+        if running.undo and running.phase not in ENDED:
+            return Rejected(
+                "undo_running",
+                f"{body.model} goes back from {running.source} to {running.target} already: switch {running.switch}",
+                f"look at it: turnout status {running.switch}; to stay at {running.source}: "
+                f"turnout abort {running.switch}",
+            )
+        return _back(world, running, "undo", reason, context)
     target = state.undo_target
+    if target and (twice := _went_back(world, state, target, context.now)):
+        return twice
     if not target:
         return Rejected(
             "nothing_to_undo",
@@ -636,6 +648,24 @@ def _undo(world: World, body: UndoModel, context: Context) -> Writes | Rejected:
     unjudged: dict[str, object] = {"judge": {"mode": "none"}}
     start = StartSwitch(body.model, target, "immediate", unjudged, reason, bake_s=0.0, hold=body.hold)
     return _open(world, start, context, undo=True)
+
+
+def _went_back(world: World, state: model.ModelState, target: str, now: datetime) -> Rejected | None:
+    """Why an undo goes no further: the model has just gone back, asked or by itself. None where it has not."""
+    ended = world.ended.get(state.model)
+    if ended is None:
+        return None
+    since_s = (now - ended.envelope.time).total_seconds()
+    last: SwitchState = world.state("switch", subjects.parse_event(ended.subject)[1])
+    if since_s >= switch.TWICE_S or (last.phase == "completed" and not last.undo):
+        return None
+    left = last.source if last.undo and last.phase == "completed" else last.target
+    return Rejected(
+        "undone_already",
+        f"{state.model} has left {left} and serves {state.active} since {since_s:.1f} s ago (switch {last.switch}): "
+        f"this looks like the same wish, and would go on to {target}",
+        f"if you mean that: turnout switch {state.model} {target}",
+    )
 
 
 def _back(world: World, state: SwitchState, cause: str, reason: str, context: Context) -> Writes | Rejected:
@@ -691,10 +721,8 @@ def _resume(world: World, body: ContinueSwitch, context: Context) -> Writes | Re
 
 
 def _promote(world: World, body: AdvanceSwitch, context: Context) -> Writes | Rejected:
-    state: SwitchState = world.state("switch", body.switch)
-    step = state.step if body.step is None else body.step
     reason = body.reason or ("" if body.full else f"promoted by {context.actor}")
-    return (Write("switch", body.switch, PromoteSwitch(body.switch, step, body.full, reason, context.now)),)
+    return (Write("switch", body.switch, PromoteSwitch(body.switch, body.step, body.full, reason, context.now)),)
 
 
 def _retry(world: World, body: RetrySwitch, context: Context) -> Writes | Rejected:

@@ -41,6 +41,8 @@ _RETRIED = frozenset(("rolled_back", "aborted", "failed"))
 UNTOUCHED = frozenset(("requested", "loading", "ready"))
 #: The target has traffic, and the source can have it back with one revision.
 FORWARD = frozenset(("stepping", "stepped", "baking", "draining"))
+#: So long after a promotion, seconds, a promotion that names no step is taken for the same one given twice.
+TWICE_S = 10.0
 #: Where an operator may make it stand still.
 PAUSABLE = frozenset(("requested", "loading", "ready", "stepping", "stepped", "baking"))
 
@@ -57,7 +59,7 @@ class SwitchState(msgspec.Struct, frozen=True):
         since: UTC, start of the phase's wait.
         applied_at: UTC, when every gateway had applied the step; pauses since then move it.
         paused: why it stands still (see ``SwitchPaused``), empty where it does not; since ``paused_at``.
-        promoted: newest step that an operator has let it past; ``full``: past all.
+        promoted: newest step that an operator has let it past, at ``promoted_at`` (UTC); ``full``: past all.
         verdict: newest decision of the judge on this step, empty where there is none.
         to: version that a rollback gave everything to because the source was not ready; empty for the source.
         hold: bounds within which requests may wait where there is no place for both; None: they may not.
@@ -90,6 +92,7 @@ class SwitchState(msgspec.Struct, frozen=True):
     paused_at: datetime | None = None
     paused_until: datetime | None = None
     promoted: int = 0
+    promoted_at: datetime | None = None
     full: bool = False
     verdict: str = ""
     policy: str = ""
@@ -171,7 +174,10 @@ def evolve(state: SwitchState, event: SwitchEvent) -> SwitchState:
             return _go_on(state, event.at)
         case SwitchPromoted():
             return replace(
-                _go_on(state, event.at), promoted=max(state.promoted, event.step), full=state.full or event.full
+                _go_on(state, event.at),
+                promoted=max(state.promoted, event.step),
+                promoted_at=event.at,
+                full=state.full or event.full,
             )
         case BakeStarted():
             return replace(state, phase="baking", bake_until=event.until)
@@ -328,10 +334,10 @@ class ResumeSwitch(msgspec.Struct, frozen=True):
 
 
 class PromoteSwitch(msgspec.Struct, frozen=True):
-    """Let it past ``step`` (the one that the operator has seen: a second click does nothing); ``full``: past all."""
+    """Let it past ``step``, the one that its author has seen; None where the author named none. ``full``: past all."""
 
     switch: str
-    step: int
+    step: int | None
     full: bool
     reason: str
     at: datetime
@@ -602,22 +608,38 @@ def _resume(state: SwitchState, command: ResumeSwitch) -> tuple[SwitchEvent, ...
         return Rejected(
             "waits_for_a_decision",
             f"switch {state.switch} was not paused by an operator: {state.paused}",
-            f"let it go on with: turnout promote {state.switch}, or end it with: turnout abort {state.switch}",
+            f"let it go on with: turnout promote {state.switch} --step {state.step}, or end it with: "
+            f"turnout abort {state.switch}",
         )
     return (SwitchResumed(command.switch, command.reason, command.at),)
 
 
 def _promote(state: SwitchState, command: PromoteSwitch) -> tuple[SwitchEvent, ...] | Rejected:
-    if (command.full and state.full) or (not command.full and command.step <= state.promoted):
+    step = state.step if command.step is None else command.step
+    if (command.full and state.full) or (not command.full and step <= state.promoted):
         return ()
-    if not command.full and command.step < state.step:
-        return ()  # it has gone on since the operator looked
-    if command.step > state.step:
+    if step > state.step:
         return Rejected(
             "step_ahead",
-            f"switch {state.switch} is at step {state.step}, not at {command.step}",
+            f"switch {state.switch} is at step {state.step}, not at {step}",
             f"look at it: turnout status {state.switch}",
         )
+    if not command.full and step < state.step:
+        return Rejected(
+            "step_passed",
+            f"switch {state.switch} has left step {step} by itself: it is at step {state.step}",
+            f"look at it: turnout status {state.switch}; then name the step that you see: "
+            f"turnout promote {state.switch} --step N",
+        )
+    if not command.full and command.step is None and state.promoted_at is not None:
+        since_s = (command.at - state.promoted_at).total_seconds()
+        if since_s < TWICE_S:
+            return Rejected(
+                "step_unseen",
+                f"switch {state.switch} was promoted past step {state.promoted} {since_s:.1f} s ago and is at step "
+                f"{state.step} now: this looks like the same promotion, given twice",
+                f"to let it past step {state.step}, too: turnout promote {state.switch} --step {state.step}",
+            )
     if command.full and not command.reason:
         return Rejected(
             "reason_missing",

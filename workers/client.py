@@ -466,18 +466,21 @@ class SwitchOperation:
         """
         await self._client.send("switch.abort", StopSwitch(self.id, reason), actor=actor)
 
-    async def promote(self, step: int, *, full: bool = False, reason: str = "", actor: str = "", id: str = "") -> None:
+    async def promote(
+        self, step: int | None, *, full: bool = False, reason: str = "", actor: str = "", id: str = ""
+    ) -> None:
         """Let it past a step.
 
         Args:
-            step: the one that was seen: where it has gone on since, nothing happens.
+            step: the one that its author saw: given twice, it counts once. None where nobody looked: then it is refused
+                within moments of another promotion.
             full: past every further step, pause and analysis; needs a reason.
             reason: why, for the log.
             actor: who asks, where it is not the client's actor.
             id: of the command.
 
         Raises:
-            CommandRejected: it has ended, or can't be promoted now.
+            CommandRejected: it has ended, has left that step by itself, or can't be promoted now.
         """
         body = AdvanceSwitch(self.id, step, full, reason)
         await self._client.send("switch.promote", body, actor=actor, id=id)
@@ -602,7 +605,7 @@ class ModelSwitcher:
         return answer
 
     async def promote(
-        self, switch: str, step: int, *, full: bool = False, reason: str = "", actor: str = "", id: str = ""
+        self, switch: str, step: int | None, *, full: bool = False, reason: str = "", actor: str = "", id: str = ""
     ) -> SwitchOperation:
         """Let a switch past a step. As :meth:`SwitchOperation.promote`."""
         operation = SwitchOperation(self._client, switch)
@@ -662,7 +665,7 @@ class ModelSwitcher:
         """Roll the running switch back, or return to the last known good version.
 
         Raises:
-            CommandRejected: there is nothing to go back to.
+            CommandRejected: there is nothing to go back to, or the model has just gone back.
         """
         return self._operation(
             await self._client.send("model.undo", UndoModel(model, reason, hold), actor=actor, id=id)

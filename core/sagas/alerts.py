@@ -171,7 +171,8 @@ def _of_running(world: World, state: SwitchState, now: datetime) -> list[_Troubl
                     "warning",
                     "switch_held",
                     f"{model}: switch {id} to {state.target} is held at step {state.step} ({state.weight:g} %): {why}",
-                    f"look at the evidence: turnout get {model}; then turnout promote {id}, or turnout abort {id}",
+                    f"look at the evidence: turnout get {model}; then turnout promote {id} --step {state.step}, or "
+                    f"turnout abort {id}",
                     model,
                     state.target,
                     id,

@@ -74,6 +74,7 @@ def test_a_canary_is_promoted_step_by_step_and_its_outcome_is_what_serves(served
     # then it is one step further, and waits again
     eventually(lambda: served.json("status", id)["paused"] == "pause" and served.json("status", id)["step"] == 2)
     assert served.json("status", "chat")["weight"] == 60.0
+    assert (served("promote", id, "--step", "1").returncode, served.json("status", id)["step"]) == (0, 2)
     # and everything at once needs a reason
     assert served("promote", "chat", "--full").returncode == 1
     assert served.json("status", id)["step"] == 2

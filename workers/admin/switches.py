@@ -101,7 +101,7 @@ class Switches(Controller):
         switch: SwitchId,
         data: JSONBody[Promotion],
     ) -> Response[Accepted]:
-        """Let it past the step that you have seen; where it has gone on since, nothing happens."""
+        """Let it past the step that you have seen. Given twice it counts once; a step that it has left is refused."""
         body = AdvanceSwitch(name(switch), data.step, data.full, data.reason)
         return _accepted(await desk.send(asked, "switch.promote", body))
 

@@ -189,19 +189,21 @@ def status(io: Terminal, switch: str) -> None:
 
 @click.command()
 @click.argument("switch")
-@click.option("--step", type=click.IntRange(1), help="The step that you have seen; does nothing once it has gone on.")
+@click.option("--step", type=click.IntRange(1), help="The step that you have seen: given twice, it counts once.")
 @click.option("--full", is_flag=True, help="Past every further step, pause and analysis. Needs --reason.")
 @_reason
 @common
 def promote(io: Terminal, switch: str, step: int | None, full: bool, reason: str) -> None:
-    """Let SWITCH past its step, whatever it waits for."""
+    """Let SWITCH past its step, whatever it waits for.
+
+    Without --step, a second promotion within 10 seconds is refused: it may be the first one, given twice.
+    """
 
     async def work(client: Client) -> int:
         view = await client.find_switch(switch, ended=True)
-        seen = view.step if step is None else step
-        operation = await ModelSwitcher(client).promote(view.switch, seen, full=full, reason=reason)
-        past = "past every further step, pause and analysis" if full else f"past step {seen}"
-        return await _led(io, operation, f"promoted {past}")
+        operation = await ModelSwitcher(client).promote(view.switch, step, full=full, reason=reason)
+        one = "past its step" if step is None else f"past step {step}"
+        return await _led(io, operation, "promoted " + ("past every further step, pause and analysis" if full else one))
 
     io.run(work)
 
@@ -410,8 +412,7 @@ def _last_line(io: Terminal, view: SwitchView) -> None:
             io.next(f"turnout report {view.switch}")
         case "paused":
             io.say(Text(f"held at {step_text(view) or 'its start'}{why}", phase_style(view.phase)))
-            on = "resume" if view.paused == "operator" else "promote"
-            io.next(f"turnout {on} {view.switch}, or turnout abort {view.switch}")
+            _decide(io, view)
         case _:
             at = f" in stage {view.stage}" if view.stage else ""
             target = io.out if view.phase in ("rolled_back", "aborted") else io.err
@@ -452,8 +453,13 @@ def _show(io: Terminal, view: SwitchView, now: datetime) -> None:
     for line in view.log_tail[-15:]:
         io.out.print(Text(f"  | {line}", "dim"))
     if held(view):
-        on = "resume" if view.paused == "operator" else "promote"
-        io.next(f"turnout {on} {view.switch}, or turnout abort {view.switch}")
+        _decide(io, view)
+
+
+def _decide(io: Terminal, view: SwitchView) -> None:
+    """What an operator can do about a switch that stands still. A promotion names the step that is shown with it."""
+    on = f"resume {view.switch}" if view.paused == "operator" else f"promote {view.switch} --step {view.step}"
+    io.next(f"turnout {on}, or turnout abort {view.switch}")
 
 
 def _builtins(view: SwitchView) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tests.unit.cli.tale import STEPS, canary_at_step_1, canary_held, canary_rol
 
 from turnout.events.model import RulesChanged
 from turnout.events.route import Rule
-from turnout.events.switch import SwitchPaused, SwitchPromoted
+from turnout.events.switch import StepStarted, SwitchPaused, SwitchPromoted
 from turnout.workers.cli.policies import Setting, joined
 from turnout.workers.cli.words import toml
 
@@ -182,6 +182,17 @@ def test_two_promotions_of_the_same_step_are_one(turnout: Turnout, store: Memory
     assert (promoted.step, promoted.full, promoted.reason) == (1, False, "looks fine")
 
 
+def test_a_promotion_that_names_no_step_is_not_taken_for_two(turnout: Turnout, store: MemoryStore) -> None:
+    tale = canary_held(store)
+    assert turnout("promote", "chat").stdout.splitlines()[0] == "sw-1 promoted past its step"
+    tale.switch(StepStarted("sw-1", 2, 50.0, 3, "an operator promoted it past step 1", tale.now))
+    twice = turnout("promote", "chat")
+    assert twice.exit_code == 1
+    assert "to let it past step 2, too: turnout promote sw-1 --step 2" in twice.stderr
+    assert turnout("promote", "chat", "--step", "2").exit_code == 0
+    assert [promoted.step for promoted in events(store, SwitchPromoted)] == [1, 2]
+
+
 def test_a_full_promotion_needs_a_reason(turnout: Turnout, store: MemoryStore) -> None:
     canary_held(store)
     refused = turnout("promote", "chat", "--full", "--json")
@@ -236,7 +247,7 @@ def test_a_held_switch_says_what_it_waits_for_and_what_to_do(turnout: Turnout, s
     told = turnout("status", "chat").stdout
     assert "until somebody decides" in told
     assert "step 1 of 3 (5 %)" in told
-    assert "next: turnout promote sw-1, or turnout abort sw-1" in told
+    assert "next: turnout promote sw-1 --step 1, or turnout abort sw-1" in told
     assert "stands still until an operator promotes or aborts it" in turnout("get", "chat").stdout
 
 

@@ -35,6 +35,7 @@ from turnout.core.handling import (
     switch_id,
 )
 from turnout.core.sagas.owed import decide
+from turnout.core.switch import TWICE_S
 from turnout.events.alert import AlertRaised, AlertResolved
 from turnout.events.instance import InstanceDraining, InstanceFailed, InstanceRequested, InstanceStopped
 from turnout.events.model import (
@@ -57,7 +58,14 @@ from turnout.events.model import (
     VersionUnseen,
 )
 from turnout.events.route import RouteChanged, Rule
-from turnout.events.switch import RollbackStarted, SwitchAborted, SwitchPaused, SwitchRequested
+from turnout.events.switch import (
+    RollbackStarted,
+    RolledBack,
+    StepStarted,
+    SwitchAborted,
+    SwitchPaused,
+    SwitchRequested,
+)
 from turnout.events.worker import WorkerJoined
 
 if TYPE_CHECKING:
@@ -106,6 +114,39 @@ def at_first_step() -> Story:
     story = serving().instance("i2", "v2").asked("v2", strategy="gradual")
     story.carry()
     story.applied().carry()
+    return story
+
+
+def promoted_once() -> Story:
+    """It was promoted past its first step, and is at its second one a second later."""
+    story = at_first_step()
+    story.happens(*handled(story, "ops", "switch.promote", AdvanceSwitch("sw-1")))
+    story.carry()
+    return story
+
+
+def gone_on() -> Story:
+    """It has left its first step by itself."""
+    story = at_first_step()
+    return story.happens(StepStarted("sw-1", 2, 50.0, 9, "the first step took its time", story.now))
+
+
+def gone_back() -> Story:
+    """v2 was undone while it baked; v0 is an older version that is known to be good."""
+    story = serving().happens(VersionRegistered("chat", "v0", FAKE, ""))
+    story.happens(KnownGoodMarked("chat", "v0", "sw-a"), KnownGoodMarked("chat", "v1", "sw-b"))
+    story.instance("i2", "v2").asked("v2").carry()
+    story.applied().carry()
+    story.carry()
+    story.happens(*handled(story, "ops", "model.undo", UndoModel("chat")))
+    return story.happens(RolledBack("sw-1", ("g1", "g2"), 0.1), SwitchClosed("chat", "sw-1", "rolled_back"))
+
+
+def undo_runs() -> Story:
+    """chat goes back from v2, which had completed, to v1."""
+    story = draining().applied().drained("v1")
+    story.carry()
+    story.happens(*handled(story, "ops", "model.undo", UndoModel("chat")))
     return story
 
 
@@ -363,6 +404,30 @@ def test_an_abort_twice_or_after_the_rollback_began_is_no_second_rollback() -> N
     assert handled(story, "ops", "switch.abort", StopSwitch("sw-1"), command="c2") == []
 
 
+def test_a_promotion_that_is_typed_twice_counts_once_unless_the_second_one_names_its_step() -> None:
+    story = promoted_once()
+    refused = handled(story, "ops", "switch.promote", AdvanceSwitch("sw-1"))
+    assert refused.code == "step_unseen"
+    assert refused.hint == "to let it past step 2, too: turnout promote sw-1 --step 2"
+    # the same click again is true already; a step that was read is obeyed, and so is everybody once time has passed
+    assert handled(story, "ops", "switch.promote", AdvanceSwitch("sw-1", 1)) == []
+    (named,) = handled(story, "ops", "switch.promote", AdvanceSwitch("sw-1", 2))
+    (full,) = handled(story, "ops", "switch.promote", AdvanceSwitch("sw-1", full=True, reason="hotfix"))
+    (later,) = handled(story.later(TWICE_S), "ops", "switch.promote", AdvanceSwitch("sw-1"))
+    assert (named.step, full.full, later.step) == (2, True, 2)
+
+
+def test_an_undo_that_is_typed_twice_goes_back_once() -> None:
+    refused = handled(gone_back(), "ops", "model.undo", UndoModel("chat"))
+    assert refused.reason.startswith("chat has left v2 and serves v1 since ")
+    assert refused.hint == "if you mean that: turnout switch chat v0"
+    _, asked = handled(gone_back().later(TWICE_S), "ops", "model.undo", UndoModel("chat"))
+    assert (asked.target, asked.undo) == ("v0", True)
+    # and while a completed switch is undone, a second undo does not undo the undo
+    running = handled(undo_runs(), "ops", "model.undo", UndoModel("chat"), command="c2")
+    assert running.reason.startswith("chat goes back from v2 to v1 already")
+
+
 def test_a_source_that_has_no_room_to_come_back_is_told_with_what_makes_some() -> None:
     story = serving(capacity=2).instance("i2", "v2").asked("v2")
     story.carry()
@@ -592,6 +657,10 @@ REFUSALS: list[tuple[str, Any, str, str, object]] = [
     ("switch_unknown", serving, "ops", "switch.resume", ContinueSwitch("sw-9")),
     ("waits_for_a_decision", held, "ops", "switch.resume", ContinueSwitch("sw-1")),
     ("step_ahead", at_first_step, "ops", "switch.promote", AdvanceSwitch("sw-1", 7)),
+    ("step_passed", gone_on, "ops", "switch.promote", AdvanceSwitch("sw-1", 1)),
+    ("step_unseen", promoted_once, "ops", "switch.promote", AdvanceSwitch("sw-1")),
+    ("undo_running", undo_runs, "ops", "model.undo", UndoModel("chat")),
+    ("undone_already", gone_back, "ops", "model.undo", UndoModel("chat")),
     ("reason_missing", at_first_step, "ops", "switch.promote", AdvanceSwitch("sw-1", full=True)),
     ("switch_paused", paused, "ops", "switch.promote", AdvanceSwitch("sw-1")),
     ("switch_running", at_first_step, "ops", "switch.retry", RetrySwitch("sw-1")),
