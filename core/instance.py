@@ -139,7 +139,13 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
                 state, phase="asleep", level=event.level, bytes=event.bytes, device_bytes=event.device_bytes
             )
         case InstanceWakeRequested():
-            return msgspec.structs.replace(state, phase="waking", cause=event.cause)
+            return msgspec.structs.replace(
+                state,
+                phase="waking",
+                cause=event.cause,
+                bytes=max(event.bytes, state.bytes),
+                device_bytes=max(event.device_bytes, state.device_bytes),
+            )
         case InstanceWoken():
             return msgspec.structs.replace(
                 state,
@@ -209,24 +215,27 @@ class SleepInstance(msgspec.Struct, frozen=True):
 
 
 class ReportSlept(msgspec.Struct, frozen=True):
-    """It sleeps, and holds so much memory still."""
+    """It sleeps, and holds so much memory still. ``number``: which of its sleeps this is, from 1."""
 
     instance: str
     level: int
     seconds: float
     bytes: int = 0
     device_bytes: int = 0
+    number: int = 1
 
 
 class WakeInstance(msgspec.Struct, frozen=True):
-    """Ask the worker to wake a sleeping instance. ``cause``: switch id, or ``restore``."""
+    """Ask the worker to wake a sleeping instance. Fields as in ``InstanceWakeRequested``."""
 
     instance: str
     cause: str
+    bytes: int = 0
+    device_bytes: int = 0
 
 
 class ReportWoken(msgspec.Struct, frozen=True):
-    """It is awake and proven again."""
+    """It is awake and proven again. ``number``: which of its sleeps is over, from 1."""
 
     instance: str
     seconds: float
@@ -234,6 +243,7 @@ class ReportWoken(msgspec.Struct, frozen=True):
     bytes: int = 0
     device_bytes: int = 0
     address: str = ""
+    number: int = 1
 
 
 class ReportMeasured(msgspec.Struct, frozen=True):
@@ -346,26 +356,27 @@ def decide(state: InstanceState, command: InstanceCommand) -> tuple[InstanceEven
             return () if tier in state.struck else (TierFailed(instance, tier, source, reason),)
         case SleepInstance(instance, level, reason):
             return (InstanceSleepRequested(instance, level, reason),) if state.phase == "ready" else ()
-        case ReportSlept(instance, level, seconds, bytes, device_bytes):
-            if state.phase != "sleeping":
+        case ReportSlept(instance, level, seconds, bytes, device_bytes, number):
+            if state.phase != "sleeping" or number != state.slept:  # a late word of a dead worker
                 return ()
             return (InstanceSlept(instance, level, seconds, bytes, device_bytes),)
-        case WakeInstance(instance, cause):
-            return (InstanceWakeRequested(instance, cause),) if state.phase == "asleep" else ()
+        case WakeInstance(instance, cause, bytes, device_bytes):
+            if state.phase != "asleep":
+                return ()
+            return (InstanceWakeRequested(instance, cause, bytes, device_bytes),)
         case ReportReady() | ReportWoken() if state.phase == "draining":
             return Rejected(
                 "instance_draining",
                 f"instance {command.instance} was asked to stop ({state.reason}) before it was ready",
                 "stop it",
             )
-        case ReportWoken(instance, seconds, probe_s, bytes, device_bytes, address):
-            if state.phase != "waking":
+        case ReportWoken(instance, seconds, probe_s, bytes, device_bytes, address, number):
+            if state.phase != "waking" or number != state.slept:
                 return ()
             return (InstanceWoken(instance, seconds, probe_s, bytes, device_bytes, address),)
         case ReportReady():
-            slumbers = state.phase in ("sleeping", "asleep", "waking")
-            if slumbers or (state.phase == "ready" and state.address == command.address):
-                return ()
+            if state.slept or (state.phase == "ready" and state.address == command.address):
+                return ()  # what has slept has another address since
             return (_ready(command),)
 
 

@@ -158,10 +158,16 @@ class InstanceSlept(msgspec.Struct, frozen=True, gc=False):
 
 
 class InstanceWakeRequested(msgspec.Struct, frozen=True, gc=False):
-    """A worker was asked to wake a sleeping instance. ``cause``: switch id, or ``restore``."""
+    """A worker was asked to wake a sleeping instance.
+
+    ``cause``: switch id, ``restore`` or ``preload``. ``bytes`` and ``device_bytes``: what it was admitted with, which
+    is all that it will hold then; 0 where nothing was known.
+    """
 
     instance: str
     cause: str
+    bytes: int = 0
+    device_bytes: int = 0
 
 
 class InstanceWoken(msgspec.Struct, frozen=True, gc=False):

@@ -45,7 +45,7 @@ class InstanceView(msgspec.Struct):
         phase: requested, loading, ready, draining; sleeping or waking where its worker is asked for that; asleep.
         probe: cause of a golden probe that its worker is asked for and has not answered; empty for none.
         tier: how it was made ready the last time; empty before that.
-        level: of the sleep that was asked for last.
+        level: of the sleep that was asked for last; ``slept``: how often it was.
         served: name that its requests must carry upstream; empty for the model's own.
         inspection: what the version's files said when they were looked at; None where it has none.
         bytes: host memory as measured, until then as estimated; ``estimate``: what it was admitted with.
@@ -71,6 +71,7 @@ class InstanceView(msgspec.Struct):
     probe: str = ""
     tier: str = ""
     level: int = 0
+    slept: int = 0
     served: str = ""
     inspection: Inspection | None = None
 
@@ -196,6 +197,7 @@ class Workers(Fold):
         view = self._instance(event.instance)
         view.phase = "sleeping"
         view.level = event.level
+        view.slept += 1
         view.reason = event.reason
 
     def _slept(self, event: InstanceSlept, recorded: Recorded) -> None:
@@ -207,6 +209,8 @@ class Workers(Fold):
     def _wake_requested(self, event: InstanceWakeRequested, recorded: Recorded) -> None:
         view = self._instance(event.instance)
         view.phase = "waking"
+        view.bytes = max(event.bytes, view.bytes)
+        view.device_bytes = max(event.device_bytes, view.device_bytes)
 
     def _woken(self, event: InstanceWoken, recorded: Recorded) -> None:
         view = self._instance(event.instance)

@@ -458,7 +458,9 @@ def _request(
 ) -> Write:
     """Wake or load. ``number``: how many further instances are asked for before it in the same write."""
     if offer.wake:
-        return Write("instance", offer.wake, WakeInstance(offer.wake, cause))
+        one = world.instances[offer.wake]
+        admitted = one.bytes + offer.need.bytes, one.device_bytes + offer.need.device_bytes
+        return Write("instance", offer.wake, WakeInstance(offer.wake, cause, *admitted))
     instance = f"i{world.requested_instances + 1 + number}"
     engine = world.models[model].versions[version]
     command = RequestInstance(

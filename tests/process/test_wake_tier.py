@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +25,6 @@ from turnout.workers.inference.runner import Failure, Loaded, Order, Slept
 from turnout.workers.inference.settings import WorkerSettings
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.process
@@ -55,7 +57,7 @@ class Rig:
 
     async def sleep(self, level: int) -> Slept:
         assert await self.host.wait_quiet("i1", lambda _: None) is None
-        slept = await self.host.sleep("i1", level)
+        slept = await self.host.sleep(msgspec.structs.replace(self.order, slept=1), level)
         assert isinstance(slept, Slept), slept
         return slept
 
@@ -149,12 +151,53 @@ def test_an_engine_that_sleeps_is_never_kept_as_a_spare_and_ends_when_asked(runn
     runner.run(test())
 
 
-def test_a_worker_that_comes_back_kills_what_slept(runner: asyncio.Runner, path: Path) -> None:
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_worker_that_comes_back_adopts_what_slept_and_wakes_it(
+    runner: asyncio.Runner, path: Path, level: int
+) -> None:
+    async def test() -> None:
+        rig = Rig(path)
+        loaded = await rig.load()
+        pid = rig.pid()
+        await rig.sleep(level)
+        rig.host.release()
+        again = Rig(path)
+        (found,) = (await again.host.found()).values()
+        assert found.loaded is None, "it is not proven while it sleeps"
+        assert found.slept is not None
+        assert (found.slept.level, found.slept.number) == (level, 1)
+        assert found.slept.bytes > 0
+        woken = await again.host.wake(rig.order)
+        assert isinstance(woken, Loaded), woken
+        assert (woken.tier, woken.slept, again.pid()) == ("wake", 1, pid)
+        assert woken.address != loaded.address
+        assert await answer(woken.address) == "v1 says:"
+        again.host.release()
+        third = Rig(path)
+        (awake,) = (await third.host.found()).values()
+        assert awake.loaded is not None
+        assert (awake.slept, awake.loaded.tier, awake.loaded.address) == (None, "wake", woken.address)
+        await third.host.stop("i1")
+        await third.host.end_spares()
+
+    runner.run(test())
+
+
+def test_an_engine_whose_worker_died_while_it_woke_is_killed_and_never_woken_again(
+    runner: asyncio.Runner, path: Path
+) -> None:
     async def test() -> None:
         rig = Rig(path)
         await rig.load()
         pid = rig.pid()
         await rig.sleep(1)
+        os.kill(pid, signal.SIGSTOP)  # it answers nothing, so the wake is under way
+        waking = asyncio.ensure_future(rig.host.wake(rig.order))
+        folder = RunFolder(rig.folder)
+        while [r.role for r in folder.records()] != ["filling"]:  # noqa: ASYNC110  a file tells no event
+            await asyncio.sleep(0.01)
+        waking.cancel()
+        await asyncio.gather(waking, return_exceptions=True)
         rig.host.release()
         again = Rig(path)
         assert await again.host.found() == {}

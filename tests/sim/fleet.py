@@ -45,6 +45,9 @@ QUIET_S = 0.3
 #: How long a gateway waits for a first byte, and a worker for a sign of life from an engine.
 FIRST_BYTE_S = 1.5
 HANG_S = 3.0
+#: What falling asleep and waking take.
+SLEEP_S = 0.3
+WAKE_S = 0.2
 
 
 async def tell(process: Process, bus: Bus, role: str, verb: str, body: object, id: str) -> Answer:
@@ -64,7 +67,11 @@ async def tell(process: Process, bus: Bus, role: str, verb: str, body: object, i
 
 
 class SimEngine:
-    """One engine process. ``state``: loading, up, hung, dead (it crashed or was killed) or stopped (as asked)."""
+    """One engine process.
+
+    ``state``: loading, up, turning (it falls asleep or wakes), asleep, hung, dead (it crashed or was killed) or stopped
+    (as asked).
+    """
 
     def __init__(self, host: Host, order: Order) -> None:
         self.host = host
@@ -78,7 +85,10 @@ class SimEngine:
         self.started_at = host.net.loop.time()
         self.up_at = self.started_at + setting(order.engine, "load-s", 0.2)
         self.load_s = 0.0
-        self.bytes = FAKE_BYTES + (int(setting(order.engine, "memory", 0)) << 20)
+        self.sleeps = setting(order.engine, "sleeps", 0) > 0
+        self.wake_fails = setting(order.engine, "wake-fails", 0) > 0
+        #: Level of its sleep, which of its sleeps it is, and how often somebody tried to wake it from that one.
+        self.level = self.slept = self.wakes = 0
         #: Share of its answers that are errors, though its probe is fine.
         self.errors = setting(order.engine, "errors", 0.0)
         self.proven = False
@@ -88,9 +98,27 @@ class SimEngine:
         self.faulted = False
         self.flights: set[Flight] = set()
 
+    @property
+    def bytes(self) -> int:
+        """Host memory that it holds: awake, all; asleep, a half at level 1, next to nothing at level 2."""
+        weights = int(setting(self.spec, "memory", 0)) << 20
+        return FAKE_BYTES + (weights if self.state != "asleep" else weights // 2 if self.level == 1 else 0)
+
+    @property
+    def lives(self) -> bool:
+        """Its process is there."""
+        return self.state not in ("dead", "stopped")
+
+    def move(self) -> None:
+        """It is reached at an address that nobody has heard yet."""
+        fleet = self.host.fleet
+        del fleet.engines[self.address]
+        self.address = f"unix:/run/{self.instance}-sleep-{self.slept}-{len(fleet.engines)}"
+        fleet.engines[self.address] = self
+
     def die(self, state: str = "dead") -> None:
         """Its process is gone."""
-        if self.state in ("dead", "stopped"):
+        if not self.lives:
             return
         self.host.net.trace("engine", state, self.instance, self.model, self.version)
         self.state = state
@@ -142,8 +170,15 @@ class Fleet:
             "ended": 0,
             "errors": 0,
             "held": 0,
+            "slept": 0,
+            "woken": 0,
+            "not_woken": 0,
         }
         self.on_stop: Callable[[SimEngine], None] = lambda _: None
+        #: Before it is put to sleep, before it is woken, and when it takes memory: it starts, or begins to wake.
+        self.on_sleep: Callable[[SimEngine], None] = lambda _: None
+        self.on_wake: Callable[[SimEngine], None] = lambda _: None
+        self.on_grown: Callable[[SimEngine], None] = lambda _: None
         self.on_sent: Callable[[SimPlane, Choice], None] = lambda gateway, choice: None
         self.on_failed: Callable[[SimPlane, Flight, str], None] = lambda gateway, flight, code: None
         #: After a choice: gateway, model that the client named, its facts, the choice.
@@ -181,9 +216,19 @@ class SimRunner:
         return None if engine is None else Usage(engine.bytes)
 
     async def found(self) -> dict[str, Found]:
-        """Take over what runs."""
+        """Take over what runs, also what sleeps; end what was falling asleep or waking."""
         self._host.moved = self._changed.set
-        return {id: Found(e.sequence, self._loaded(e)) for id, e in sorted(self._host.engines.items())}
+        found: dict[str, Found] = {}
+        for id, engine in sorted(self._host.engines.items()):
+            if engine.state == "turning":
+                engine.die()
+                del self._host.engines[id]
+                continue
+            slept = None
+            if engine.state == "asleep":
+                slept = Slept(engine.level, 0.0, engine.bytes, number=engine.slept)
+            found[id] = Found(engine.sequence, self._loaded(engine), slept)
+        return found
 
     async def load(self, order: Order, progress: Callable[[str, str], None]) -> Loaded | Failure:
         """Start or go on, then prove."""
@@ -191,6 +236,7 @@ class SimRunner:
         if engine is None:
             engine = self._host.engines[order.instance] = SimEngine(self._host, order)
             self._host.fleet.engines[engine.address] = engine
+            self._host.fleet.on_grown(engine)
         progress("starting", "")
         loop = self._host.net.loop
         await self._until(lambda: engine.state != "loading" or loop.time() >= engine.up_at, engine.up_at - loop.time())
@@ -244,7 +290,7 @@ class SimRunner:
         if not self._process.alive:
             return
         engine = self._host.engines.pop(instance, None)
-        if engine is not None and engine.state not in ("dead", "stopped"):
+        if engine is not None and engine.lives:
             self._host.fleet.on_stop(engine)
             engine.die("stopped")
 
@@ -254,14 +300,51 @@ class SimRunner:
         engine = self._host.engines.get(instance)
         return "" if engine is not None and engine.state == "up" else "no answer"
 
-    async def sleep(self, instance: str, level: int) -> Slept | Failure:
-        raise NotImplementedError  # no engine here says that it can
+    async def sleep(self, order: Order, level: int) -> Slept | Failure:
+        """It frees what it can, at an address that no gateway knows."""
+        engine = self._host.engines.get(order.instance)
+        if engine is None or engine.state != "up" or not engine.shut or not engine.sleeps:
+            return self._lost(order.instance, "sleeping", "it can't be put to sleep")
+        self._host.fleet.on_sleep(engine)
+        engine.state, engine.proven, engine.slept, engine.wakes = "turning", False, order.slept, 0
+        engine.move()
+        await self._until(lambda: engine.state != "turning", SLEEP_S)
+        if engine.state != "turning":
+            return self._lost(order.instance, "sleeping", "it died as it fell asleep")
+        engine.state, engine.level = "asleep", level
+        self._host.fleet.counts["slept"] += 1
+        return Slept(level, SLEEP_S, engine.bytes, number=engine.slept)
 
     async def slumber(self, instance: str) -> Failure:
-        raise NotImplementedError
+        """Until it has died."""
+        engine = self._host.engines.get(instance)
+        await self._until(lambda: engine is None or engine.state != "asleep", None)
+        return self._lost(instance, "sleeping", "it died while it slept")
 
     async def wake(self, order: Order) -> Loaded | Failure:
-        raise NotImplementedError
+        """It takes back what it needs, or dies."""
+        engine = self._host.engines.get(order.instance)
+        if engine is None or engine.state != "asleep":
+            return self._lost(order.instance, "waking", "it died while it slept")
+        fleet = self._host.fleet
+        engine.wakes += 1
+        fleet.on_wake(engine)
+        engine.state = "turning"
+        fleet.on_grown(engine)
+        await self._until(lambda: engine.state != "turning", WAKE_S)
+        if engine.wake_fails or engine.state != "turning":
+            fleet.counts["not_woken"] += 1
+            return self._lost(order.instance, "waking", "it is not what it was")
+        engine.state, engine.proven, engine.shut = "up", True, False
+        fleet.counts["woken"] += 1
+        return Loaded(engine.address, WAKE_S, 0.02, engine.bytes, tier="wake", sleeps=True, slept=engine.slept)
+
+    def _lost(self, instance: str, stage: str, why: str) -> Failure:
+        """What is left of it is gone then."""
+        engine = self._host.engines.pop(instance, None)
+        if engine is not None:
+            engine.die()
+        return Failure(stage, why)
 
     def remains(self, instance: str) -> Failure:
         """What is known of one that is not there."""
@@ -278,7 +361,12 @@ class SimRunner:
         """They run on."""
 
     def _loaded(self, engine: SimEngine) -> Loaded | None:
-        return Loaded(engine.address, engine.load_s, 0.02, engine.bytes) if engine.proven else None
+        if not engine.proven:
+            return None
+        tier = "wake" if engine.slept else "cold"
+        return Loaded(
+            engine.address, engine.load_s, 0.02, engine.bytes, tier=tier, sleeps=engine.sleeps, slept=engine.slept
+        )
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float | None) -> None:
         """Wait for a change of the host's engines, or for the time."""
@@ -472,7 +560,7 @@ class Flight:
         if self.done:
             return
         engine = gateway.fleet.engines.get(self.choice.address)
-        if engine is None or engine.shut or engine.state in ("dead", "stopped", "loading"):
+        if engine is None or engine.shut or engine.state not in ("up", "hung"):
             gateway.manager.connection_failed(self.choice, gateway.process.monotonic())
             self._elsewhere("refused")
             return

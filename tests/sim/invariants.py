@@ -14,7 +14,14 @@ from turnout.core.switch import ENDED, UNTOUCHED
 from turnout.core.world import World
 from turnout.events.chain import verify_chain
 from turnout.events.gateway import RouteApplied
-from turnout.events.instance import InstanceDraining, InstanceReady, InstanceRequested
+from turnout.events.instance import (
+    InstanceDraining,
+    InstanceReady,
+    InstanceRequested,
+    InstanceSleepRequested,
+    InstanceWakeRequested,
+    InstanceWoken,
+)
 from turnout.events.model import SwitchAdmitted
 from turnout.events.route import RouteChanged
 from turnout.projections.views import Views
@@ -58,6 +65,8 @@ class Checker:
         self._commands: dict[str, int] = {}
         self._epochs: dict[str, int] = {}
         self._proven: set[str] = set()
+        #: Instances that were asked to sleep, and have not been proven awake since.
+        self._slumbering: set[str] = set()
         self._names: dict[tuple[str, int], frozenset[str]] = {}
         self._batches = 0
         self._live: dict[str, float] = {}
@@ -65,6 +74,9 @@ class Checker:
         net.answered = self._answered
         fleet.on_sent = self._sent
         fleet.on_stop = self._stopping
+        fleet.on_sleep = self.invariant_2_an_engine_is_only_put_to_sleep_when_it_is_drained
+        fleet.on_wake = self.invariant_9_a_wake_is_tried_once
+        fleet.on_grown = self.invariant_4_engines_never_hold_more_than_the_memory
         fleet.on_failed = self._failed
         fleet.on_applied = self._applied
         fleet.on_chosen = self.a_request_goes_where_the_rules_of_its_revision_say
@@ -93,6 +105,13 @@ class Checker:
                     self.invariant_4_no_load_is_admitted_beyond_the_memory(recorded.event)
                 case InstanceReady(instance):
                     self._proven.add(instance)
+                case InstanceSleepRequested(instance):
+                    self.invariant_2_no_live_gateway_uses_what_is_asked_to_stop(instance, before_live)
+                    self._slumbering.add(instance)
+                case InstanceWakeRequested():
+                    self.invariant_4_no_wake_is_admitted_beyond_the_memory(recorded.event)
+                case InstanceWoken(instance):
+                    self._slumbering.discard(instance)
                 case InstanceDraining(instance, _, forced_by) if not forced_by:
                     self.invariant_2_no_live_gateway_uses_what_is_asked_to_stop(instance, before_live)
                 case RouteChanged(model, revision, splits):
@@ -138,8 +157,8 @@ class Checker:
         engine = self.fleet.engines.get(choice.address)
         if choice.instance not in self._proven or engine is None or not engine.proven:
             self.violation(1, f"{gateway.id} sent a request to {choice.instance}, which was never proven")
-        elif engine.state == "stopped":
-            self.violation(1, f"{gateway.id} sent a request to {choice.instance}, which was stopped as asked")
+        elif engine.state in ("stopped", "turning", "asleep"):
+            self.violation(1, f"{gateway.id} sent a request to {choice.instance}, which is {engine.state}, as asked")
 
     def invariant_2_no_live_gateway_uses_what_is_asked_to_stop(self, instance: str, live: frozenset[str]) -> None:
         """The controller's half: it asks no instance to stop that a live gateway may use."""
@@ -156,6 +175,12 @@ class Checker:
         for gateway in self.fleet.gateways:
             if gateway.process.alive and (use := _use(gateway, engine.instance)):
                 self.violation(2, f"{engine.instance} was stopped while {gateway.id} {use}")
+
+    def invariant_2_an_engine_is_only_put_to_sleep_when_it_is_drained(self, engine: SimEngine) -> None:
+        """As for an engine that is stopped: some engines crash where they are put to sleep under a request."""
+        if engine.flights:
+            self.violation(2, f"{engine.instance} was put to sleep under {len(engine.flights)} requests")
+        self.invariant_2_no_engine_is_stopped_under_a_gateway(engine)
 
     def invariant_3_one_switch_and_growing_revisions(self, recorded: Recorded) -> None:
         """One running switch per model; route revisions grow by one."""
@@ -195,6 +220,22 @@ class Checker:
                    if one.worker == asked.worker)  # fmt: skip
         if held + asked.bytes > worker.memory_bytes:
             self.violation(4, f"{asked.instance} was admitted to {asked.worker} with {asked.bytes} bytes beside {held}")
+
+    def invariant_4_no_wake_is_admitted_beyond_the_memory(self, asked: InstanceWakeRequested) -> None:
+        """What sleeps is charged with what it holds still; to be woken, it is admitted with all that it will hold."""
+        one = self.world.instances[asked.instance]
+        worker = self.world.state("worker", one.worker)
+        held = sum(other.bytes for other in map(self.world.instances.__getitem__, self.world.alive)
+                   if other.worker == one.worker and other is not one)  # fmt: skip
+        if worker.memory_bytes and held + max(asked.bytes, one.bytes) > worker.memory_bytes:
+            self.violation(4, f"{one.instance} is to wake on {one.worker} with {asked.bytes} bytes beside {held}")
+
+    def invariant_4_engines_never_hold_more_than_the_memory(self, engine: SimEngine) -> None:
+        """Whatever the log says: what the host's engines really hold, awake and asleep, is within its bound."""
+        host = engine.host
+        held = sum(one.bytes for one in host.engines.values() if one.lives)
+        if host.memory_bytes and held > host.memory_bytes:
+            self.violation(4, f"with {engine.instance} the engines of {host.name} hold {held} bytes")
 
     def invariant_5_views_are_a_fold(self) -> None:
         """Drop every view, rebuild: the same bytes as in the bucket."""
@@ -273,9 +314,16 @@ class Checker:
         return found
 
     def invariant_9_only_proven_instances_are_routed(self, model: str, revision: int) -> None:
-        """No route names what was never proven."""
+        """No route names what was never proven, or not since it slept."""
         for instance in self._names[model, revision] - self._proven:
             self.violation(9, f"revision {revision} of {model} names {instance}, which was never proven")
+        for instance in self._names[model, revision] & self._slumbering:
+            self.violation(9, f"revision {revision} of {model} names {instance}, which was asked to sleep")
+
+    def invariant_9_a_wake_is_tried_once(self, engine: SimEngine) -> None:
+        """One that failed, or whose worker died over it, has left an engine of which nothing is known."""
+        if engine.wakes > 1:
+            self.violation(9, f"{engine.instance} is woken again although its wake was tried before")
 
     def invariant_9_no_acknowledgement_of_what_was_not_done(self, gateway: str, model: str, revision: int) -> None:
         """Where the log says that a gateway applied a revision, it did."""

@@ -259,10 +259,10 @@ class Simulation:
         """An engine dies or hangs."""
         for host in self.hosts.values():
             engine = host.engines.get(instance)
-            if engine is not None and engine.state in ("loading", "up"):
+            if engine is not None and engine.state in ("loading", "up", "turning", "asleep"):
                 engine.faulted = True
                 self.wound(engine.model, engine.version)
-                if hang:
+                if hang and engine.state in ("loading", "up"):
                     self.net.trace("engine hangs", instance)
                     engine.state = "hung"
                     host.moved()
@@ -445,10 +445,12 @@ async def _random_scenario(sim: Simulation, rng: random.Random) -> None:
 
 
 async def _register_all(sim: Simulation, model: str, rng: random.Random) -> None:
-    await sim.register(model, "v1", load_s=0.5, memory=100)
-    await sim.register(model, "v2", load_s=rng.choice((0.1, 1.0, 3.0)), memory=rng.choice((50, 200, 400)))
-    await sim.register(model, "v3", load_s=rng.choice((0.1, 6.0)), fails=rng.choice((0, 0, 1, 2)), memory=100)
-    await sim.register(model, "v4", load_s=rng.choice((0.5, 30.0)), memory=rng.choice((50, 300)))
+    sleepy = {"sleeps": 1} if rng.random() < 0.6 else {}
+    bad = {**sleepy, "wake_fails": 1} if sleepy and rng.random() < 0.3 else sleepy
+    await sim.register(model, "v1", load_s=0.5, memory=100, **sleepy)
+    await sim.register(model, "v2", load_s=rng.choice((0.1, 1.0, 3.0)), memory=rng.choice((50, 200, 400)), **bad)
+    await sim.register(model, "v3", load_s=rng.choice((0.1, 6.0)), fails=rng.choice((0, 0, 1, 2)), memory=100, **sleepy)
+    await sim.register(model, "v4", load_s=rng.choice((0.5, 30.0)), memory=rng.choice((50, 300)), **bad)
     await sim.register(model, "v5", load_s=0.2, errors=rng.choice((0.3, 1.0)), memory=100)
 
 

@@ -142,6 +142,9 @@ class HostRunner:
             self._running[record.instance] = Running(
                 record.launch, taken, record.bound or record.launch.address, record.shape, record.source, record.base
             )
+            if record.role == "asleep":
+                answer[record.instance] = Found(record.sequence, slept=await self._sleepers.adopt(record))
+                continue
             self._open_door(record.launch)
             loaded = None
             if record.proven:
@@ -154,6 +157,7 @@ class HostRunner:
                     record.tier,
                     served=record.launch.model if record.base else "",
                     sleeps=record.launch.sleeps,
+                    slept=record.slept,
                 )
             answer[record.instance] = Found(record.sequence, loaded)
         self._bases.adopted()
@@ -168,7 +172,8 @@ class HostRunner:
     async def _kill_leftovers(self, record: Record) -> None:
         """The leader is gone; its children may not be (vLLM's outlive a killed API process).
 
-        Nobody knows what an engine holds into which weights were being loaded when its worker died: it ends, too.
+        Nobody knows what an engine holds that was being filled, put to sleep or woken when its worker died: it ends,
+        too.
         """
         alive = host_process.look(record.pid)
         half_filled = alive is not None and alive.started == record.started and record.role == "filling"
@@ -422,9 +427,9 @@ class HostRunner:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path + SHUT, path)
 
-    async def sleep(self, instance: str, level: int) -> Slept | Failure:
+    async def sleep(self, order: Order, level: int) -> Slept | Failure:
         """See the port."""
-        return await self._sleepers.sleep(instance, level)
+        return await self._sleepers.sleep(order, level)
 
     async def slumber(self, instance: str) -> Failure:
         """See the port."""

@@ -60,10 +60,11 @@ class Record(msgspec.Struct, frozen=True):
         bound: the address that its socket was bound to, where that is another one than it is reached at.
         shape: what it keeps when other weights are put into it; empty where none may be.
         source: model and version that it holds.
-        role: ``spare`` where it waits for weights, ``filling`` while they come or it sleeps, ``base`` of adapters,
-            ``adapter`` in another one's engine, else empty.
+        role: ``spare`` where it waits for weights, ``filling`` while they come and while it falls asleep or wakes,
+            ``asleep``, ``base`` of adapters, ``adapter`` in another one's engine, else empty.
         base: of an adapter: name of the engine that it shares.
         tier: how it was made ready.
+        level: of its sleep, while it sleeps; ``slept``: how often it was asked to.
     """
 
     instance: str
@@ -83,6 +84,8 @@ class Record(msgspec.Struct, frozen=True):
     role: str = ""
     tier: str = "cold"
     base: str = ""
+    level: int = 0
+    slept: int = 0
 
 
 class Member(msgspec.Struct, frozen=True, gc=False):

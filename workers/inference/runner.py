@@ -23,7 +23,8 @@ class Order(msgspec.Struct, frozen=True):
 
     ``sequence``: how far the log had come when it was asked for. ``inspection``: what the version's files said when
     they were looked at; None where it has none. ``bytes``: host memory that it was admitted with, 0 where nothing was
-    known. ``device``: the accelerator that it is to run on, empty for the host's choice.
+    known. ``device``: the accelerator that it is to run on, empty for the host's choice. ``slept``: how often it was
+    asked to sleep.
     """
 
     instance: str
@@ -34,6 +35,7 @@ class Order(msgspec.Struct, frozen=True):
     inspection: Inspection | None = None
     bytes: int = 0
     device: str = ""
+    slept: int = 0
 
 
 class HostMemory(msgspec.Struct, frozen=True):
@@ -61,7 +63,7 @@ class Struck(msgspec.Struct, frozen=True):
 class Loaded(msgspec.Struct, frozen=True):
     """An instance that has passed its proof; fields as in the event ``InstanceReady``.
 
-    ``struck``: the faster tiers that have failed before.
+    ``struck``: the faster tiers that have failed before. ``slept``: how often it has slept before.
     """
 
     address: str
@@ -74,14 +76,24 @@ class Loaded(msgspec.Struct, frozen=True):
     served: str = ""
     sleeps: bool = False
     struck: tuple[Struck, ...] = ()
+    slept: int = 0
 
 
 class Slept(msgspec.Struct, frozen=True):
-    """An engine that sleeps: the seconds that it took, and the memory that it still holds, in bytes."""
+    """An engine that sleeps.
 
+    Attributes:
+        level: 1, its weights are in host memory; 2, they are dropped.
+        seconds: what falling asleep took.
+        bytes, device_bytes: memory that it still holds.
+        number: which of its sleeps this is, from 1.
+    """
+
+    level: int
     seconds: float
     bytes: int = 0
     device_bytes: int = 0
+    number: int = 1
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -95,10 +107,14 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """An engine that an earlier worker has left running. ``loaded`` is None where it was never proven."""
+    """An engine that an earlier worker has left running.
+
+    ``loaded`` is None where it was never proven, and while it sleeps: then ``slept`` tells of it.
+    """
 
     sequence: int
     loaded: Loaded | None = None
+    slept: Slept | None = None
 
 
 class EngineRunner(Protocol):
@@ -141,7 +157,7 @@ class EngineRunner(Protocol):
         """
         ...
 
-    async def sleep(self, instance: str, level: int) -> Slept | Failure:
+    async def sleep(self, order: Order, level: int) -> Slept | Failure:
         """Put an engine that is quiet to sleep; see ``control.sleep``. What has failed is gone when this returns."""
         ...
 

@@ -34,7 +34,7 @@ from turnout.events.model import EngineSpec
 from turnout.events.store import Unavailable
 from turnout.projections.fleet import InstanceView, WorkerView
 from turnout.workers.inference.cache import CachedModel, ModelCache
-from turnout.workers.inference.runner import Failure, Found, Loaded, Order, Usage
+from turnout.workers.inference.runner import Failure, Found, Loaded, Order, Slept, Usage
 from turnout.workers.ports import Request
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ class InferenceWorker:
             if life is not None:
                 life.view = wanted
                 life.known.set()
-                if sequence >= life.sequence:  # what is older may ask for a sleep that is over
+                if fresh and sequence >= life.sequence:  # what is older may ask for a sleep that is over
                     _turn(life.sleep, on=wanted.phase == "sleeping")
                     _turn(life.wake, on=wanted.phase == "waking")
                 life.sequence = max(life.sequence, sequence)
@@ -379,50 +379,57 @@ class InferenceWorker:
             gone = msgspec.structs.replace(self._runner.remains(instance), stage=stage)
             await self._report_life(life, _failed(instance, gone))
             return
-        if loaded is None:
+        slept = life.found.slept if life.found else None
+        result: Loaded | Failure | None = loaded
+        if slept is not None:
+            result = await self._slumber(life, slept)
+        elif loaded is None:
             result = await self._load(life)
             for failed in result.struck if result else ():
                 await self._report(
                     "instance.tier", ReportTierFailed(instance, failed.tier, failed.source, failed.reason)
                 )
-            if isinstance(result, Failure):
-                await self._report_life(life, _failed(instance, result))
-                return
-            loaded = result
-        while loaded is not None:
-            result = await self._serve(life, loaded)
+        while isinstance(result, Loaded):
+            result = await self._serve(life, result)
             if result is None and life.sleep.is_set() and not life.drain.is_set() and not life.silent:
                 result = await self._sleep_until_woken(life)
-            if isinstance(result, Failure):
-                await self._report_life(life, _failed(instance, result))
-                return
-            loaded = result
-        await self._end(life)
+        if isinstance(result, Failure):
+            await self._report_life(life, _failed(instance, result))
+        else:
+            await self._end(life)
 
     async def _sleep_until_woken(self, life: _Life) -> Loaded | Failure | None:
         """Wait until nobody uses the engine, put it to sleep, and wake it when it is asked for; None: it shall end.
 
         Sleeping and waking take their turn among the loads of the device.
         """
-        view, instance = life.view, life.view.instance
         failure = await _unless(self._wait_quiet(life), life.drain.wait())
         if failure is not None or life.drain.is_set():
             return failure
+        view, order = life.view, _order(life)
         slept = await self.cache.preload_model(
-            lambda: self._runner.sleep(instance, view.level), device=view.device, priority=_FOR_TRAFFIC
+            lambda: self._runner.sleep(order, view.level), device=view.device, priority=_FOR_TRAFFIC
         )
         if isinstance(slept, Failure):
             return slept
-        log.info("instance_slept", instance=instance, level=view.level, seconds=round(slept.seconds, 2))
-        report = ReportSlept(instance, view.level, slept.seconds, slept.bytes, slept.device_bytes)
-        await self._report("instance.slept", report)
+        log.info("instance_slept", instance=view.instance, level=slept.level, seconds=round(slept.seconds, 2))
+        return await self._slumber(life, slept)
+
+    async def _slumber(self, life: _Life, slept: Slept) -> Loaded | Failure | None:
+        """Say that it sleeps, and wake it when it is asked for; None: it shall end."""
+        instance = life.view.instance
+        report = ReportSlept(instance, slept.level, slept.seconds, slept.bytes, slept.device_bytes, number=slept.number)
+        answer = await self._report("instance.slept", report)
+        if isinstance(answer, Rejected):  # nobody has ever asked for it
+            life.silent = answer.code == "instance_unknown"
+            return None
         asked = _unless(life.wake.wait(), life.drain.wait())
         if (died := await _unless(self._runner.slumber(instance), asked)) is not None:
             return died
         if life.drain.is_set():
             return None
         return await self.cache.preload_model(
-            lambda: self._runner.wake(_order(life)), device=view.device, priority=_FOR_TRAFFIC
+            lambda: self._runner.wake(_order(life)), device=life.view.device, priority=_FOR_TRAFFIC
         )
 
     async def _load(self, life: _Life) -> Loaded | Failure | None:
@@ -654,7 +661,7 @@ def _failed(instance: str, failure: Failure) -> ReportFailed:
 
 def _woken(instance: str, loaded: Loaded) -> ReportWoken:
     return ReportWoken(
-        instance, loaded.load_s, loaded.probe_s, loaded.bytes, loaded.device_bytes, address=loaded.address
+        instance, loaded.load_s, loaded.probe_s, loaded.bytes, loaded.device_bytes, loaded.address, loaded.slept
     )
 
 
@@ -669,6 +676,7 @@ def _order(life: _Life) -> Order:
         view.inspection,
         view.estimate,
         view.device,
+        view.slept,
     )
 
 

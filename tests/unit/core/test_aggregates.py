@@ -394,6 +394,20 @@ def test_an_instance_sleeps_and_wakes_when_it_is_asked_to() -> None:
     assert (state.phase, state.tier, state.bytes, state.address) == ("ready", "wake", 9, "unix:/1")
 
 
+def test_a_late_word_of_an_earlier_sleep_is_not_taken_for_this_one() -> None:
+    once = (InstanceSleepRequested("i1", 1, "a"), InstanceSlept("i1", 1, 1, 0), InstanceWakeRequested("i1", "b"))
+    awake = given(instance, ASKED, READY, *once, InstanceWoken("i1", 1, 1, 9, 0, "unix:/2"))
+    asked = awake.when(instance.SleepInstance("i1", 1, "c")).then(InstanceSleepRequested("i1", 1, "c"))
+    asked.when(instance.ReportSlept("i1", 1, 0.5, 7)).then_nothing()
+    slept = asked.when(instance.ReportSlept("i1", 1, 0.5, 7, number=2)).then(InstanceSlept("i1", 1, 0.5, 7))
+    waking = slept.when(instance.WakeInstance("i1", "d", 9)).then(InstanceWakeRequested("i1", "d", 9))
+    assert waking.state.bytes == 9, "it is charged with what it will hold"
+    waking.when(instance.ReportWoken("i1", 0.3, 0.1, 9, 0, "unix:/2")).then_nothing()
+    woken = InstanceWoken("i1", 0.3, 0.1, 9, 0, "unix:/3")
+    again = waking.when(instance.ReportWoken("i1", 0.3, 0.1, 9, 0, "unix:/3", number=2)).then(woken)
+    again.when(REPORT_READY).then_nothing()
+
+
 def test_an_instance_that_sleeps_is_not_ready() -> None:
     state = given(instance, ASKED, READY, InstanceSleepRequested("i1", 2, "idle"), InstanceSlept("i1", 2, 1, 0)).state
     assert (state.phase, state.level) == ("asleep", 2)

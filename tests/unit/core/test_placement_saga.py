@@ -307,7 +307,7 @@ def test_a_switch_wakes_what_sleeps_and_routes_to_its_new_address() -> None:
     story = asleep()
     assert not of(story.carry_placement(), RouteChanged)
     story.asked("v2")
-    assert story.carry() == (InstancesRequested("sw-1", ("i2",)), InstanceWakeRequested("i2", "sw-1"))
+    assert story.carry() == (InstancesRequested("sw-1", ("i2",)), InstanceWakeRequested("i2", "sw-1", 1000))
     assert story.owes().owed == ()
     story.happens(InstanceWoken("i2", 0.2, 0.1, 1000, 0, "unix:/run/i2.c"))
     (route,) = of(list(story.carry()), RouteChanged)
@@ -334,7 +334,7 @@ def test_a_lost_active_version_that_sleeps_elsewhere_is_woken() -> None:
     story.instance("i2", "v1").happens(InstanceReady("i2", "unix:/run/i2.b", 1.0, 0.1, 1000, "", sleeps=True))
     story.happens(InstanceSleepRequested("i2", 2, "x"), InstanceSlept("i2", 2, 0.1, 10))
     story.happens(InstanceFailed("i1", "serving", "crashed")).later(1.0)
-    assert of(story.carry_placement(), InstanceWakeRequested) == [InstanceWakeRequested("i2", "restore")]
+    assert of(story.carry_placement(), InstanceWakeRequested) == [InstanceWakeRequested("i2", "restore", 1000)]
 
 
 def test_what_sleeps_leaves_when_its_time_is_up_or_its_memory_is_needed() -> None:

@@ -227,9 +227,9 @@ class Host:
     async def stop(self, instance: str) -> None:
         self.stopped.append(instance)
 
-    async def sleep(self, instance: str, level: int) -> Slept | Failure:
-        self.slept.append((instance, level))
-        return Slept(0.5, 3)
+    async def sleep(self, order: Order, level: int) -> Slept | Failure:
+        self.slept.append((order.instance, level))
+        return Slept(level, 0.5, 3, number=order.slept)
 
     async def slumber(self, instance: str) -> Failure:
         return await asyncio.shield(self._end.setdefault(instance, asyncio.Future()))

@@ -513,7 +513,7 @@ def test_it_sleeps_once_it_is_quiet_and_is_woken_at_a_new_address(runner: asynci
             del rig.host.used["i-1"]
             await until(lambda: rig.plane.phase() == "asleep")
             assert rig.host.slept == [("i-1", 2)]
-            rig.host.wakes.append(Loaded("unix:/run/new.sock", 0.2, 0.1, 7, "v1", tier="wake"))
+            rig.host.wakes.append(Loaded("unix:/run/new.sock", 0.2, 0.1, 7, "v1", tier="wake", slept=1))
             rig.plane.record(InstanceWakeRequested("i-1", "sw-2"))
             await until(lambda: rig.plane.phase() == "ready")
             assert rig.plane.log[-1] == InstanceWoken("i-1", 0.2, 0.1, 7, 0, "unix:/run/new.sock")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from turnout.workers.inference.memory import MemoryManager
+    from turnout.workers.inference.process import EngineProcess, Record
     from turnout.workers.inference.runner import Order
     from turnout.workers.inference.starting import Starter
 
@@ -38,17 +39,22 @@ class Sleepers:
         self._running = running
         self._memory = memory
 
-    async def sleep(self, instance: str, level: int) -> Slept | Failure:
+    async def adopt(self, record: Record) -> Slept:
+        """One that an earlier worker has left asleep: it has been taken over, and sleeps on."""
+        self._running[record.instance].asleep = record.level
+        usage = await asyncio.to_thread(self._memory.usage, record.pid)
+        return Slept(record.level, 0.0, usage.bytes, usage.device_bytes, record.slept)
+
+    async def sleep(self, order: Order, level: int) -> Slept | Failure:
         """Put one to sleep whose door is shut. See the port."""
+        instance = order.instance
         starter, running = self._starter, self._running[instance]
         process = running.process
         if process is None or not running.quiet or not running.launch.sleeps:
             return await self._fail(instance, running, "sleeping", "it can't be put to sleep, or is not quiet")
         began = starter.clock.monotonic()
         here = starter.folder.socket(instance, starter.clock.id()[:6])
-        # Until it has been woken nobody but this worker knows what state it is in: the next one kills it.
-        process.record = msgspec.structs.replace(process.record, role="filling", proven=False)
-        starter.folder.write(process.record)
+        self._keep(process, role="filling", proven=False)  # should this worker die now, the next one kills it
         os.rename(running.launch.address.removeprefix("unix:") + SHUT, here)
         running.launch = msgspec.structs.replace(running.launch, address=f"unix:{here}")
         running.asleep, running.quiet = level, False
@@ -57,8 +63,9 @@ class Sleepers:
         except (control.ControlFailed, LoadFailed) as e:
             return await self._fail(instance, running, "sleeping", str(e))
         seconds = starter.clock.monotonic() - began
+        self._keep(process, role="asleep", launch=running.launch, bound=running.bound, level=level, slept=order.slept)
         usage = await asyncio.to_thread(self._memory.usage, process.pid)
-        return Slept(seconds, usage.bytes, usage.device_bytes)
+        return Slept(level, seconds, usage.bytes, usage.device_bytes, order.slept)
 
     async def slumber(self, instance: str) -> Failure:
         """See the port."""
@@ -71,7 +78,9 @@ class Sleepers:
         """See the port."""
         starter, running = self._starter, self._running[order.instance]
         began, patience = starter.clock.monotonic(), starter.proof_timeout_s
-        launch = running.launch
+        launch, process = running.launch, running.process
+        assert process is not None  # noqa: S101  what runs elsewhere never sleeps
+        self._keep(process, role="filling")  # a wake that this worker does not see to its end is not tried again
         try:
             await self._do(running, control.wake(launch.address, running.asleep, launch.weights, patience))
             with contextlib.suppress(client.Unreachable, ValueError):  # its first token; what it says is void
@@ -81,11 +90,15 @@ class Sleepers:
         except (control.ControlFailed, LoadFailed) as e:
             return await self._fail(order.instance, running, "waking", str(e))
         running.asleep, running.trouble, running.probes, running.row = 0, "", 0, 0
-        assert running.process is not None  # noqa: S101  what runs elsewhere never sleeps
-        running.process.record = msgspec.structs.replace(running.process.record, tier=NAME)
+        process.record = msgspec.structs.replace(process.record, tier=NAME, level=0)
         proven = await starter.proven(running, verdict, seconds, starter.clock.monotonic() - began - seconds)
-        usage = await asyncio.to_thread(self._memory.usage, running.process.pid)
-        return msgspec.structs.replace(proven, tier=NAME, device_bytes=usage.device_bytes)
+        usage = await asyncio.to_thread(self._memory.usage, process.pid)
+        slept = process.record.slept
+        return msgspec.structs.replace(proven, tier=NAME, device_bytes=usage.device_bytes, slept=slept)
+
+    def _keep(self, process: EngineProcess, **changed: object) -> None:
+        process.record = msgspec.structs.replace(process.record, **changed)
+        self._starter.folder.write(process.record)
 
     async def _do(self, running: Running, work: Awaitable[None]) -> None:
         """Ask it.
