@@ -132,12 +132,14 @@ class UndoModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``model.undo``: roll the running switch back, or return to the last known good version.
 
     Where the running switch's source is not ready, the newest version that is known to be good and ready is taken.
-    ``hold``: as there, of a switch.
+    ``hold``: as there, of a switch. ``to``: the version that its author wants back; it is refused where it would go to
+    another one. Empty for whichever it is, but not moments after the model went back, whose second click this may be.
     """
 
     model: str
     reason: str = ""
     hold: bool = False
+    to: str = ""
 
 
 class WakeModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -625,17 +627,21 @@ def _undo(world: World, body: UndoModel, context: Context) -> Writes | Rejected:
     reason = body.reason or f"undone by {context.actor}"
     if state.switch:
         running: SwitchState = world.state("switch", state.switch)
-        if running.undo and running.phase not in ENDED:
+        if running.undo and running.phase not in ENDED and body.to != running.source:
             return Rejected(
                 "undo_running",
                 f"{body.model} goes back from {running.source} to {running.target} already: switch {running.switch}",
                 f"look at it: turnout status {running.switch}; to stay at {running.source}: "
-                f"turnout abort {running.switch}",
+                f"turnout undo {body.model} --to {running.source}",
             )
+        if body.to not in ("", running.source):
+            return _elsewhere(body, running.source)
         return _back(world, running, "undo", reason, context)
     target = state.undo_target
-    if target and (twice := _went_back(world, state, target, context.now)):
+    if target and not body.to and (twice := _went_back(world, state, target, context.now)):
         return twice
+    if body.to not in ("", target):
+        return _elsewhere(body, target)
     if not target:
         return Rejected(
             "nothing_to_undo",
@@ -648,6 +654,14 @@ def _undo(world: World, body: UndoModel, context: Context) -> Writes | Rejected:
     unjudged: dict[str, object] = {"judge": {"mode": "none"}}
     start = StartSwitch(body.model, target, "immediate", unjudged, reason, bake_s=0.0, hold=body.hold)
     return _open(world, start, context, undo=True)
+
+
+def _elsewhere(body: UndoModel, back: str) -> Rejected:
+    return Rejected(
+        "undo_elsewhere",
+        f"an undo of {body.model} goes to {back or 'no version'}, not to {body.to}",
+        f"switch to it: turnout switch {body.model} {body.to}",
+    )
 
 
 def _went_back(world: World, state: model.ModelState, target: str, now: datetime) -> Rejected | None:
@@ -664,7 +678,7 @@ def _went_back(world: World, state: model.ModelState, target: str, now: datetime
         "undone_already",
         f"{state.model} has left {left} and serves {state.active} since {since_s:.1f} s ago (switch {last.switch}): "
         f"this looks like the same wish, and would go on to {target}",
-        f"if you mean that: turnout switch {state.model} {target}",
+        f"if you mean that: turnout undo {state.model} --to {target}",
     )
 
 

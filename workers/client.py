@@ -660,16 +660,24 @@ class ModelSwitcher:
         return (await self._client.model(model)).policies
 
     async def undo(
-        self, model: str, *, reason: str = "", hold: bool = False, actor: str = "", id: str = ""
+        self, model: str, *, to: str = "", reason: str = "", hold: bool = False, actor: str = "", id: str = ""
     ) -> SwitchOperation:
         """Roll the running switch back, or return to the last known good version.
 
+        Args:
+            model: the served name.
+            to: the version that is wanted back, where its author knows; else it is refused where the model has just
+                gone back, because it may be the same wish, given twice.
+            reason: why, for the log.
+            hold: where there is no place for both versions, requests may wait.
+            actor: who asks, where it is not the client's actor.
+            id: of the command.
+
         Raises:
-            CommandRejected: there is nothing to go back to, or the model has just gone back.
+            CommandRejected: there is nothing to go back to, it would go elsewhere, or the model has just gone back.
         """
-        return self._operation(
-            await self._client.send("model.undo", UndoModel(model, reason, hold), actor=actor, id=id)
-        )
+        body = UndoModel(model, reason, hold, to)
+        return self._operation(await self._client.send("model.undo", body, actor=actor, id=id))
 
     async def get_switch_status(self, switch: str) -> SwitchView:
         """How far a switch is, or how it ended.
@@ -964,7 +972,7 @@ class ModelVersionManager:
         back = running.source if running else next((v for v in reversed(view.known_good) if v != view.active), "")
         switcher = ModelSwitcher(self._client)
         if back == version:
-            return await switcher.undo(model, reason=reason, actor=actor)
+            return await switcher.undo(model, to=version, reason=reason, actor=actor)
         return await switcher.switch_model(
             model, version, strategy="immediate", bake_s=0.0, reason=reason or f"rollback to {version}", actor=actor
         )

@@ -17,7 +17,7 @@ import msgspec
 
 from turnout.core.residence import SetReplicas
 from turnout.core.world import World
-from turnout.events.instance import InstanceDraining, InstanceReady, InstanceRequested
+from turnout.events.instance import InstanceDraining, InstanceMeasured, InstanceReady, InstanceRequested
 from turnout.events.model import EngineSpec, VersionRegistered
 from turnout.events.switch import SwitchCompleted, TargetReady
 from turnout.events.worker import WorkerLost
@@ -296,7 +296,7 @@ def _peak(log: list[Recorded]) -> tuple[int, int]:
     world, peak = World(), 0
     for recorded in log:
         world.apply(recorded)
-        if isinstance(recorded.event, InstanceRequested | InstanceReady):
+        if isinstance(recorded.event, InstanceRequested | InstanceReady | InstanceMeasured):
             held: dict[str, int] = {}
             for id in world.alive:
                 one = world.instances[id]

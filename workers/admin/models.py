@@ -74,10 +74,14 @@ class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Undo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Why, for the log. ``hold``: where there is no place for both versions, requests may wait."""
+    """Why, for the log. ``hold``: where there is no place for both versions, requests may wait.
+
+    ``to``: the version that you want back; without, an undo is refused where the model has just gone back.
+    """
 
     reason: str = ""
     hold: bool = False
+    to: str = ""
 
 
 class Policies(msgspec.Struct, frozen=True):
@@ -186,7 +190,7 @@ class Models(Controller):
         data: JSONBody[Undo],
     ) -> Response[Accepted]:
         """Roll the running switch back, or start one to the version before. `ids` has the switch."""
-        answer = await desk.send(asked, "model.undo", UndoModel(name(model), data.reason, data.hold))
+        answer = await desk.send(asked, "model.undo", UndoModel(name(model), data.reason, data.hold, data.to))
         return Response(answer, headers={"location": f"/v1/switches/{answer.ids[0]}"} if answer.ids else {})
 
 

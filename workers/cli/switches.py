@@ -130,22 +130,23 @@ def switch(
 
 @click.command()
 @click.argument("model")
+@click.option("--to", default="", metavar="VERSION", help="Only if it goes to this one.")
 @click.option("--hold", is_flag=True, help="As for switch: let requests wait where there is no place for both.")
 @_wait
 @_timeout
 @_reason
 @common
-def undo(io: Terminal, model: str, hold: bool, wait: bool, timeout: float | None, reason: str) -> None:
+def undo(io: Terminal, model: str, to: str, hold: bool, wait: bool, timeout: float | None, reason: str) -> None:
     """Take MODEL back: roll its running switch back, else return to the last known good version. Without a bake.
 
     Where that version is warm, this needs no load. Exit codes with --wait as for switch; a running switch that was
-    rolled back as asked counts as done.
+    rolled back as asked counts as done. Within 10 seconds after MODEL went back, only an undo with --to goes further.
     """
     if timeout is not None and not wait:
         raise click.UsageError("--timeout needs --wait")
 
     async def work(client: Client) -> int:
-        operation = await ModelSwitcher(client).undo(model, reason=reason, hold=hold)
+        operation = await ModelSwitcher(client).undo(model, to=to, reason=reason, hold=hold)
         return await _asked(io, client, operation, wait, timeout, back_was_asked=True)
 
     io.run(work)

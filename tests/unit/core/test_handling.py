@@ -420,12 +420,16 @@ def test_a_promotion_that_is_typed_twice_counts_once_unless_the_second_one_names
 def test_an_undo_that_is_typed_twice_goes_back_once() -> None:
     refused = handled(gone_back(), "ops", "model.undo", UndoModel("chat"))
     assert refused.reason.startswith("chat has left v2 and serves v1 since ")
-    assert refused.hint == "if you mean that: turnout switch chat v0"
+    assert refused.hint == "if you mean that: turnout undo chat --to v0"
+    _, named = handled(gone_back(), "ops", "model.undo", UndoModel("chat", to="v0"))
+    assert (named.target, named.undo) == ("v0", True)
     _, asked = handled(gone_back().later(TWICE_S), "ops", "model.undo", UndoModel("chat"))
     assert (asked.target, asked.undo) == ("v0", True)
     # and while a completed switch is undone, a second undo does not undo the undo
     running = handled(undo_runs(), "ops", "model.undo", UndoModel("chat"), command="c2")
     assert running.reason.startswith("chat goes back from v2 to v1 already")
+    stays = handled(undo_runs(), "ops", "model.undo", UndoModel("chat", to="v2"), command="c2")
+    assert {type(event).__name__ for event in stays} == {"SwitchAborted", "SwitchClosed"}
 
 
 def test_a_source_that_has_no_room_to_come_back_is_told_with_what_makes_some() -> None:
@@ -660,6 +664,8 @@ REFUSALS: list[tuple[str, Any, str, str, object]] = [
     ("step_passed", gone_on, "ops", "switch.promote", AdvanceSwitch("sw-1", 1)),
     ("step_unseen", promoted_once, "ops", "switch.promote", AdvanceSwitch("sw-1")),
     ("undo_running", undo_runs, "ops", "model.undo", UndoModel("chat")),
+    ("undo_elsewhere", gone_back, "ops", "model.undo", UndoModel("chat", to="v2")),
+    ("undo_elsewhere", baking, "ops", "model.undo", UndoModel("chat", to="v2")),
     ("undone_already", gone_back, "ops", "model.undo", UndoModel("chat")),
     ("reason_missing", at_first_step, "ops", "switch.promote", AdvanceSwitch("sw-1", full=True)),
     ("switch_paused", paused, "ops", "switch.promote", AdvanceSwitch("sw-1")),
