@@ -1,14 +1,18 @@
-"""Which idle instances a worker may keep, and which make room: a choice over numbers. Knows no process."""
+"""Which idle instances a worker may keep, which make room, and which of them need only sleep. Knows no process.
+
+Sleep is tried before an end wherever it frees what is missing, as waking is faster than loading.
+"""
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from collections import Counter
+from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 Policy = Literal["lru", "cost"]
 
@@ -44,6 +48,7 @@ class Idle(msgspec.Struct, frozen=True):
         uses: how often its version was switched to.
         pinned: it never leaves by itself.
         asleep: it sleeps, and takes no place.
+        sleeps: it is awake and can be put to sleep; then it still holds ``rest``, as far as that is known.
     """
 
     instance: str
@@ -58,6 +63,8 @@ class Idle(msgspec.Struct, frozen=True):
     uses: int = 0
     pinned: bool = False
     asleep: bool = False
+    sleeps: bool = False
+    rest: Room = Room()
 
     @property
     def room(self) -> Room:
@@ -65,9 +72,28 @@ class Idle(msgspec.Struct, frozen=True):
         return Room(0 if self.asleep else 1, self.bytes, self.device_bytes)
 
     @property
+    def sleep_room(self) -> Room:
+        """What its sleep would free; its end's where it can't be put to sleep."""
+        return self.room - self.rest if self.sleeps else self.room
+
+    @property
     def worth(self) -> float:
         """Seconds of loading that keeping one mebibyte of it saves: reload seconds by uses by size."""
         return self.seconds * (1 + self.uses) * 2**20 / max(2**20, self.bytes + self.device_bytes)
+
+
+class Leave(msgspec.Struct, frozen=True):
+    """How an instance leaves.
+
+    Attributes:
+        reason: why.
+        sleeps: it sleeps; else it stops.
+        bytes: host memory that must stay free for what it makes room for, where that is known.
+    """
+
+    reason: str
+    sleeps: bool = False
+    bytes: int = 0
 
 
 def leaves_first(policy: Policy) -> Callable[[Idle], tuple[object, ...]]:
@@ -82,29 +108,39 @@ def leaves_first(policy: Policy) -> Callable[[Idle], tuple[object, ...]]:
     return lru if policy == "lru" else cost
 
 
-def evict(idle: tuple[Idle, ...], now: datetime, most: int, ttl_s: float, policy: Policy = "lru") -> dict[str, str]:
-    """Choose what leaves: instance → reason. By the policy; what an undo needs goes last, what is pinned stays.
+def evict(idle: tuple[Idle, ...], now: datetime, most: int, ttl_s: float, policy: Policy = "lru") -> dict[str, Leave]:
+    """Choose what leaves: instance → how. By the policy; what an undo needs goes last, what is pinned stays.
+
+    What is too much or too old awake sleeps where it can; what is too much or too old asleep stops.
 
     Args:
         idle: all idle instances of all workers.
         now: UTC.
-        most: instances kept on each worker; pinned ones count, and are kept beyond it.
-        ttl_s: seconds after which an idle instance leaves in any case.
+        most: instances kept awake on each worker, and as many asleep; pinned ones count, and are kept beyond it.
+        ttl_s: seconds after which an idle instance leaves in any case; one that sleeps after twice that.
         policy: who leaves first.
     """
-    leaving: dict[str, str] = {}
-    kept: dict[str, list[Idle]] = {}
-    for one in idle:
-        if one.pinned:
-            kept.setdefault(one.worker, []).append(one)
+    leaving: dict[str, Leave] = {}
+    kept = Counter((one.worker, one.asleep) for one in idle if one.pinned)
     by = "least recently used" if policy == "lru" else "cheapest to load again"
     for one in sorted((i for i in idle if not i.pinned), key=leaves_first(policy), reverse=True):
-        if now - one.since >= timedelta(seconds=ttl_s):
-            leaving[one.instance] = f"idle for {ttl_s:g} s (model_ttl_seconds)"
-        elif len(kept.setdefault(one.worker, [])) >= most:
-            leaving[one.instance] = f"{by} of more than {most} (max_cached_models)"
+        age_s = (now - one.since).total_seconds()
+        awake, asleep = (one.worker, False), (one.worker, True)
+        may_sleep = (one.asleep or one.sleeps) and age_s < 2 * ttl_s and kept[asleep] < most
+        if not one.asleep and age_s < ttl_s and kept[awake] < most:
+            kept[awake] += 1
+            continue
+        if may_sleep:
+            kept[asleep] += 1
+        if one.asleep and may_sleep:
+            continue
+        old_s = 2 * ttl_s if one.asleep else ttl_s
+        if age_s >= old_s:
+            twice = "twice " if one.asleep else ""
+            why = f"idle for {old_s:g} s ({twice}model_ttl_seconds)"
         else:
-            kept[one.worker].append(one)
+            why = f"{by} of more than {most}{' that sleep' if one.asleep else ''} (max_cached_models)"
+        leaving[one.instance] = Leave(why, sleeps=may_sleep)
     return leaving
 
 
@@ -117,22 +153,31 @@ def make_room(idle: tuple[Idle, ...], short: Room, device: str, policy: Policy) 
         device: the device that ``short.device_bytes`` is missing on.
         policy: who leaves first.
     """
-
-    def freed(chosen: list[Idle]) -> Room:
-        total = Room()
-        for one in chosen:
-            total += one.room if one.device == device else Room(one.room.places, one.bytes)
-        return total
-
     chosen: list[Idle] = []
     for one in sorted((i for i in idle if not i.pinned), key=leaves_first(policy)):
-        if (freed(chosen) - short).enough:
+        if (_freed(chosen, (), device) - short).enough:
             break
         chosen.append(one)
-    if not (freed(chosen) - short).enough:
+    if not (_freed(chosen, (), device) - short).enough:
         return None
     for one in tuple(reversed(chosen)):  # the dearest first: what came after it may have made it needless
         without = [other for other in chosen if other is not one]
-        if (freed(without) - short).enough:
+        if (_freed(without, (), device) - short).enough:
             chosen = without
     return tuple(chosen)
+
+
+def sleepers(chosen: tuple[Idle, ...], short: Room, device: str) -> tuple[str, ...]:
+    """Of those that make room, the instances for which it is enough that they sleep. Arguments as in ``make_room``."""
+    asleep = [one for one in chosen if one.sleeps]
+    ending = [one for one in chosen if not one.sleeps]
+    while asleep and not (_freed(ending, asleep, device) - short).enough:
+        ending.append(asleep.pop(0))
+    return tuple(one.instance for one in asleep)
+
+
+def _freed(ending: Sequence[Idle], asleep: Sequence[Idle], device: str) -> Room:
+    total = Room()
+    for one, room in (*((one, one.room) for one in ending), *((one, one.sleep_room) for one in asleep)):
+        total += room if one.device == device else Room(room.places, room.bytes)
+    return total

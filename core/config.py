@@ -18,8 +18,9 @@ class ModelSwitchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
 
     Attributes:
         enable_dynamic_registry: versions may be registered while turnout runs; else only turnout.toml's are served.
-        max_cached_models: ready instances that no route uses, kept warm on each worker; 0 stops them once drained.
-        model_ttl_seconds: how long such an instance is kept at most.
+        max_cached_models: ready instances that no route uses, kept warm on each worker, and as many asleep where their
+            engines can sleep; 0 stops them once drained.
+        model_ttl_seconds: how long such an instance is kept at most; asleep, twice as long.
         default_switch_strategy: what a switch uses where none is named.
         enable_health_checks: workers ask their ready engines a golden question regularly, and replace a hung one.
         health_check_interval: seconds between two such questions.

@@ -30,6 +30,8 @@ from turnout.events.instance import (
 from turnout.events.model import EngineSpec
 
 ENDED = frozenset(("stopped", "failed"))
+#: Stages in which an instance fails that was falling asleep, asleep or waking: no fault of its version.
+SLUMBER = ("sleeping", "waking")
 
 
 class InstanceState(msgspec.Struct, frozen=True):

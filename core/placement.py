@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from turnout.core.cache import Idle, Room, make_room
+from turnout.core.cache import Idle, Leave, Room, make_room, sleepers
 from turnout.core.memory import Need, estimate
 from turnout.events.units import size
 
@@ -35,7 +35,7 @@ class Offer(msgspec.Struct, frozen=True):
         verdict: fits, soon (once what stops has stopped), evicts (once ``evict`` have made room) or full.
         why: one sentence with the numbers.
         need: what it was charged with.
-        evict: idle instances that would have to go.
+        evict: idle instances that would have to go; for those in ``sleep`` it is enough that they sleep.
         lacks: places, memory or engine, where it is full.
         wake: the sleeping instance that would be woken; empty where a new one is loaded.
     """
@@ -48,6 +48,7 @@ class Offer(msgspec.Struct, frozen=True):
     evict: tuple[str, ...] = ()
     lacks: str = ""
     wake: str = ""
+    sleep: tuple[str, ...] = ()
 
 
 class Ledger:
@@ -127,12 +128,13 @@ class Ledger:
         stay: list[Idle] = []
         for one in self._idle.get(offer.worker, []):
             if one.instance in offer.evict:
-                self._charge(self._leaving, one.worker, one.device, one.room)
+                room = one.sleep_room if one.instance in offer.sleep else one.room
+                self._charge(self._leaving, one.worker, one.device, room)
             else:
                 stay.append(one)
         self._idle[offer.worker] = stay
 
-    def over(self, worker: str) -> tuple[Idle, ...]:
+    def over(self, worker: str) -> dict[str, Leave]:
         """Idle instances that must go, as a worker holds more than it may: its bound was lowered, or engines grew."""
         state = self._world.workers[worker]
         idle = tuple(self._idle.get(worker, ()))
@@ -140,8 +142,11 @@ class Ledger:
             short = Room() - self._free(state, device) - self._of(self._leaving, worker, device)
             if short.bytes > 0 or short.device_bytes > 0:
                 only_memory = msgspec.structs.replace(short, places=0)
-                return make_room(idle, only_memory, device, self._policy) or tuple(i for i in idle if not i.pinned)
-        return ()
+                chosen = make_room(idle, only_memory, device, self._policy) or tuple(i for i in idle if not i.pinned)
+                asleep = sleepers(chosen, only_memory, device)
+                why = f"{worker} holds more than its memory"
+                return {one.instance: Leave(why, sleeps=one.instance in asleep) for one in chosen}
+        return {}
 
     def _best_device(self, worker: WorkerState, model: str, version: str, priority: int | None) -> Offer:
         spec = self._world.models[model].versions[version]
@@ -188,6 +193,7 @@ class Ledger:
                 need,
                 tuple(i.instance for i in chosen),
                 wake=wake,
+                sleep=sleepers(chosen, wanted - soon, device),
             )
         lacks = "places" if (soon - msgspec.structs.replace(wanted, places=0)).enough else "memory"
         return Offer(worker.worker, device, FULL, f"{numbers}; {self._kept(worker, device, idle)}", need, lacks=lacks)

@@ -24,7 +24,14 @@ from turnout.events import subjects
 from turnout.events.alert import AlertRaised
 from turnout.events.envelope import START, Position, Recorded, Unknown
 from turnout.events.gateway import RouteApplied, VersionDrained
-from turnout.events.instance import InstanceFailed, InstanceMeasured, InstanceReady, InstanceStopped, InstanceWoken
+from turnout.events.instance import (
+    InstanceFailed,
+    InstanceMeasured,
+    InstanceReady,
+    InstanceSlept,
+    InstanceStopped,
+    InstanceWoken,
+)
 from turnout.events.model import ActiveVersionChanged, VersionDeregistered
 
 if TYPE_CHECKING:
@@ -150,6 +157,8 @@ class World:
         self.loads: dict[tuple[str, str], Load] = {}
         #: (worker, model, version) → memory that its newest instance there was measured to hold.
         self.sizes: dict[tuple[str, str, str], Size] = {}
+        #: (worker, model, version) → memory that its newest instance there held still when it slept.
+        self.rests: dict[tuple[str, str, str], Size] = {}
         #: (model, version) → how often it became the active one.
         self.uses: dict[tuple[str, str], int] = {}
         #: Model → its newest changes of the active version, oldest first.
@@ -370,6 +379,7 @@ class World:
             self.gone.pop(key, None)
             for worker in self.workers:
                 self.sizes.pop((worker, *key), None)
+                self.rests.pop((worker, *key), None)
         elif type(recorded.event) is ActiveVersionChanged:
             key = (id, after.active)
             self.uses[key] = self.uses.get(key, 0) + 1
@@ -459,8 +469,12 @@ class World:
                     self.idle_since[id] = time
                 if size:
                     self.sizes[after.worker, after.model, after.version] = Size(size, device_size)
+            case InstanceSlept(_, _, _, size, device_size):
+                self.rests[after.worker, after.model, after.version] = Size(size, device_size)
             case InstanceMeasured(_, size, device_size):
                 self.sizes[after.worker, after.model, after.version] = Size(size, device_size)
+            case InstanceFailed(_, stage) if stage in instance.SLUMBER:
+                self._ready_at.pop(id, None)  # it says nothing of a load
             case InstanceFailed() as failed:
                 ready = self._ready_at.pop(id, None)
                 sound = ready is not None and (time - ready).total_seconds() >= SOUND_S

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from turnout.core.cache import Idle, evict, leaves_first
+from turnout.core.cache import Idle, Leave, Room, evict, leaves_first
 from turnout.core.config import CACHE, CacheConfig
 from turnout.core.decider import Rejected
 from turnout.core.instance import DrainInstance, InstanceState, RequestInstance, SleepInstance, WakeInstance
@@ -39,20 +39,20 @@ def agenda(world: World, config: ModelSwitchingConfig, now: datetime, cache: Cac
     """Restore, repair, let go, preload: everything that is owed outside the steps of a switch."""
     owed: list[Owed] = []
     wakes: list[datetime] = []
-    for model in sorted(world.models, key=lambda name: _turn(world, name)):
-        for version in needed(world, model):
-            again = _restore(world, model, version, now)
-            if isinstance(again, Owed):
-                owed.append(again)
-            elif again is not None:
-                wakes.append(again)
-        if repair := _repair(world, model):
-            owed.append(repair)
+    models = sorted(world.models, key=lambda name: _turn(world, name))
+    lacking = [(model, version) for model in models for version in needed(world, model)]
+    for model, version in sorted(lacking, key=lambda one: one[1] != world.models[one[0]].active):  # what serves first
+        again = _restore(world, model, version, now)
+        if isinstance(again, Owed):
+            owed.append(again)
+        elif again is not None:
+            wakes.append(again)
+    owed.extend(repair for model in models if (repair := _repair(world, model)))
     let_go, short = _let_go(world, config, cache, now)
     owed.extend(let_go)
     owed.extend(_preload(world, config, cache, short=short))
     wakes.extend(
-        since + timedelta(seconds=config.model_ttl_seconds)
+        since + timedelta(seconds=config.model_ttl_seconds * (2 if world.instances[id].phase == "asleep" else 1))
         for id, since in world.idle_since.items()
         if world.instances[id].phase in ("ready", "asleep")
     )
@@ -220,6 +220,8 @@ def _loading_ahead(world: World) -> tuple[Idle, ...]:
 def _idle(world: World, one: InstanceState, since: datetime) -> Idle:
     state = world.models[one.model]
     load = world.loads.get((one.model, one.version))
+    rest = world.rests.get((one.worker, one.model, one.version))
+    known = (rest.bytes, rest.device_bytes) if rest is not None else (one.bytes, 0)  # the device's is what it gives up
     return Idle(
         one.instance,
         one.worker,
@@ -233,6 +235,8 @@ def _idle(world: World, one: InstanceState, since: datetime) -> Idle:
         world.uses.get((one.model, one.version), 0),
         one.version in state.residence.pinned,
         one.phase == "asleep",
+        one.phase == "ready" and one.sleeps,
+        Room(0, *known),
     )
 
 
@@ -290,78 +294,73 @@ def _repair(world: World, model: str) -> Owed | None:
 
 def _let_go(world: World, config: ModelSwitchingConfig, cache: CacheConfig, now: datetime) -> tuple[list[Owed], bool]:
     """What leaves, and whether something that is needed waits for room."""
-    leaving: dict[str, str] = {}
+    leaving: dict[str, Leave] = {}
     for id in sorted(world.alive):
         one = world.instances[id]
-        if one.phase in ("requested", "loading", "ready", "asleep") and (why := _unwanted(world, one)):
-            leaving[id] = why
+        if one.phase in ("requested", "loading", "ready", "asleep") and (leave := _unwanted(world, config, one)):
+            leaving[id] = leave
     idle = tuple(i for i in evictable(world) if i.instance not in leaving)
     leaving.update(evict(idle, now, config.max_cached_models, config.model_ttl_seconds, cache.policy))
     staying = tuple(i for i in idle if i.instance not in leaving)
     shrunk = _shrink(world, cache, staying)
     room, short = _make_room(world, cache, tuple(i for i in staying if i.instance not in shrunk))
-    owed = [_drain(world, id, why) for id, why in leaving.items() if safe(world, world.instances[id])]
-    yielding = {**shrunk, **room}
-    owed += [_yield_room(world, id, why) for id, why in yielding.items() if safe(world, world.instances[id])]
-    return owed, short
+    leaving.update(shrunk | room)
+    return [_leave(world, id, how) for id, how in leaving.items() if safe(world, world.instances[id])], short
 
 
-def _yield_room(world: World, instance: str, why: str) -> Owed:
-    """It sleeps where it can, as waking is faster than loading; what sleeps already, or can't, stops."""
+def _leave(world: World, instance: str, how: Leave) -> Owed:
+    """It stops, or sleeps where that is enough."""
     one = world.instances[instance]
-    if one.phase != "ready" or not one.sleeps:
-        return _drain(world, instance, why)
-    sleep = SleepInstance(instance, _level(world, one), why)
-    return Owed(f"sleep.{instance}.{one.slept}", (Write("instance", instance, sleep),), one.model)
+    if how.sleeps:
+        sleep = SleepInstance(instance, _level(world, one, how.bytes), how.reason)
+        return Owed(f"sleep.{instance}.{one.slept}", (Write("instance", instance, sleep),), one.model)
+    drain = Write("instance", instance, DrainInstance(instance, how.reason))
+    return Owed(f"drain.{instance}", (drain,), one.model)
 
 
-def _level(world: World, one: InstanceState) -> int:
-    """1, which keeps the weights in host memory, where that has room for what the device holds; else 2."""
+def _level(world: World, one: InstanceState, free: int) -> int:
+    """1, which keeps the weights in host memory, where that has room for them and for so many bytes; else 2."""
     bound = world.workers[one.worker].memory_bytes
     held = sum(world.instances[i].bytes for i in world.alive if world.instances[i].worker == one.worker)
-    return 1 if not bound or held + one.device_bytes <= bound else 2
+    return 1 if not bound or held + one.device_bytes + free <= bound else 2
 
 
-def _drain(world: World, instance: str, why: str) -> Owed:
-    return Owed(
-        f"drain.{instance}",
-        (Write("instance", instance, DrainInstance(instance, why)),),
-        world.instances[instance].model,
-    )
-
-
-def _unwanted(world: World, one: InstanceState) -> str:
-    """Why nobody wants it at all; empty where it is needed or may be kept warm."""
+def _unwanted(world: World, config: ModelSwitchingConfig, one: InstanceState) -> Leave | None:
+    """How it leaves that nobody wants at all; None where it is needed or may be kept."""
     state = world.models.get(one.model)
+    may_sleep = one.phase == "ready" and one.sleeps and config.max_cached_models > 0
     if state is None or one.version not in state.versions:
-        return f"{one.version} was deregistered"
+        return Leave(f"{one.version} was deregistered")
     if one.phase == "ready" and world.makes_room(one):
-        return "makes room for another model"
+        return Leave("makes room for another model", sleeps=may_sleep)
     if one.version in needed(world, one.model):
-        return ""
-    if state.at_zero and one.version == state.active and not state.switch:
-        return "nobody uses it: it is loaded again on demand"
+        return None
+    asked, since = state.residence.evicted.get(one.version), world.idle_since.get(one.instance)
+    if asked is not None and since is not None and since <= asked.at and one.version not in state.residence.pinned:
+        return Leave(asked.reason)
+    if state.at_zero and one.version == state.active and not state.switch and one.phase != "asleep":
+        return Leave("nobody uses it: it is loaded again on demand", sleeps=may_sleep)
     if one.phase in ("ready", "asleep"):
-        asked, since = state.residence.evicted.get(one.version), world.idle_since.get(one.instance)
-        gone = asked is not None and since is not None and since <= asked.at
-        return asked.reason if asked is not None and gone and one.version not in state.residence.pinned else ""
+        return None
+    if one.cause == PRELOAD and one.version in state.residence.wishes:
+        return None
     if one.cause == PRELOAD:
-        return "" if one.version in state.residence.wishes else "nobody wishes it to be preloaded any more"
-    return "no switch waits for it any more"
+        return Leave("nobody wishes it to be preloaded any more")
+    return Leave("no switch waits for it any more")
 
 
-def _shrink(world: World, cache: CacheConfig, idle: tuple[Idle, ...]) -> dict[str, str]:
+def _shrink(world: World, cache: CacheConfig, idle: tuple[Idle, ...]) -> dict[str, Leave]:
     """Idle instances of workers that hold more than they may: the bound was lowered, or engines grew."""
     ledger = Ledger(world, idle, cache.policy)
     return {
-        one.instance: f"{worker} holds more than its memory"
+        instance: how
         for worker, state in sorted(world.workers.items())
         if state.live and (state.memory_bytes or state.device_bytes)
-        for one in ledger.over(worker)
+        for instance, how in ledger.over(worker).items()
     }
 
 
-def _make_room(world: World, cache: CacheConfig, idle: tuple[Idle, ...]) -> tuple[dict[str, str], bool]:
+def _make_room(world: World, cache: CacheConfig, idle: tuple[Idle, ...]) -> tuple[dict[str, Leave], bool]:
     """What a switch or a restore that finds no room makes leave, and whether one finds none: one version at a time."""
     short = False
     for model in sorted(world.models):
@@ -374,8 +373,11 @@ def _make_room(world: World, cache: CacheConfig, idle: tuple[Idle, ...]) -> tupl
             short = short or any(offer.verdict != FITS for offer in planned)
             if any(offer.verdict == FULL for offer in planned):
                 continue  # all or nothing: nothing is unloaded for what does not fit in the end
-            if leaving := [id for offer in planned for id in offer.evict]:
-                return dict.fromkeys(leaving, f"makes room for {model} {version}"), True
+            why = f"makes room for {model} {version}"
+            if leaving := {
+                id: Leave(why, id in offer.sleep, offer.need.bytes) for offer in planned for id in offer.evict
+            }:
+                return leaving, True
     return {}, short
 
 
@@ -425,18 +427,19 @@ def _preload_one(
             return None
         if offer.verdict == SOON:
             return ()
-        kept = [i for i in idle if i.worker == offer.worker and i.instance not in (*offer.evict, offer.wake)]
+        kept = [i for i in idle if i.worker == offer.worker and not i.asleep and i.instance not in offer.evict]
         lower = sorted((i for i in kept if i.priority < priority and not i.pinned), key=leaves_first(cache.policy))
         beyond = max(0, len(kept) + 1 - config.max_cached_models)
         if beyond > len(lower):
             continue  # this worker keeps as many as it may, none of them worth less
-        leaving = [*offer.evict, *(i.instance for i in lower[:beyond])]
+        why, free = f"makes room to preload {model} {version}", offer.need.bytes
+        leaving = {i.instance: Leave(why, i.sleeps, free) for i in lower[:beyond]}
+        leaving |= {id: Leave(why, id in offer.sleep, free) for id in offer.evict}
         if not leaving:
             write = _request(world, offer, model, version, cause=PRELOAD, priority=priority)
             which = f"{write.id}.{world.instances[offer.wake].slept}" if offer.wake else write.id
             return (Owed(f"preload.{which}", (write,), model),)
-        why = f"makes room to preload {model} {version}"
-        return tuple(_drain(world, id, why) for id in leaving if safe(world, world.instances[id]))
+        return tuple(_leave(world, id, how) for id, how in leaving.items() if safe(world, world.instances[id]))
     return None
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from turnout.core.instance import ENDED as INSTANCE_ENDED
-from turnout.core.instance import RequestProbe
+from turnout.core.instance import SLUMBER, RequestProbe
 from turnout.core.judging.judgement import Decision, Judgement
 from turnout.core.model import CloseSwitch
 from turnout.core.sagas import placement, routes
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
 PROOF_S = 60.0
 PROBE_AGAIN_S = 5.0
 _ON_THE_WAY = ("requested", "loading", "waking")
-#: Stages in which an instance fails that was asleep.
-_SLUMBER = ("sleeping", "waking")
 
 
 def agenda(world: World, id: str, now: datetime, judgement: Judgement | None = None) -> Agenda:
@@ -248,7 +246,7 @@ def _failed(world: World, state: SwitchState) -> InstanceState | None:
     failed = [
         world.instances[i]
         for i in state.instances
-        if (one := world.state("instance", i)).phase == "failed" and one.stage not in _SLUMBER
+        if (one := world.state("instance", i)).phase == "failed" and one.stage not in SLUMBER
     ]
     return failed[-1] if failed else None
 
@@ -264,7 +262,7 @@ def _stopped(world: World, state: SwitchState) -> InstanceState | None:
 def _not_woken(world: World, state: SwitchState) -> bool:
     """All that the switch waited for slept and could not be woken: no fault of the version, which is loaded anew."""
     waited = [world.state("instance", i) for i in state.instances]
-    return bool(waited) and all(one.phase == "failed" and one.stage in _SLUMBER for one in waited)
+    return bool(waited) and all(one.phase == "failed" and one.stage in SLUMBER for one in waited)
 
 
 def _load_of(state: SwitchState) -> str:

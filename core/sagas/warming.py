@@ -64,7 +64,7 @@ def agenda(world: World, config: ModelSwitchingConfig, now: datetime, cache: Cac
 
 def fits(world: World, config: ModelSwitchingConfig, model: str, version: str) -> bool:
     """Whether a worker has room for it now, without anything leaving, and may keep one more idle instance."""
-    kept = Counter(one.worker for one in placement.evictable(world))
+    kept = Counter(one.worker for one in placement.evictable(world) if not one.asleep)
     offers = Ledger(world, ()).offers(model, version, PRIORITY)
     return any(offer.verdict == FITS and kept[offer.worker] < config.max_cached_models for offer in offers)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from turnout.core.config import CACHE, CacheConfig, ModelSwitchingConfig
+from turnout.core.instance import RequestInstance, WakeInstance
 from turnout.core.sagas import alerts, demand, placement, switch, warming
 from turnout.core.sagas.owed import Agenda, Owed, merge
 from turnout.events.store import StoreFull, Unavailable
@@ -100,15 +101,21 @@ class SagaRunner:
         return merge(tuple(agendas))
 
     async def _carry_out(self, agenda: Agenda, epoch: int, may_act: Callable[[], bool]) -> bool:
-        """Carry out what does not touch the same aggregate twice: the rest is asked for again afterwards."""
+        """Carry out what does not touch the same aggregate twice: the rest is asked for again afterwards.
+
+        So is what takes room, after the first that has taken some: both may count on the same.
+        """
         touched: set[tuple[str, str]] = set()
-        progress = False
+        progress = taken = False
         for owed in agenda.owed:
             keys = {(write.aggregate, write.id) for write in owed.writes}
-            if touched & keys:
+            takes = any(isinstance(write.command, RequestInstance | WakeInstance) for write in owed.writes)
+            if touched & keys or (takes and taken):
                 continue
             touched |= keys
-            progress |= await self._until_clear(owed, epoch, may_act)
+            done = await self._until_clear(owed, epoch, may_act)
+            progress |= done
+            taken |= takes and done
         return progress
 
     async def _until_clear(self, owed: Owed, epoch: int, may_act: Callable[[], bool]) -> bool:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.handling import Defaults
+from turnout.core.instance import RequestInstance, WakeInstance
 from turnout.core.sagas.owed import Agenda, Owed, Write
 from turnout.core.worker import JoinWorker, LoseWorker
 from turnout.events.memory import MemoryStore
+from turnout.events.model import EngineSpec
 from turnout.events.store import Unavailable
 from turnout.workers.clock import SystemClock
 from turnout.workers.controller import sagas as module
@@ -92,6 +94,16 @@ def test_two_things_owed_on_the_same_aggregate_are_not_both_carried_out_on_one_a
     both = Agenda((owed("a", "w1"), Owed("b", (Write("worker", "w1", LoseWorker("w1", 11.0)),), ""), owed("c", "w2")))
     _, store = ran([both, Agenda()])
     assert [r.envelope.command for r in store.log] == ["a", "c"]
+
+
+def test_two_things_that_take_room_are_not_both_carried_out_on_one_agenda() -> None:
+    def load(id: str) -> Owed:
+        command = RequestInstance(id, "chat", "v1", "w1", EngineSpec("fake"), "restore")
+        return Owed(id, (Write("instance", id, command),), "chat")
+
+    nothing = Owed("a", (Write("instance", "i0", WakeInstance("i0", "restore")),), "chat")  # it is not there
+    _, store = ran([Agenda((nothing, load("i1"), load("i2"), owed("b", "w2"))), Agenda()])
+    assert [r.envelope.command for r in store.log] == ["i1", "b"]
 
 
 def test_what_is_refused_does_not_keep_the_rest_from_being_carried_out() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnout.core.cache import Idle, Policy, Room, evict, leaves_first, make_room
+from turnout.core.cache import Idle, Leave, Policy, Room, evict, leaves_first, make_room, sleepers
 
 NOW = datetime(2026, 11, 28, 12, 0, tzinfo=UTC)
 
@@ -98,5 +99,62 @@ def test_a_lower_priority_leaves_before_an_older_one() -> None:
 def test_pinned_instances_stay_beyond_the_limit_and_count_against_it() -> None:
     pinned = (idle("p1", 7200, pinned=True), idle("p2", 7200, pinned=True))
     assert evict((*pinned, idle("i1")), NOW, 1, 3600.0) == {
-        "i1": "least recently used of more than 1 (max_cached_models)"
+        "i1": Leave("least recently used of more than 1 (max_cached_models)")
     }
+
+
+# --- sleep before an end ------------------------------------------------------------------------------------------
+
+
+def napper(name: str, ago_s: float = 1.0, **more: object) -> Idle:
+    return idle(name, ago_s, sleeps=True, **more)
+
+
+@given(idles(), rooms, policies, st.lists(st.booleans(), min_size=8, max_size=8), st.integers(0, 60))
+def test_who_makes_room_sleeps_where_that_frees_what_is_missing_and_else_stops(
+    idle: tuple[Idle, ...], short: Room, policy: Policy, sleeps: list[bool], rest: int
+) -> None:
+    idle = tuple(
+        msgspec.structs.replace(one, sleeps=can, rest=Room(0, rest, rest // 2))
+        for one, can in zip(idle, sleeps, strict=False)
+    )
+    chosen = make_room(idle, short, "cuda:0", policy) or ()
+    asleep = sleepers(chosen, short, "cuda:0")
+
+    def left(names: tuple[str, ...]) -> Room:
+        total = Room()
+        for one in chosen:
+            room = one.room - one.rest if one.instance in names else one.room
+            total += room if one.device == "cuda:0" else Room(room.places, room.bytes)
+        return total
+
+    if chosen:
+        assert (left(asleep) - short).enough
+    assert {one.instance for one in chosen if one.sleeps} >= set(asleep)
+    everybody = tuple(one.instance for one in chosen if one.sleeps)
+    if (left(everybody) - short).enough:
+        assert asleep == everybody, "nobody stops where sleep is enough"
+
+
+def test_sleep_frees_a_place_and_a_device_and_not_the_hosts_memory() -> None:
+    one = napper("i1", bytes=100, device="cuda:0", device_bytes=80, rest=Room(0, 100, 5))
+    assert sleepers((one,), Room(1, 0, 75), "cuda:0") == ("i1",)
+    assert sleepers((one,), Room(0, 0, 76), "cuda:0") == ()
+    assert sleepers((one,), Room(0, 1, 0), "cuda:0") == ()
+
+
+def test_what_is_too_old_or_too_much_awake_sleeps_and_what_is_so_asleep_stops() -> None:
+    assert evict((napper("i1", 61),), NOW, 2, 60.0) == {"i1": Leave("idle for 60 s (model_ttl_seconds)", sleeps=True)}
+    assert evict((idle("i1", 61, asleep=True),), NOW, 2, 60.0) == {}
+    assert evict((idle("i1", 120, asleep=True),), NOW, 2, 60.0) == {
+        "i1": Leave("idle for 120 s (twice model_ttl_seconds)")
+    }
+    many = (napper("i1", 3), napper("i2", 2), idle("s1", 4, asleep=True))
+    assert evict(many, NOW, 1, 60.0) == {
+        "i1": Leave("least recently used of more than 1 (max_cached_models)", sleeps=True),
+        "s1": Leave("least recently used of more than 1 that sleep (max_cached_models)"),
+    }
+
+
+def test_where_nothing_is_kept_nothing_sleeps() -> None:
+    assert [how.sleeps for how in evict((napper("i1"),), NOW, 0, 60.0).values()] == [False]

@@ -13,7 +13,16 @@ from turnout.core.sagas import demand
 from turnout.core.sagas.demand import Use
 from turnout.core.serving import parse
 from turnout.core.testing import given
-from turnout.events.instance import InstanceDraining, InstanceFailed, InstanceRequested, InstanceStopped
+from turnout.events.instance import (
+    InstanceDraining,
+    InstanceFailed,
+    InstanceReady,
+    InstanceRequested,
+    InstanceSleepRequested,
+    InstanceSlept,
+    InstanceStopped,
+    InstanceWakeRequested,
+)
 from turnout.events.model import (
     ActiveVersionChanged,
     DemandEnded,
@@ -236,3 +245,46 @@ def test_what_can_not_be_meant_names_the_word(words: dict[str, object], named: s
     wrong = parse(words)
     assert isinstance(wrong, tuple)
     assert any(one.startswith(named) for one in wrong), wrong
+
+
+def asleep_at_zero() -> Story:
+    """It can sleep, was used, and nobody uses it any more."""
+    story = loaded(at_zero("chat"), "chat")
+    story.happens(InstanceReady("i1", "unix:/run/i1.b", 1.0, 0.1, 1000, "", sleeps=True))
+    story.carry_placement()
+    story.applied()
+    owed(story, chat=Use(0, 0, 60.0))
+    story.applied().drained("v1")
+    reason = "nobody uses it: it is loaded again on demand"
+    assert story.carry_placement() == [InstanceSleepRequested("i1", 1, reason)]
+    return story.happens(InstanceSlept("i1", 1, 0.1, 10))
+
+
+def test_at_zero_it_sleeps_where_it_can_and_the_next_request_wakes_it() -> None:
+    story = asleep_at_zero()
+    assert story.carry_placement() == []
+    asked_for(story, "chat")
+    assert of(story.carry_placement(), InstanceWakeRequested) == [InstanceWakeRequested("i1", "restore", 1000)]
+
+
+def test_a_wake_that_fails_is_no_failed_load_and_who_waits_gets_a_cold_one() -> None:
+    story = asked_for(asleep_at_zero(), "chat")
+    story.carry_placement()
+    story.happens(InstanceFailed("i1", "waking", "out of memory"))
+    assert owed(story) == []
+    (requested,) = of(story.carry_placement(), InstanceRequested)
+    assert (requested.instance, requested.version) == ("i2", "v1")
+
+
+def test_what_makes_room_for_another_model_sleeps_where_it_can() -> None:
+    story = loaded(at_zero("chat", "embed"), "chat")
+    story.happens(InstanceReady("i1", "unix:/run/i1.b", 1.0, 0.1, 1000, "", sleeps=True))
+    story.carry_placement()
+    story.applied()
+    asked_for(story, "embed").later(6.0)
+    (ended, *_) = owed(story, chat=Use(0, 0, 0.0))
+    assert isinstance(ended, DemandEnded)
+    story.applied().drained("v1")
+    assert story.carry_placement() == [InstanceSleepRequested("i1", 1, "makes room for another model")]
+    story.happens(InstanceSlept("i1", 1, 0.1, 10))
+    assert [one.model for one in of(story.carry_placement(), InstanceRequested)] == ["embed"]

@@ -9,7 +9,17 @@ from tests.unit.core.story import Story, serving
 from turnout.core.policy import parse
 from turnout.core.sagas import placement
 from turnout.core.sagas.switch import pause_s
-from turnout.events.instance import InstanceDraining, InstanceFailed, InstanceRequested, InstanceStopped
+from turnout.events.instance import (
+    InstanceDraining,
+    InstanceFailed,
+    InstanceReady,
+    InstanceRequested,
+    InstanceSleepRequested,
+    InstanceSlept,
+    InstanceStopped,
+    InstanceWakeRequested,
+    InstanceWoken,
+)
 from turnout.events.model import ActiveVersionChanged
 from turnout.events.route import Hold, RouteChanged
 from turnout.events.switch import (
@@ -118,3 +128,23 @@ def test_only_a_strategy_that_needs_one_version_at_a_time_may_hold() -> None:
     assert not isinstance(allowed, tuple)
     assert allowed.hold is True
     assert isinstance(parse({"strategy": "immediate", "hold": "yes"}), tuple)
+
+
+def held_asleep() -> Story:
+    """Requests wait, and v1, whose engine can sleep, has fallen asleep."""
+    story = asked()
+    story.happens(InstanceReady("i1", "unix:/run/i1", 1.0, 0.1, 1000, "", sleeps=True))
+    story.carry()
+    story.applied().drained("v1")
+    assert story.carry_placement() == [InstanceSleepRequested("i1", 1, "makes room for chat v2")]
+    return story.happens(InstanceSlept("i1", 1, 0.3, 10))
+
+
+def test_a_source_that_can_sleep_sleeps_and_a_failed_load_wakes_it_for_the_requests_that_wait() -> None:
+    story = held_asleep()
+    assert of(story.carry(), InstanceRequested)[0].version == "v2"
+    story.happens(InstanceFailed("i2", "loading", "no memory"))
+    assert len(of(story.carry(), RollbackStarted)) == 1
+    assert of(story.carry_placement(), InstanceWakeRequested) == [InstanceWakeRequested("i1", "restore", 1000)]
+    story.happens(InstanceWoken("i1", 0.2, 0.1, 1000, 0, "unix:/run/i1.c")).carry_placement()
+    assert story.world.routes["chat"].names("i1")

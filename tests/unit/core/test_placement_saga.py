@@ -8,6 +8,7 @@ import pytest
 from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
 
 from turnout.core.config import ModelSwitchingConfig
+from turnout.core.instance import RequestInstance
 from turnout.core.sagas import placement
 from turnout.events.gateway import GatewayJoined, GatewayLost, RouteApplied, VersionDrained
 from turnout.events.instance import (
@@ -21,8 +22,16 @@ from turnout.events.instance import (
     InstanceWakeRequested,
     InstanceWoken,
 )
-from turnout.events.model import ActiveVersionChanged, EngineSpec, VersionDeregistered, VersionRegistered
-from turnout.events.route import Endpoint, RouteChanged, Split
+from turnout.events.model import (
+    ActiveVersionChanged,
+    EngineSpec,
+    EvictionRequested,
+    PreloadRequested,
+    RulesChanged,
+    VersionDeregistered,
+    VersionRegistered,
+)
+from turnout.events.route import Endpoint, RouteChanged, Rule, Split
 from turnout.events.switch import InstancesRequested, SwitchAborted
 from turnout.events.worker import WorkerJoined, WorkerLost
 
@@ -340,9 +349,65 @@ def test_a_lost_active_version_that_sleeps_elsewhere_is_woken() -> None:
 def test_what_sleeps_leaves_when_its_time_is_up_or_its_memory_is_needed() -> None:
     story = asleep()
     story.now = story.world.idle_since["i2"] + timedelta(seconds=3600)
+    assert story.placement().wake == story.world.idle_since["i2"] + timedelta(seconds=7200)
+    story.later(3600)
     assert of(story.carry_placement(), InstanceDraining) == [
-        InstanceDraining("i2", "idle for 3600 s (model_ttl_seconds)")
+        InstanceDraining("i2", "idle for 7200 s (twice model_ttl_seconds)")
     ]
     short = asleep()
     short.happens(WorkerJoined("w1", "h1", ("fake",), (), 2, 1005))
     assert of(short.carry_placement(), InstanceDraining) == [InstanceDraining("i2", "w1 holds more than its memory")]
+
+
+def idle_sleeper(capacity: int = 4) -> Story:
+    """``i1`` of v1 serves, ``i2`` of v2 is idle and can sleep."""
+    story = serving("v1", "v2", "v3", capacity=capacity).instance("i2", "v2")
+    return story.happens(InstanceReady("i2", "unix:/run/i2.b", 1.0, 0.1, 1000, "", sleeps=True))
+
+
+def test_what_is_idle_for_too_long_or_one_too_many_sleeps_where_it_can() -> None:
+    old = idle_sleeper()
+    old.now = old.world.idle_since["i2"] + timedelta(seconds=3600)
+    assert old.carry_placement() == [InstanceSleepRequested("i2", 1, "idle for 3600 s (model_ttl_seconds)")]
+    many = idle_sleeper().instance("i3", "v3")
+    assert many.carry_placement(ModelSwitchingConfig(max_cached_models=1)) == [
+        InstanceSleepRequested("i2", 1, "least recently used of more than 1 (max_cached_models)")
+    ]
+
+
+def test_what_is_deregistered_let_go_or_not_to_be_kept_at_all_stops_though_it_could_sleep() -> None:
+    assert of(idle_sleeper().carry_placement(ModelSwitchingConfig(max_cached_models=0)), InstanceDraining)
+    gone = idle_sleeper().happens(VersionDeregistered("chat", "v2"))
+    assert of(gone.carry_placement(), InstanceDraining)
+    let_go = idle_sleeper().later(1.0)
+    let_go.happens(EvictionRequested("chat", "v2", let_go.now, "an operator said so"))
+    assert of(let_go.carry_placement(), InstanceDraining)
+
+
+def test_what_makes_room_for_a_preload_sleeps() -> None:
+    story = idle_sleeper(capacity=2).later(1.0)
+    story.happens(PreloadRequested("chat", "v3", 5, story.now))
+    assert story.carry_placement() == [InstanceSleepRequested("i2", 1, "makes room to preload chat v3")]
+
+
+def test_it_stops_where_the_hosts_memory_is_short_as_sleep_frees_none_of_it() -> None:
+    story = full_house()
+    story.happens(WorkerJoined("w1", "h1", ("fake",), (), 4, 2500))
+    assert of(story.carry_placement(), InstanceDraining) == [InstanceDraining("i2", "makes room for chat v3")]
+
+
+def test_it_keeps_its_weights_in_host_memory_only_where_that_has_room_beside_what_comes() -> None:
+    story = full_house()
+    story.happens(InstanceReady("i2", "unix:/run/i2.c", 1.0, 0.1, 1000, "", device_bytes=5000, sleeps=True))
+    story.happens(WorkerJoined("w1", "h1", ("fake",), (), 2, 7500))
+    assert story.carry_placement() == [InstanceSleepRequested("i2", 2, "makes room for chat v3")]
+
+
+def test_what_serves_is_restored_before_what_only_a_rule_names() -> None:
+    story = serving("v1", "v2", capacity=1)
+    story.happens(RulesChanged("chat", (Rule("r", version="v2", when="stream"),)))
+    story.happens(VersionRegistered("embed", "v1", FAKE, ""), ActiveVersionChanged("embed", "v1", "", "sw-0"))
+    story.happens(InstanceFailed("i1", "serving", "crashed")).later(2.0)
+    commands = [write.command for owed in story.placement().owed for write in owed.writes]
+    asked = [(one.model, one.version) for one in commands if isinstance(one, RequestInstance)]
+    assert asked == [("chat", "v1"), ("embed", "v1"), ("chat", "v2")]

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from turnout.core.cache import Idle, evict
+from turnout.core.cache import Idle, Leave, evict
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.sagas.owed import Agenda, Owed, merge
 from turnout.core.strategies import STRATEGIES, ImmediateSwitch
@@ -85,7 +85,7 @@ def test_each_worker_keeps_its_own() -> None:
 
 def test_what_is_idle_for_too_long_leaves_whatever_is_kept() -> None:
     leaving = evict((idle("i1", 2, protected=True), idle("i2", 0.5)), NOW, 5, 60.0)
-    assert leaving == {"i1": "idle for 60 s (model_ttl_seconds)"}
+    assert leaving == {"i1": Leave("idle for 60 s (model_ttl_seconds)")}
 
 
 def test_what_leaves_for_its_age_takes_no_place() -> None:
