@@ -173,13 +173,15 @@ class History:
     def _world(self) -> Iterator[str]:
         """Routes name proven instances only (1, 9); revisions grow by one (3); only the unused is stopped (2)."""
         world = World()
+        dead: dict[str, set[str]] = {}  # model → instances that its newest revision names though they had failed
         for one in self.seen:
             event = one.recorded.event
             match event:
                 case RouteChanged(model, revision, splits):
                     if revision != world.state("route", model).revision + 1:
                         yield f"revision {revision} of {model} follows {world.state('route', model).revision}"
-                    yield from self._proven(world, event, splits)
+                    yield from self._proven(world, event, splits, dead.get(model, set()))
+                    dead[model] = self._failed(world, splits)
                 case InstanceDraining(instance, _, forced_by) if not forced_by:
                     state = world.instances[instance]
                     if state.phase == "ready" and world.state("route", state.model).names(instance):
@@ -197,13 +199,21 @@ class History:
             world.apply(one.recorded)
 
     @staticmethod
-    def _proven(world: World, event: RouteChanged, splits: tuple[Split, ...]) -> Iterator[str]:
+    def _proven(world: World, event: RouteChanged, splits: tuple[Split, ...], known: set[str]) -> Iterator[str]:
+        """An engine may die while the route is being written. The revision after that one knows (``known``)."""
         for split in splits:
             for endpoint in split.endpoints:
                 state = world.state("instance", endpoint.instance)
+                if state.phase == "failed" and endpoint.instance not in known:
+                    continue
                 if state.phase != "ready" or state.address != endpoint.address:
                     where = f"revision {event.revision} of {event.model}"
                     yield f"{where} names {endpoint.instance}, which is {state.phase}"
+
+    @staticmethod
+    def _failed(world: World, splits: tuple[Split, ...]) -> set[str]:
+        named = (endpoint.instance for split in splits for endpoint in split.endpoints)
+        return {instance for instance in named if world.state("instance", instance).phase == "failed"}
 
     def _answers(self) -> Iterator[str]:
         """Each answer is by a version that its revision names, by an instance that was not asked to stop (1)."""
