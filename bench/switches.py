@@ -48,7 +48,7 @@ args = {_ARGS}
 GOAL_MS = 50.0
 
 
-class _Switch(msgspec.Struct):
+class Switch(msgspec.Struct):
     """One switch: what the log says of it, in the clients' clock (CLOCK_MONOTONIC, nanoseconds)."""
 
     target: str
@@ -74,37 +74,39 @@ def run(quick: bool, switches: int = 0) -> report.Outcome:
 
 async def _drive(turnout: system.Turnout, path: Path, wanted: int, calm_s: float) -> report.Outcome:
     async with connect(turnout.nats, actor="bench") as client:
-        await _serve_both(client)
+        await serve_both(client)
         with busy.Busy(turnout.port, STREAMING, TOKENS, path) as clients:
             await asyncio.sleep(calm_s)
-            done = [await _switch(client, "v2" if n % 2 == 0 else "v1") for n in range(wanted)]
+            done = [await switch_to(client, "v2" if n % 2 == 0 else "v1") for n in range(wanted)]
             await asyncio.sleep(0.5)
             seen = await asyncio.to_thread(clients.stop)
-        _read(await _log(client), dict(done))
+        note_times(await whole_log(client), dict(done))
     return _outcome([one for _, one in done], seen)
 
 
-async def _serve_both(client: Client) -> None:
+async def serve_both(client: Client) -> None:
     """Load both versions once, so that every switch that is measured has a warm target."""
     while not (await client.model("chat")).active:  # noqa: ASYNC110  a view, looked at now and then
         await asyncio.sleep(0.05)
     for target in ("v2", "v1"):
         while (await client.model("chat")).switch:  # noqa: ASYNC110  likewise
             await asyncio.sleep(0.05)
-        await _switch(client, target)
+        await switch_to(client, target)
 
 
-async def _switch(client: Client, target: str) -> tuple[str, _Switch]:
+async def switch_to(client: Client, target: str) -> tuple[str, Switch]:
+    """One switch without a bake, to its end; its id and when it was asked for and answered."""
     asked_ns = time.monotonic_ns()
     operation = await ModelSwitcher(client).switch_model("chat", target, bake_s=0.0, reason="bench")
     answered_ns = time.monotonic_ns()
     view = await operation.wait(60.0)
     if view.phase != "completed":
         raise RuntimeError(f"the switch to {target} {view.phase}: {view.reason}")
-    return operation.id, _Switch(target, asked_ns, answered_ns)
+    return operation.id, Switch(target, asked_ns, answered_ns)
 
 
-async def _log(client: Client) -> list[Recorded]:
+async def whole_log(client: Client) -> list[Recorded]:
+    """Every event so far."""
     last = await client.store.last_sequence()
     log: list[Recorded] = []
     whole: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -122,14 +124,14 @@ async def _log(client: Client) -> list[Recorded]:
     return log
 
 
-def _read(log: list[Recorded], switches: dict[str, _Switch]) -> None:
+def note_times(log: list[Recorded], switches: dict[str, Switch]) -> None:
     """Note the log's times in the switches."""
     now_ns, now = time.monotonic_ns(), datetime.now(UTC)
 
     def at_ns(recorded: Recorded) -> int:
         return now_ns - round((now - recorded.envelope.time).total_seconds() * 1e9)
 
-    by_revision: dict[int, _Switch] = {}
+    by_revision: dict[int, Switch] = {}
     for recorded in log:
         match recorded.event:
             case SwitchRequested(id) if id in switches:
@@ -149,7 +151,7 @@ def _read(log: list[Recorded], switches: dict[str, _Switch]) -> None:
                 pass
 
 
-def _outcome(done: list[_Switch], seen: list[Asked]) -> report.Outcome:
+def _outcome(done: list[Switch], seen: list[Asked]) -> report.Outcome:
     seen.sort(key=lambda asked: asked.sent_ns)
     applied = _between(done, "requested_ns", "applied_ns")
     whole = _between(done, "requested_ns", "completed_ns")
@@ -157,7 +159,7 @@ def _outcome(done: list[_Switch], seen: list[Asked]) -> report.Outcome:
     answered = _between(done, "asked_ns", "answered_ns")
     failed = [a for a in seen if a.outcome == "failed"]
     cut = [a for a in seen if a.outcome == "cut"]
-    stale = _stale(done, seen)
+    stale = stale_answers(done, seen)
     first, last = done[0].requested_ns, done[-1].completed_ns
     streams = [a for a in seen if not a.probe and a.outcome == "ok"]
     before = [a for a in streams if a.ended_ns < first]
@@ -233,11 +235,11 @@ def _row(name: str, values: list[float]) -> list[str]:
     ]
 
 
-def _between(done: list[_Switch], start: str, end: str) -> list[float]:
+def _between(done: list[Switch], start: str, end: str) -> list[float]:
     return [(getattr(one, end) - getattr(one, start)) / 1e6 for one in done]
 
 
-def _outside_ms(one: _Switch, seen: list[Asked]) -> float:
+def _outside_ms(one: Switch, seen: list[Asked]) -> float:
     """From just before the command to the sending of the last request that another version than the target answered."""
     late = [
         a.sent_ns for a in seen if one.asked_ns <= a.sent_ns < one.completed_ns and a.version not in ("", one.target)
@@ -245,7 +247,7 @@ def _outside_ms(one: _Switch, seen: list[Asked]) -> float:
     return (max(late) - one.asked_ns) / 1e6 if late else 0.0
 
 
-def _stale(done: list[_Switch], seen: list[Asked]) -> list[Asked]:
+def stale_answers(done: list[Switch], seen: list[Asked]) -> list[Asked]:
     """Answered by the old version though sent after every gateway had acknowledged, and before the next command."""
     found: list[Asked] = []
     ends = [one.asked_ns for one in done[1:]] + [seen[-1].ended_ns + 1]
@@ -254,7 +256,7 @@ def _stale(done: list[_Switch], seen: list[Asked]) -> list[Asked]:
     return [a for a in found if a.version]
 
 
-def _share_of_time(done: list[_Switch]) -> float:
+def _share_of_time(done: list[Switch]) -> float:
     inside = sum(one.completed_ns - one.requested_ns for one in done)
     return inside / (done[-1].completed_ns - done[0].requested_ns)
 

@@ -36,6 +36,8 @@ FLOOR = (2, 14, 4)
 FREE_PORT = -1
 START_S = 15.0
 STOP_S = 10.0
+#: How long a server that was killed may hold its folder, seconds.
+_LETS_GO_S = 2.0
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.01
 _BINARY = "NATS_SERVER_BIN"
@@ -162,7 +164,7 @@ class EmbeddedServer:
         """
         binary = find_binary()
         version = binary_version(binary)
-        lock = self._lock()
+        lock = await self._lock()
         try:
             self._clean()
             port = self._port if self._port != FREE_PORT else self._last_port()
@@ -309,23 +311,31 @@ class EmbeddedServer:
 
     # --- process -------------------------------------------------------------------------------------------------
 
-    def _lock(self) -> int:
-        """Take the folder; the descriptor goes to the server, whose life the lock then has."""
+    async def _lock(self) -> int:
+        """Take the folder; the descriptor goes to the server, whose life the lock then has.
+
+        A server that was killed, or whose starter was, holds it for a moment longer.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
             raise _unusable(e) from e
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
-            os.close(lock)
-            raise EmbeddedServerError(
-                f"{self.folder} is in use by another turnout (nats-server process {owner}): "
-                "stop that one, or choose another folder"
-            ) from None
-        return lock
+        deadline = self._clock.monotonic() + _LETS_GO_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if self._clock.monotonic() < deadline:
+                    await asyncio.sleep(_POLL_S)
+                    continue
+                owner = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
+                os.close(lock)
+                raise EmbeddedServerError(
+                    f"{self.folder} is in use by another turnout (nats-server process {owner}): "
+                    "stop that one, or choose another folder"
+                ) from None
+            return lock
 
     async def _launch(self, binary: Path, port: int, lock: int) -> None:
         try:
