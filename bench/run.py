@@ -16,6 +16,7 @@ BENCHES = {
     "gateway": "a gateway's latency and rate beside nginx, vllm-router and no proxy",
     "collection": "what collecting evidence costs a gateway",
     "switches": "cutover and what clients notice of switches under load",
+    "chaos": "switches under load while processes are killed",
     "fold": "events folded in a second",
     "replay": "events read back through JetStream in a second, and latency of an append",
     "rules": "what rules cost for each request",

@@ -115,7 +115,8 @@ class Up:
         except subprocess.TimeoutExpired:
             demo.send_signal(signal.SIGINT)  # it stops what it has started
             out, err = demo.communicate(timeout=DEMO_S)
-        assert out.count("\n") == 1 and '"scenario"' in out, (out, err)
+        assert out.count("\n") == 1, (out, err)
+        assert '"scenario"' in out, (out, err)
         said = msgspec.json.decode(out, type=report)
         assert (demo.returncode == 0) == said.as_planned, said
         return said
