@@ -49,6 +49,8 @@ class Idle(msgspec.Struct, frozen=True):
         pinned: it never leaves by itself.
         asleep: it sleeps, and takes no place.
         sleeps: it is awake and can be put to sleep; then it still holds ``rest``, as far as that is known.
+        shares: it shares its engine, which is charged by itself and stays.
+        spare: it is an engine without a version, the first to leave; ``instance`` is its name then.
     """
 
     instance: str
@@ -65,11 +67,13 @@ class Idle(msgspec.Struct, frozen=True):
     asleep: bool = False
     sleeps: bool = False
     rest: Room = Room()
+    shares: bool = False
+    spare: bool = False
 
     @property
     def room(self) -> Room:
         """What its end would free, on its worker and its device."""
-        return Room(0 if self.asleep else 1, self.bytes, self.device_bytes)
+        return Room(0 if self.asleep or self.shares else 1, self.bytes, self.device_bytes)
 
     @property
     def sleep_room(self) -> Room:
@@ -83,10 +87,11 @@ class Idle(msgspec.Struct, frozen=True):
 
 
 class Leave(msgspec.Struct, frozen=True):
-    """How an instance leaves.
+    """How an instance or a spare leaves.
 
     Attributes:
         reason: why.
+        spare: of a spare, its worker; empty for an instance.
         sleeps: it sleeps; else it stops.
         bytes: host memory that must stay free for what it makes room for, where that is known.
     """
@@ -94,16 +99,17 @@ class Leave(msgspec.Struct, frozen=True):
     reason: str
     sleeps: bool = False
     bytes: int = 0
+    spare: str = ""
 
 
 def leaves_first(policy: Policy) -> Callable[[Idle], tuple[object, ...]]:
-    """Sort key: who leaves first. ``lru``: least recently used; ``cost``: the cheapest to do without."""
+    """Sort key: who leaves first, spares before all else. ``lru``: least recently used; ``cost``: the cheapest."""
 
     def lru(one: Idle) -> tuple[object, ...]:
-        return (one.protected, one.priority, one.since, one.instance)
+        return (not one.spare, one.protected, one.priority, one.since, one.instance)
 
     def cost(one: Idle) -> tuple[object, ...]:
-        return (one.protected, one.priority, one.worth, one.since, one.instance)
+        return (not one.spare, one.protected, one.priority, one.worth, one.since, one.instance)
 
     return lru if policy == "lru" else cost
 

@@ -20,7 +20,7 @@ from turnout.core.decider import Rejected
 from turnout.core.holdings import Holdings, holdings
 from turnout.core.judging.judgement import JudgeSettings
 from turnout.core.model import AdmitSwitch, unknown_model
-from turnout.core.placement import FULL, Ledger, Offer, why_kept
+from turnout.core.placement import COLD, FULL, Ledger, Offer, why_kept
 from turnout.core.sagas import placement, routes
 from turnout.core.sagas import switch as saga
 from turnout.core.sagas.owed import Write, decide
@@ -40,6 +40,7 @@ from turnout.core.switch import (
 )
 from turnout.events import subjects
 from turnout.events.route import Hold
+from turnout.events.worker import KeptEngine
 
 if TYPE_CHECKING:
     from turnout.core.world import World
@@ -241,6 +242,13 @@ class PlaceVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     model: str
     version: str
+
+
+class StartSpare(msgspec.Struct, frozen=True):
+    """``worker.spare``: a worker asks whether it may start an engine without a version. ``engine``: as it would be."""
+
+    worker: str
+    engine: KeptEngine
 
 
 class Placing(msgspec.Struct, frozen=True, tag="placement", tag_field="status"):
@@ -475,7 +483,8 @@ def _plan(world: World, body: StartSwitch, context: Context) -> Plan | Rejected:
     assert isinstance(opened, OpenSwitch)  # noqa: S101  what _open returns
     warm = bool(world.ready(body.model, body.version))
     load = world.loads.get((body.model, body.version))
-    seconds = 0.0 if warm else (load.seconds if load else None)
+    tier = "warm" if warm else _tier(world, body.model, body.version, context.cache)
+    seconds = 0.0 if warm else world.took.get((body.model, body.version, tier))
     steps = [Step(f"{body.version} is ready already" if warm else f"load and prove {body.version}", seconds)]
     strategy, thresholds = STRATEGIES[opened.strategy], context.config.alert_thresholds
     judging = strategy.judging(opened.parameters)
@@ -509,7 +518,7 @@ def _plan(world: World, body: StartSwitch, context: Context) -> Plan | Rejected:
         source=opened.source,
         target=body.version,
         strategy=opened.strategy,
-        tier="warm" if warm else "cold",
+        tier=tier,
         seconds=seconds,
         bytes=load.bytes if load and load.bytes else None,
         steps=tuple(steps),
@@ -526,6 +535,12 @@ def _plan(world: World, body: StartSwitch, context: Context) -> Plan | Rejected:
         holds=holds,
         pause_s=pause_s,
     )
+
+
+def _tier(world: World, name: str, version: str, cache: CacheConfig) -> str:
+    """How the first instance that it lacks would be made ready, as far as the log tells."""
+    offers = Ledger(world, placement.evictable(world), cache.policy).offers(name, version)
+    return offers[0].tier if offers else COLD
 
 
 def _known(world: World, name: str, version: str) -> Rejected | None:
@@ -807,6 +822,18 @@ def _worker(world: World, body: worker.WorkerCommand, context: Context) -> Write
     return (Write("worker", body.worker, body),) if body.worker else _nameless("worker")
 
 
+def _start_spare(world: World, body: StartSpare, context: Context) -> Writes | Rejected:
+    """Only where it fits beside everything, and nothing that is needed waits for room."""
+    state: worker.WorkerState = world.state("worker", body.worker)
+    others = tuple(engine for engine in state.kept if engine.name != body.engine.name)
+    kept = tuple(sorted((*others, body.engine), key=lambda engine: engine.name))
+    if placement.something_needed_waits(world):
+        return Rejected("no_capacity", "something that is needed waits for room", "ask again later")
+    if state.live and (lacks := Ledger(world, ()).lacks(body.worker, body.engine)):
+        return Rejected("no_memory", lacks, "ask again once something has left")
+    return (Write("worker", body.worker, worker.ReportKept(body.worker, kept)),)
+
+
 def _nameless(kind: str) -> Rejected:
     return Rejected("name_invalid", f"the {kind} has no id", "give an id that no other one has")
 
@@ -846,6 +873,8 @@ VERBS: dict[tuple[str, str], tuple[type[msgspec.Struct], Handler]] = {
     ("gw", "gateway.leave"): (gateway.LeaveGateway, _gateway),
     ("worker", "worker.join"): (worker.JoinWorker, _worker),
     ("worker", "worker.leave"): (worker.LeaveWorker, _worker),
+    ("worker", "worker.kept"): (worker.ReportKept, _worker),
+    ("worker", "worker.spare"): (StartSpare, _start_spare),
     ("worker", "version.inspected"): (model.ReportInspected, _inspected),
     ("worker", "instance.loading"): (instance.ReportLoading, _instance),
     ("worker", "instance.ready"): (instance.ReportReady, _instance),

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from turnout.core.cache import Policy
     from turnout.core.config import CacheConfig, ModelSwitchingConfig
     from turnout.core.instance import InstanceState
+    from turnout.core.worker import WorkerState
     from turnout.core.world import World
+    from turnout.events.worker import KeptEngine
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -44,8 +46,24 @@ class Held(msgspec.Struct, frozen=True):
     why: str
 
 
+class HeldEngine(msgspec.Struct, frozen=True):
+    """An engine that is no instance's; fields as in ``KeptEngine``. ``leaves``, ``why``: as of an instance."""
+
+    name: str
+    role: str
+    holds: str
+    bytes: int
+    device: str
+    device_bytes: int
+    leaves: int
+    why: str
+
+
 class WorkerHoldings(msgspec.Struct, frozen=True):
-    """One live worker. Memory and places: what is held, of how much (0: not bounded)."""
+    """One live worker. Memory and places: what is held, of how much (0: not bounded).
+
+    ``engines``: those that take room beside the instances.
+    """
 
     worker: str
     places: int
@@ -53,6 +71,7 @@ class WorkerHoldings(msgspec.Struct, frozen=True):
     bytes: int
     memory_bytes: int
     instances: tuple[Held, ...]
+    engines: tuple[HeldEngine, ...] = ()
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -79,18 +98,17 @@ def holdings(world: World, config: ModelSwitchingConfig, cache: CacheConfig) -> 
     """What is held where, now."""
     idle = placement.evictable(world)
     ledger = Ledger(world, idle, cache.policy)
-    turns: dict[str, int] = {}
-    for worker in world.workers:
-        ours = sorted((i for i in idle if i.worker == worker and not i.pinned), key=leaves_first(cache.policy))
-        turns |= {one.instance: turn for turn, one in enumerate(ours, 1)}
     workers: list[WorkerHoldings] = []
     for id, state in sorted(world.workers.items()):
         if not state.live:
             continue
+        ours = sorted((one for one in ledger.may_leave(id) if not one.pinned), key=leaves_first(cache.policy))
+        turns = {one.instance: turn for turn, one in enumerate(ours, 1)}
         here = sorted((world.instances[i] for i in world.alive if world.instances[i].worker == id), key=_by_name)
         held = ledger.held(id)
         kept = tuple(_held(world, one, turns.get(one.instance, 0), cache.policy) for one in here)
-        workers.append(WorkerHoldings(id, held.places, state.capacity, held.bytes, state.memory_bytes, kept))
+        engines = tuple(_engine(state, engine, here, turns.get(engine.name, 0)) for engine in ledger.kept(id))
+        workers.append(WorkerHoldings(id, held.places, state.capacity, held.bytes, state.memory_bytes, kept, engines))
     waiting = [
         Waiting(name, version, wish.priority, wish.reason, _waits_for(world, ledger, name, version, wish.priority))
         for name, model in sorted(world.models.items())
@@ -101,6 +119,19 @@ def holdings(world: World, config: ModelSwitchingConfig, cache: CacheConfig) -> 
 
 def _by_name(one: InstanceState) -> tuple[str, str, str]:
     return (one.model, one.version, one.instance)
+
+
+def _engine(worker: WorkerState, engine: KeptEngine, here: list[InstanceState], turn: int) -> HeldEngine:
+    if engine.name in worker.released:
+        why = "asked to end"
+    elif engine.role == "base":
+        users = sum(one.base == engine.name for one in here)
+        why = f"{users} adapter{'' if users == 1 else 's'} on it: it ends with the last"
+    else:
+        why = f"number {turn} to make room (spares first); a version of its kind is put into it"
+    return HeldEngine(
+        engine.name, engine.role, engine.holds, engine.bytes, engine.device, engine.device_bytes, turn, why
+    )
 
 
 def _held(world: World, one: InstanceState, turn: int, policy: Policy) -> Held:

@@ -47,6 +47,8 @@ class InstanceState(msgspec.Struct, frozen=True):
         sleeps: it can be put to sleep; ``slept``: how often it was asked to.
         level: of the sleep that was asked for last.
         struck: tiers that have failed for it.
+        into: the engine of its worker that it was expected to be put into, or to share; empty for a new one.
+        base: the engine of its worker that it shares.
         probe: cause of the newest probe that was asked for since it was ready, at ``probe_at`` (UTC).
         probed: cause of the newest one that was answered; ``sound`` where it was answered well.
     """
@@ -78,6 +80,14 @@ class InstanceState(msgspec.Struct, frozen=True):
     priority: int = 0
     sleeps: bool = False
     slept: int = 0
+    into: str = ""
+    base: str = ""
+
+    @property
+    def shares(self) -> bool:
+        """It is one of several in an engine that is charged by itself, or is about to be."""
+        about = self.phase in ("requested", "loading") and self.engine is not None and bool(self.engine.adapter)
+        return bool(self.base) or (about and bool(self.into))
 
 
 initial = InstanceState()
@@ -99,6 +109,7 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
                 device_bytes=event.device_bytes,
                 served=event.served,
                 sleeps=event.sleeps,
+                base=event.base,
             )
         case InstanceMeasured():
             return msgspec.structs.replace(state, bytes=event.bytes, device_bytes=event.device_bytes)
@@ -118,6 +129,7 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
                 device_bytes=event.device_bytes,
                 device=event.device,
                 priority=event.priority,
+                into=event.into,
             )
         case InstanceProbeRequested():
             return msgspec.structs.replace(state, probe=event.cause, probe_at=event.at)
@@ -173,6 +185,7 @@ class RequestInstance(msgspec.Struct, frozen=True):
     device_bytes: int = 0
     device: str = ""
     priority: int = 0
+    into: str = ""
 
 
 class ReportLoading(msgspec.Struct, frozen=True):
@@ -197,6 +210,7 @@ class ReportReady(msgspec.Struct, frozen=True):
     device_bytes: int = 0
     served: str = ""
     sleeps: bool = False
+    base: str = ""
 
 
 class ReportTierFailed(msgspec.Struct, frozen=True):
@@ -394,6 +408,7 @@ def _ready(command: ReportReady) -> InstanceReady:
         command.device_bytes,
         command.served,
         command.sleeps,
+        command.base,
     )
 
 
@@ -410,4 +425,5 @@ def _requested(command: RequestInstance) -> InstanceRequested:
         command.device_bytes,
         command.device,
         command.priority,
+        command.into,
     )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from turnout.core.fit import fit
+
 if TYPE_CHECKING:
     from turnout.core.world import World
 
@@ -32,9 +34,13 @@ class Need(msgspec.Struct, frozen=True):
 
 def estimate(world: World, model: str, version: str, worker: str) -> Need:
     """What the version needs on the worker."""
-    spec = world.models[model].versions[version]
+    state = world.models[model]
+    spec = state.versions[version]
     if spec.url:
         return Need(source="it runs elsewhere")
+    if spec.adapter and (base := world.bases.get((worker, fit(spec, state.validated.get(version))))) is not None:
+        more = adapter_need(world, model, version)
+        return Need(base.bytes + more.bytes, base.device_bytes, f"its base was measured on {worker}")
     measured = world.sizes.get((worker, model, version))
     if measured is not None:
         return Need(measured.bytes, measured.device_bytes, f"measured on {worker}")
@@ -45,6 +51,12 @@ def estimate(world: World, model: str, version: str, worker: str) -> Need:
         return said
     load = world.loads.get((model, version))
     return Need(load.bytes, 0, "measured on another worker") if load is not None and load.bytes else Need()
+
+
+def adapter_need(world: World, model: str, version: str) -> Need:
+    """What an adapter takes beside its base, which runs already."""
+    inspected = world.models[model].validated.get(version)
+    return Need(inspected.adapter_bytes if inspected is not None else 0, source="its adapter's files")
 
 
 def _said(world: World, model: str, version: str) -> Need:

@@ -33,6 +33,7 @@ from turnout.events.instance import (
     InstanceWoken,
 )
 from turnout.events.model import ActiveVersionChanged, VersionDeregistered
+from turnout.events.worker import WorkerKeeps
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -57,6 +58,9 @@ OVER_MOST = 5_000
 #: command again only from what the log says, moments later; an operator's command id is remembered for ever.
 COMMANDS_MOST = 50_000
 _OPERATORS = "ops"
+
+#: Ways to make a version ready.
+TIERS = ("adapter", "wake", "spare", "cold")
 
 #: An instance that served this long was sound: its failure starts the back-off anew.
 SOUND_S = 60.0
@@ -155,10 +159,14 @@ class World:
         self.failures: dict[tuple[str, str], Failures] = {}
         #: (model, version) → what its newest load took.
         self.loads: dict[tuple[str, str], Load] = {}
+        #: (model, version, tier) → seconds that its newest load in that way took.
+        self.took: dict[tuple[str, str, str], float] = {}
         #: (worker, model, version) → memory that its newest instance there was measured to hold.
         self.sizes: dict[tuple[str, str, str], Size] = {}
         #: (worker, model, version) → memory that its newest instance there held still when it slept.
         self.rests: dict[tuple[str, str, str], Size] = {}
+        #: (worker, fit) → memory that a base of such adapters was measured to hold there.
+        self.bases: dict[tuple[str, str], Size] = {}
         #: (model, version) → how often it became the active one.
         self.uses: dict[tuple[str, str], int] = {}
         #: Model → its newest changes of the active version, oldest first.
@@ -377,6 +385,8 @@ class World:
             self.uses.pop(key, None)
             self.used.pop(key, None)
             self.gone.pop(key, None)
+            for tier in TIERS:
+                self.took.pop((*key, tier), None)
             for worker in self.workers:
                 self.sizes.pop((worker, *key), None)
                 self.rests.pop((worker, *key), None)
@@ -407,6 +417,10 @@ class World:
 
     def _index_worker(self, id: str, before: Any, after: worker.WorkerState, recorded: Recorded) -> None:
         self._index_loss("worker", id, after, recorded)
+        if type(recorded.event) is WorkerKeeps:
+            for engine in after.kept:
+                if engine.role == "base" and engine.fit and engine.bytes:
+                    self.bases[id, engine.fit] = Size(engine.bytes, engine.device_bytes)
 
     def _index_alert(self, id: str, before: Any, after: alert.AlertState, recorded: Recorded) -> None:
         if type(recorded.event) is AlertRaised:
@@ -461,9 +475,11 @@ class World:
                 if not self.state("route", after.model).names(id):
                     self.idle_since.setdefault(id, time)
                 self.loads[key] = Load(load_s, size)
-                if size and after.tier != "adapter":  # an adapter shares its base's engine
+                self.took[(*key, after.tier)] = load_s
+                if size and after.tier != "adapter" and not after.base:  # an adapter shares its base's engine
                     self.sizes[after.worker, after.model, after.version] = Size(size, after.device_bytes)
-            case InstanceWoken(_, _, _, size, device_size):
+            case InstanceWoken(_, seconds, _, size, device_size):
+                self.took[(*key, after.tier)] = seconds
                 self._ready_at[id] = time
                 if not self.state("route", after.model).names(id):
                     self.idle_since[id] = time

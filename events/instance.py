@@ -18,6 +18,7 @@ class InstanceRequested(msgspec.Struct, frozen=True):
         bytes: host memory that it was admitted with, as estimated before the load; 0 where nothing was known.
         device_bytes: the same on ``device``, the accelerator that it is to run on; empty for the host's processors.
         priority: what has a lower one makes room for what has a higher one.
+        into: the engine of its worker that it is expected to be put into, or to share; empty for a new one.
     """
 
     instance: str
@@ -31,6 +32,7 @@ class InstanceRequested(msgspec.Struct, frozen=True):
     device_bytes: int = 0
     device: str = ""
     priority: int = 0
+    into: str = ""
 
 
 class InstanceLoading(msgspec.Struct, frozen=True, gc=False):
@@ -56,6 +58,7 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
         device_bytes: memory that the engine holds on its devices; 0 where it has none of its own.
         served: name that its requests must carry upstream; empty where the engine knows the model's own.
         sleeps: it can be put to sleep.
+        base: the engine of its worker that it shares with other adapters, which is charged by itself; else empty.
     """
 
     instance: str
@@ -68,6 +71,7 @@ class InstanceReady(msgspec.Struct, frozen=True, gc=False):
     device_bytes: int = 0
     served: str = ""
     sleeps: bool = False
+    base: str = ""
 
 
 class InstanceMeasured(msgspec.Struct, frozen=True, gc=False):

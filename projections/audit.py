@@ -75,7 +75,7 @@ from turnout.events.switch import (
     VerdictReached,
 )
 from turnout.events.units import size
-from turnout.events.worker import WorkerJoined, WorkerLeft, WorkerLost
+from turnout.events.worker import SpareReleased, WorkerJoined, WorkerKeeps, WorkerLeft, WorkerLost
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -288,7 +288,7 @@ def _say(recorded: Recorded, names: Mapping[str, str]) -> str:
             return _say_instance(event, names)
         case GatewayJoined() | RouteApplied() | VersionDrained() | GatewayLost() | GatewayLeft():
             return _say_gateway(event)
-        case WorkerJoined() | WorkerLost() | WorkerLeft():
+        case WorkerJoined() | WorkerLost() | WorkerLeft() | WorkerKeeps() | SpareReleased():
             return _say_worker(event)
         case AlertRaised() | AlertAcknowledged() | AlertResolved():
             return _say_alert(event)
@@ -520,6 +520,11 @@ def _say_worker(event: object) -> str:
             return f"worker {worker} was silent for {seconds(silent_s)}: taken for lost"
         case WorkerLeft(worker):
             return f"worker {worker} stopped"
+        case WorkerKeeps(worker, kept):
+            names = ", ".join(f"{engine.role} {engine.name} ({size(engine.bytes)})" for engine in kept)
+            return f"worker {worker} keeps {names or 'no engine'} beside its instances"
+        case SpareReleased(worker, name, reason):
+            return f"worker {worker} is to end its spare {name}{_because(reason)}"
         case _:
             return type(event).__name__
 

@@ -31,7 +31,7 @@ from turnout.events.model import (
     VersionUnseen,
     VersionValidated,
 )
-from turnout.events.worker import WorkerJoined, WorkerLeft, WorkerLost
+from turnout.events.worker import KeptEngine, SpareReleased, WorkerJoined, WorkerKeeps, WorkerLeft, WorkerLost
 from turnout.projections.fold import Fold
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class InstanceView(msgspec.Struct):
         served: name that its requests must carry upstream; empty for the model's own.
         inspection: what the version's files said when they were looked at; None where it has none.
         bytes: host memory as measured, until then as estimated; ``estimate``: what it was admitted with.
+        into: the engine of its worker that it is expected to be put into, or to share; empty for a new one.
+        base: the engine of its worker that it shares.
     """
 
     instance: str
@@ -74,6 +76,8 @@ class InstanceView(msgspec.Struct):
     slept: int = 0
     served: str = ""
     inspection: Inspection | None = None
+    into: str = ""
+    base: str = ""
 
 
 class CheckView(msgspec.Struct, frozen=True):
@@ -90,7 +94,8 @@ class WorkerView(msgspec.Struct):
     """One worker and what it shall run: the worker makes the world agree with ``instances``.
 
     ``state``: live, lost or left. ``inspect``: ``model@version`` → files that it shall look at, if it can see them.
-    Memory as in ``WorkerJoined``.
+    Memory as in ``WorkerJoined``. ``kept``: engines that run there and are no instance's, those that it shall end among
+    them (``released``).
     """
 
     worker: str
@@ -104,6 +109,20 @@ class WorkerView(msgspec.Struct):
     state: str = "live"
     instances: dict[str, InstanceView] = {}
     inspect: dict[str, CheckView] = {}
+    kept: tuple[KeptEngine, ...] = ()
+    released: tuple[str, ...] = ()
+
+    def charged(self) -> tuple[KeptEngine, ...]:
+        """Those of ``kept`` that take room beside the instances."""
+        loading = {one.into for one in self.instances.values() if one.phase in ("requested", "loading")}
+        return tuple(
+            engine
+            for engine in self.kept
+            if engine.is_charged(
+                self.instances[engine.instance].phase if engine.instance in self.instances else "",
+                claimed=engine.name in loading,
+            )
+        )
 
 
 class GatewayView(msgspec.Struct):
@@ -139,6 +158,8 @@ class Workers(Fold):
                 WorkerJoined: self._worker_joined,
                 WorkerLost: self._worker_lost,
                 WorkerLeft: self._worker_left,
+                WorkerKeeps: self._worker_keeps,
+                SpareReleased: self._spare_released,
                 VersionRegistered: self._version_registered,
                 VersionValidated: self._version_validated,
                 VersionRejected: self._version_rejected,
@@ -169,6 +190,7 @@ class Workers(Fold):
             device_bytes=event.device_bytes,
             priority=event.priority,
             cause=event.cause,
+            into=event.into,
         )
 
     def _instance_loading(self, event: InstanceLoading, recorded: Recorded) -> None:
@@ -187,6 +209,7 @@ class Workers(Fold):
         view.device_bytes = event.device_bytes
         view.tier = event.tier
         view.served = event.served
+        view.base = event.base
 
     def _instance_measured(self, event: InstanceMeasured, recorded: Recorded) -> None:
         view = self._instance(event.instance)
@@ -247,6 +270,8 @@ class Workers(Fold):
         home.memory_bytes = event.memory_bytes
         home.device_bytes = event.device_bytes
         home.domain = event.domain
+        home.kept = event.kept
+        home.released = ()
         home.state = "live"
         home.inspect = {name: check for name, check in self._checks.items() if check.engine.kind in home.engines}
 
@@ -255,6 +280,16 @@ class Workers(Fold):
 
     def _worker_left(self, event: WorkerLeft, recorded: Recorded) -> None:
         self._worker(event.worker).state = "left"
+
+    def _worker_keeps(self, event: WorkerKeeps, recorded: Recorded) -> None:
+        home = self._worker(event.worker)
+        home.kept = event.kept
+        names = {engine.name for engine in event.kept}
+        home.released = tuple(name for name in home.released if name in names)
+
+    def _spare_released(self, event: SpareReleased, recorded: Recorded) -> None:
+        home = self._worker(event.worker)
+        home.released = (*home.released, event.name)
 
     def _version_registered(self, event: VersionRegistered, recorded: Recorded) -> None:
         engine = event.engine

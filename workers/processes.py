@@ -108,6 +108,7 @@ async def run_worker(settings: Settings, ready: Callable[[dict[str, object]], No
             look=looking.look,
         )
         runner.on_probed(worker.probed)
+        runner.on_kept(worker)
         metrics = _metrics(settings, settings.metrics.worker, lambda: _worker_gauges(worker, plane))
         ready({"process": "worker", "id": worker.id, "engines": list(runner.kinds)})
         try:

@@ -19,6 +19,7 @@ from turnout.core.residence import EndPreload, Wish
 from turnout.core.sagas import routes
 from turnout.core.sagas.owed import Agenda, Owed, Write
 from turnout.core.switch import ENDED
+from turnout.core.worker import ReleaseSpare
 from turnout.events.units import size
 
 if TYPE_CHECKING:
@@ -237,6 +238,7 @@ def _idle(world: World, one: InstanceState, since: datetime) -> Idle:
         one.phase == "asleep",
         one.phase == "ready" and one.sleeps,
         Room(0, *known),
+        one.shares,
     )
 
 
@@ -305,11 +307,21 @@ def _let_go(world: World, config: ModelSwitchingConfig, cache: CacheConfig, now:
     shrunk = _shrink(world, cache, staying)
     room, short = _make_room(world, cache, tuple(i for i in staying if i.instance not in shrunk))
     leaving.update(shrunk | room)
-    return [_leave(world, id, how) for id, how in leaving.items() if safe(world, world.instances[id])], short
+    return _all_leave(world, leaving), short
+
+
+def _all_leave(world: World, leaving: dict[str, Leave]) -> list[Owed]:
+    """What of it may leave now: no gateway can use it."""
+    return [
+        _leave(world, name, how) for name, how in leaving.items() if how.spare or safe(world, world.instances[name])
+    ]
 
 
 def _leave(world: World, instance: str, how: Leave) -> Owed:
     """It stops, or sleeps where that is enough."""
+    if how.spare:
+        release = Write("worker", how.spare, ReleaseSpare(how.spare, instance, how.reason))
+        return Owed(f"release.{how.spare}.{instance}", (release,), "")
     one = world.instances[instance]
     if how.sleeps:
         sleep = SleepInstance(instance, _level(world, one, how.bytes), how.reason)
@@ -321,7 +333,7 @@ def _leave(world: World, instance: str, how: Leave) -> Owed:
 def _level(world: World, one: InstanceState, free: int) -> int:
     """1, which keeps the weights in host memory, where that has room for them and for so many bytes; else 2."""
     bound = world.workers[one.worker].memory_bytes
-    held = sum(world.instances[i].bytes for i in world.alive if world.instances[i].worker == one.worker)
+    held = Ledger(world, ()).held(one.worker).bytes
     return 1 if not bound or held + one.device_bytes + free <= bound else 2
 
 
@@ -350,7 +362,7 @@ def _unwanted(world: World, config: ModelSwitchingConfig, one: InstanceState) ->
 
 
 def _shrink(world: World, cache: CacheConfig, idle: tuple[Idle, ...]) -> dict[str, Leave]:
-    """Idle instances of workers that hold more than they may: the bound was lowered, or engines grew."""
+    """What leaves workers that hold more than they may: the bound was lowered, or engines grew."""
     ledger = Ledger(world, idle, cache.policy)
     return {
         instance: how
@@ -374,11 +386,16 @@ def _make_room(world: World, cache: CacheConfig, idle: tuple[Idle, ...]) -> tupl
             if any(offer.verdict == FULL for offer in planned):
                 continue  # all or nothing: nothing is unloaded for what does not fit in the end
             why = f"makes room for {model} {version}"
-            if leaving := {
-                id: Leave(why, id in offer.sleep, offer.need.bytes) for offer in planned for id in offer.evict
-            }:
+            leaving = {name: how for offer in planned for name, how in _makes_room(offer, why).items()}
+            if leaving:
                 return leaving, True
     return {}, short
+
+
+def _makes_room(offer: Offer, why: str) -> dict[str, Leave]:
+    """What would have to go for an offer, and how."""
+    leaving = {id: Leave(why, id in offer.sleep, offer.need.bytes) for id in offer.evict}
+    return leaving | {name: Leave(why, spare=offer.worker) for name in offer.ends}
 
 
 def _preload(world: World, config: ModelSwitchingConfig, cache: CacheConfig, *, short: bool) -> list[Owed]:
@@ -432,14 +449,13 @@ def _preload_one(
         beyond = max(0, len(kept) + 1 - config.max_cached_models)
         if beyond > len(lower):
             continue  # this worker keeps as many as it may, none of them worth less
-        why, free = f"makes room to preload {model} {version}", offer.need.bytes
-        leaving = {i.instance: Leave(why, i.sleeps, free) for i in lower[:beyond]}
-        leaving |= {id: Leave(why, id in offer.sleep, free) for id in offer.evict}
+        why = f"makes room to preload {model} {version}"
+        leaving = {i.instance: Leave(why, i.sleeps, offer.need.bytes) for i in lower[:beyond]} | _makes_room(offer, why)
         if not leaving:
             write = _request(world, offer, model, version, cause=PRELOAD, priority=priority)
             which = f"{write.id}.{world.instances[offer.wake].slept}" if offer.wake else write.id
             return (Owed(f"preload.{which}", (write,), model),)
-        return tuple(_leave(world, id, how) for id, how in leaving.items() if safe(world, world.instances[id]))
+        return tuple(_all_leave(world, leaving))
     return None
 
 
@@ -468,7 +484,7 @@ def _request(
     engine = world.models[model].versions[version]
     command = RequestInstance(
         instance, model, version, offer.worker, engine, cause, attempt,
-        offer.need.bytes, offer.need.device_bytes, offer.device, priority,
+        offer.need.bytes, offer.need.device_bytes, offer.device, priority, offer.into,
     )  # fmt: skip
     return Write("instance", instance, command)
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from turnout.core.decider import Answer
     from turnout.events.health import HealthEvent
     from turnout.events.model import EngineSpec
+    from turnout.events.worker import KeptEngine
     from turnout.projections.routing import RouteView
     from turnout.workers.gateway.errors import Refusal
     from turnout.workers.gateway.plane import DataPlane
@@ -353,6 +354,16 @@ class SimRunner:
     def trouble(self, instance: str) -> str:
         """Nothing is known."""
         return ""
+
+    @property
+    def kept(self) -> tuple[KeptEngine, ...]:
+        return ()
+
+    async def measure_kept(self) -> None:
+        """There are none."""
+
+    async def release_spare(self, name: str) -> None:
+        """There are none."""
 
     async def end_spares(self) -> None:
         """There are none."""

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     import msgspec
 
-    from turnout.core.holdings import Held
+    from turnout.core.holdings import Held, HeldEngine
+    from turnout.events.worker import KeptEngine
+    from turnout.projections.fleet import InstanceView
     from turnout.workers.client import Client
 
 _VERDICTS = {"fits": "green", "soon": "green", "evicts": "yellow", "full": "red"}
@@ -40,7 +42,10 @@ def cache(io: Terminal) -> None:
             return DONE
         now = client.clock.now()
         made = table("WORKER", "MODEL", "VERSION", "INSTANCE", "PHASE", "SIZE", "IDLE", "PIN", "WHY")
-        lines = [[one.worker, *_line(entry, now)] for one in held.workers for entry in one.instances]
+        lines: list[list[str | Text]] = []
+        for one in held.workers:
+            lines += [[one.worker, *_line(entry, now)] for entry in one.instances]
+            lines += [[one.worker, *_engine_line(engine)] for engine in one.engines]
         if lines:
             io.show(rows(made, lines))
         for one in held.workers:
@@ -62,9 +67,17 @@ def _line(one: Held, now: datetime) -> list[str | Text]:
     style = {"ready": "green", "draining": "yellow"}.get(one.phase, "cyan")
     idle = "-" if one.idle_since is None else f"{max(0.0, (now - one.idle_since).total_seconds()):.0f} s"
     phase = f"{one.phase} ({one.tier})" if one.tier else one.phase
-    memory = size(one.bytes) + (f" + {size(one.device_bytes)} on {one.device}" if one.device_bytes else "")
     pin = "pinned" if one.pinned else "-"
-    return [one.model, one.version, one.instance, Text(phase, style=style), memory, idle, pin, one.why]
+    return [one.model, one.version, one.instance, Text(phase, style=style), _memory(one), idle, pin, one.why]
+
+
+def _engine_line(one: HeldEngine) -> list[str | Text]:
+    holds = one.holds or "nothing yet"
+    return ["-", "-", one.name, Text(one.role, style="cyan"), _memory(one), "-", "-", f"holds {holds}; {one.why}"]
+
+
+def _memory(one: Held | HeldEngine) -> str:
+    return size(one.bytes) + (f" + {size(one.device_bytes)} on {one.device}" if one.device_bytes else "")
 
 
 @click.command()
@@ -91,11 +104,11 @@ def workers(io: Terminal) -> None:
 
 
 def _worker(view: WorkerView) -> dict[str, Any]:
-    used = sum(one.bytes for one in view.instances.values())
-    on_devices = {
-        name: sum(one.device_bytes for one in view.instances.values() if one.device == name)
-        for name in view.device_bytes
-    }
+    beside = view.charged()
+    held: list[InstanceView | KeptEngine] = [*view.instances.values(), *beside]
+    used = sum(one.bytes for one in held)
+    on_devices = {name: sum(one.device_bytes for one in held if one.device == name) for name in view.device_bytes}
+    places = sum(one.phase != "asleep" and not one.base for one in view.instances.values()) + len(beside)
     return {
         "worker": view.worker,
         "state": view.state,
@@ -105,6 +118,9 @@ def _worker(view: WorkerView) -> dict[str, Any]:
         "engines": view.engines,
         "capacity": view.capacity,
         "instances": len(view.instances),
+        "spares": sum(engine.role == "spare" for engine in beside),
+        "bases": sum(engine.role == "base" for engine in beside),
+        "places": places,
         "memory_bytes": view.memory_bytes,
         "used_bytes": used,
         "free_bytes": view.memory_bytes - used if view.memory_bytes else None,
@@ -123,7 +139,7 @@ def _worker_line(view: WorkerView) -> list[str | Text]:
         for name in view.devices
     ]
     state = Text(view.state, style="green" if view.state == "live" else "red")
-    places = f"{len(view.instances)} of {view.capacity}"
+    places = f"{told['places']} of {view.capacity}"
     domain = view.domain or "-"
     return [view.worker, state, view.host, domain, ", ".join(devices) or "-", places, memory, ", ".join(view.engines)]
 
@@ -255,8 +271,9 @@ def place(io: Terminal, model: str, version: str, dry_run: bool) -> None:
         if not placing.offers:
             io.say("no worker is live")
             return DONE
-        made = table("WORKER", "VERDICT", "WHY")
-        io.show(rows(made, [[o.worker, Text(o.verdict, style=_VERDICTS[o.verdict]), o.why] for o in placing.offers]))
+        made = table("WORKER", "VERDICT", "TIER", "WHY")
+        offers = placing.offers
+        io.show(rows(made, [[o.worker, Text(o.verdict, style=_VERDICTS[o.verdict]), o.tier, o.why] for o in offers]))
         if placing.missing:
             chosen = ", ".join(placing.chosen) or "none"
             io.say(f"chosen: {chosen} ({len(placing.chosen)} of {placing.missing} that it lacks)")

@@ -42,9 +42,9 @@ TRIES = 10
 ANSWER_S = 1.5
 
 
-#: Commands that take turns with the sagas: those that open a switch, because its first step may go with them, and the
-#: one that stops an instance.
-_IN_TURN = frozenset(("switch.start", "switch.retry", "model.undo", "instance.stop"))
+#: Commands that take turns with the sagas: those that open a switch, because its first step may go with them, the one
+#: that stops an instance, and the one that takes memory for a spare.
+_IN_TURN = frozenset(("switch.start", "switch.retry", "model.undo", "instance.stop", "worker.spare"))
 
 
 class Deposed(Exception):

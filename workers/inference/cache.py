@@ -81,7 +81,7 @@ class ModelCache:
         one = self._models.get(instance)
         if one is None:
             return False
-        if not _differs(one.told.bytes, usage.bytes) and not _differs(one.told.device_bytes, usage.device_bytes):
+        if not differs(one.told.bytes, usage.bytes) and not differs(one.told.device_bytes, usage.device_bytes):
             return False
         one.told = usage
         return True
@@ -102,5 +102,6 @@ class ModelCache:
         self._busy.discard(device)
 
 
-def _differs(told: int, now: int) -> bool:
+def differs(told: int, now: int) -> bool:
+    """Whether an engine holds so much more or less, in bytes, that it must be told again."""
     return abs(now - told) > max(NEWS_BYTES, int(told * NEWS_SHARE))

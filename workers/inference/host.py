@@ -17,6 +17,7 @@ import structlog
 
 from turnout.workers.inference import probe, quiet
 from turnout.workers.inference import process as host_process
+from turnout.workers.inference.cache import differs
 from turnout.workers.inference.engines.base import Refusal
 from turnout.workers.inference.engines.fake import FakeEngine
 from turnout.workers.inference.engines.openai import OpenAIEngine
@@ -33,9 +34,11 @@ from turnout.workers.inference.tiers.wake import Sleepers
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from turnout.events.worker import KeptEngine
     from turnout.workers.clock import Clock
     from turnout.workers.inference.engines.base import Engine, Launch
     from turnout.workers.inference.inspector import Inspector
+    from turnout.workers.inference.runner import Keeper
     from turnout.workers.inference.settings import WorkerSettings
     from turnout.workers.inference.tiers.base import Tier
 
@@ -70,6 +73,26 @@ if TYPE_CHECKING:
     Probed = Callable[[str, int, int, float, str], Awaitable[None]]
 
 
+class _Relay:
+    """Passes on what there is to say of the engines that are no instance's, once there is somebody to hear it."""
+
+    keeper: Keeper | None = None
+
+    def changed(self) -> None:
+        """See the port."""
+        if self.keeper is not None:
+            self.keeper.changed()
+
+    async def told(self) -> None:
+        """See the port."""
+        if self.keeper is not None:
+            await self.keeper.told()
+
+    async def may_start(self, engine: KeptEngine) -> str:
+        """See the port."""
+        return "" if self.keeper is None else await self.keeper.may_start(engine)
+
+
 class HostRunner:
     """Engines of this host.
 
@@ -93,9 +116,10 @@ class HostRunner:
         self._folder = RunFolder(Path(settings.run_folder))
         self._running: dict[str, Running] = {}
         self._starter = Starter(settings, engines, clock, self._folder)
-        self._spares = Spares(self._starter)
+        self._keeping = _Relay()
+        self._spares = Spares(self._starter, self._keeping)
         self._cold = Cold(self._starter, self._running)
-        self._bases = Bases(self._starter, self._running)
+        self._bases = Bases(self._starter, self._running, self._keeping)
         self._tiers: tuple[Tier, ...] = (
             Adapter(self._bases),
             Spare(self._starter, self._running, self._spares),
@@ -110,6 +134,15 @@ class HostRunner:
     def on_probed(self, report: Probed) -> None:
         """Whom to tell how each golden question went that a health check has asked."""
         self._probed = report
+
+    def on_kept(self, keeper: Keeper) -> None:
+        """Whom to tell of the engines that are no instance's, and to ask before one is started ahead."""
+        self._keeping.keeper = keeper
+
+    @property
+    def kept(self) -> tuple[KeptEngine, ...]:
+        """See the port."""
+        return tuple(sorted((*self._spares.kept, *self._bases.kept), key=lambda engine: engine.name))
 
     @property
     def memory(self) -> HostMemory:
@@ -139,9 +172,7 @@ class HostRunner:
             if record.role == "base":
                 self._bases.adopt(record, taken)
                 continue
-            self._running[record.instance] = Running(
-                record.launch, taken, record.bound or record.launch.address, record.shape, record.source, record.base
-            )
+            self._running[record.instance] = Running.adopt(record, taken)
             if record.role == "asleep":
                 answer[record.instance] = Found(record.sequence, slept=await self._sleepers.adopt(record))
                 continue
@@ -158,6 +189,7 @@ class HostRunner:
                     served=record.launch.model if record.base else "",
                     sleeps=record.launch.sleeps,
                     slept=record.slept,
+                    base=record.base,
                 )
             answer[record.instance] = Found(record.sequence, loaded)
         self._bases.adopted()
@@ -202,6 +234,8 @@ class HostRunner:
             if why or pair in self._struck:
                 log.debug("tier_skipped", instance=order.instance, tier=tier.name, why=why or "it has failed before")
                 continue
+            if tier.name == "cold":  # what it was admitted with is the room of that spare
+                await self._spares.give_up(order.into)
             loading = tier.load(planned, progress)
             result = await (self._within_memory(order, loading) if tier.name == "cold" else loading)
             if isinstance(result, Loaded):
@@ -210,6 +244,7 @@ class HostRunner:
                 self._struck.add(pair)
                 struck.append(Struck(tier.name, source, result.reason))
                 log.warning("tier_failed", instance=order.instance, tier=tier.name, source=source, reason=result.reason)
+        self._keeping.changed()
         if isinstance(result, Loaded):
             log.info("tier_took", instance=order.instance, tier=result.tier, seconds=round(result.load_s, 2))
             if not planned.spec.adapter:
@@ -249,7 +284,7 @@ class HostRunner:
         if running is None or running.process is None or running.process.exited:
             return ""
         others = (one.process for one in self._running.values() if one is not running)
-        beside = sum(one.record.bytes for one in others if one is not None)
+        beside = sum(one.record.bytes for one in others if one is not None) + sum(one.bytes for one in self.kept)
         return await asyncio.to_thread(self._memory.objection, running.process.pid, order.bytes, beside)
 
     async def usage(self, instance: str) -> Usage | None:
@@ -258,6 +293,20 @@ class HostRunner:
         if running is None or running.process is None or running.base:
             return None
         return await asyncio.to_thread(self._memory.usage, running.process.pid)
+
+    async def measure_kept(self) -> None:
+        """See the port."""
+        for running in (*self._spares.running.values(), *self._bases.running.values()):
+            if running.process is None or running.exited:
+                continue
+            used = await asyncio.to_thread(self._memory.usage, running.process.pid)
+            if differs(running.bytes, used.bytes) or differs(running.device_bytes, used.device_bytes):
+                running.bytes, running.device_bytes = used.bytes, used.device_bytes
+        self._keeping.changed()
+
+    async def release_spare(self, name: str) -> None:
+        """See the port."""
+        await self._spares.give_up(name)
 
     async def _changed(self, planned: Planned, progress: Callable[[str, str], None]) -> Failure | None:
         """A failure where the files are not those that were inspected when the version was registered."""
@@ -448,6 +497,7 @@ class HostRunner:
             await self._bases.detach(instance, running)
             return
         if self._spares.keep(instance, running):
+            await self._keeping.told()  # before the instance is said to have stopped: its engine holds the memory still
             return
         code = await running.process.end(running.launch.grace_s, self._clock)
         self._folder.forget(instance)

@@ -65,6 +65,8 @@ class Record(msgspec.Struct, frozen=True):
         base: of an adapter: name of the engine that it shares.
         tier: how it was made ready.
         level: of its sleep, while it sleeps; ``slept``: how often it was asked to.
+        fit: what versions that may use it have in common, as the control plane foretells it (``core.fit``).
+        device: the accelerator that it runs on.
     """
 
     instance: str
@@ -86,6 +88,8 @@ class Record(msgspec.Struct, frozen=True):
     base: str = ""
     level: int = 0
     slept: int = 0
+    fit: str = ""
+    device: str = ""
 
 
 class Member(msgspec.Struct, frozen=True, gc=False):

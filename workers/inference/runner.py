@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from turnout.core.model import ReportInspected
+    from turnout.events.worker import KeptEngine
     from turnout.projections.fleet import CheckView
 
     #: Looks at a version's files: fills in the report.
@@ -24,7 +25,8 @@ class Order(msgspec.Struct, frozen=True):
     ``sequence``: how far the log had come when it was asked for. ``inspection``: what the version's files said when
     they were looked at; None where it has none. ``bytes``: host memory that it was admitted with, 0 where nothing was
     known. ``device``: the accelerator that it is to run on, empty for the host's choice. ``slept``: how often it was
-    asked to sleep.
+    asked to sleep. ``into``: the engine that it is expected to be put into, or to share, on which its admission rests;
+    empty for a new one.
     """
 
     instance: str
@@ -36,6 +38,7 @@ class Order(msgspec.Struct, frozen=True):
     bytes: int = 0
     device: str = ""
     slept: int = 0
+    into: str = ""
 
 
 class HostMemory(msgspec.Struct, frozen=True):
@@ -77,6 +80,7 @@ class Loaded(msgspec.Struct, frozen=True):
     sleeps: bool = False
     struck: tuple[Struck, ...] = ()
     slept: int = 0
+    base: str = ""
 
 
 class Slept(msgspec.Struct, frozen=True):
@@ -115,6 +119,22 @@ class Found(msgspec.Struct, frozen=True):
     sequence: int
     loaded: Loaded | None = None
     slept: Slept | None = None
+
+
+class Keeper(Protocol):
+    """Who must know of the engines that are no instance's."""
+
+    def changed(self) -> None:
+        """There are others now, or they hold much more or less."""
+        ...
+
+    async def told(self) -> None:
+        """Returns once it is known what there is now."""
+        ...
+
+    async def may_start(self, engine: KeptEngine) -> str:
+        """Why there is no room to start this one; empty where there is, and it is counted from then on."""
+        ...
 
 
 class EngineRunner(Protocol):
@@ -183,6 +203,19 @@ class EngineRunner(Protocol):
 
     def trouble(self, instance: str) -> str:
         """What the newest golden question has shown of a running engine; empty where all is well."""
+        ...
+
+    @property
+    def kept(self) -> tuple[KeptEngine, ...]:
+        """The engines that are no instance's; also one that is being started."""
+        ...
+
+    async def measure_kept(self) -> None:
+        """Look at what they hold, and whether they run still."""
+        ...
+
+    async def release_spare(self, name: str) -> None:
+        """End a spare; fine where there is none of that name."""
         ...
 
     async def end_spares(self) -> None:

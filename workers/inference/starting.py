@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import msgspec
 import structlog
 
+from turnout.core.fit import fit
 from turnout.events.model import EngineSpec
+from turnout.events.worker import KeptEngine
 from turnout.workers.inference import client, courtesy, golden, probe, shape
 from turnout.workers.inference import process as host_process
 from turnout.workers.inference.engines.base import STAGES, Launch, Refusal, Sign, Site, cause
-from turnout.workers.inference.process import LOG_LINES, EngineProcess, RunFolder
+from turnout.workers.inference.process import LOG_LINES, EngineProcess, Record, RunFolder
 from turnout.workers.inference.runner import Failure, Loaded, Order
 from turnout.workers.inference.weights import Unusable
 
@@ -58,6 +60,9 @@ class Running(msgspec.Struct):
         asleep: the level at which it sleeps; 0 where it is awake.
         trouble: what its newest golden question has shown.
         probes: golden questions since the watch began, and ``row`` those that failed in a row.
+        fit: see Record; ``device`` as well.
+        was: of an engine that is no instance's: the instance that it was of, or is started for.
+        bytes: host memory that it was found to hold last; ``device_bytes`` the same on its accelerator.
     """
 
     launch: Launch
@@ -71,6 +76,30 @@ class Running(msgspec.Struct):
     trouble: str = ""
     probes: int = 0
     row: int = 0
+    fit: str = ""
+    device: str = ""
+    was: str = ""
+    bytes: int = 0
+    device_bytes: int = 0
+
+    @classmethod
+    def adopt(cls, record: Record, process: EngineProcess) -> Self:
+        """One that an earlier worker has left running."""
+        return cls(
+            record.launch,
+            process,
+            record.bound or record.launch.address,
+            record.shape,
+            record.source,
+            record.base,
+            fit=record.fit,
+            device=record.device,
+            bytes=record.bytes,
+        )
+
+    def kept(self, name: str, role: str) -> KeptEngine:
+        """What is told of it while it is no instance's."""
+        return KeptEngine(name, role, self.fit, self.source, self.bytes, self.device, self.device_bytes, self.was)
 
     @property
     def exited(self) -> bool:
@@ -151,8 +180,12 @@ class Starter:
                 return Failure("starting", f"the engine can't be started: {e}")
             courtesy.lower(process.pid, nice)
             log.info("engine_started", instance=name, pid=process.pid, argv=" ".join(launch.argv))
-        source = f"{planned.order.model} {planned.order.version}"
-        return Running(launch, process, launch.address, planned.shape, source)
+        order = planned.order
+        source = f"{order.model} {order.version}"
+        fits = fit(order.engine, order.inspection) if planned.shape else ""
+        started = Running(launch, process, launch.address, planned.shape, source, fit=fits, device=order.device)
+        started.bytes = order.bytes
+        return started
 
     async def wait_listening(self, running: Running, progress: Callable[[str, str], None]) -> None:
         """Until ``/health`` answers 200, or that it does not know such a path.
@@ -260,13 +293,15 @@ class Starter:
         size = 0
         if running.process is not None:
             courtesy.restore(running.process.pid)
-            size = await asyncio.to_thread(host_process.memory_bytes, running.process.pid)
+            size = running.bytes = await asyncio.to_thread(host_process.memory_bytes, running.process.pid)
             running.process.record = msgspec.structs.replace(
                 running.process.record,
                 launch=running.launch,
                 bound=running.bound,
                 shape=running.shape,
                 source=running.source,
+                fit=running.fit,
+                device=running.device,
                 role="",
                 proven=True,
                 load_s=load_s,

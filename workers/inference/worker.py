@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from turnout.core.decider import Accepted, Rejected
+from turnout.core.handling import StartSpare
 from turnout.core.instance import (
     ReportFailed,
     ReportLoading,
@@ -27,7 +28,7 @@ from turnout.core.instance import (
     ReportWoken,
 )
 from turnout.core.model import ReportInspected
-from turnout.core.worker import JoinWorker, LeaveWorker
+from turnout.core.worker import JoinWorker, LeaveWorker, ReportKept
 from turnout.events import subjects
 from turnout.events.health import ProbeFailed, ProbePassed
 from turnout.events.model import EngineSpec
@@ -40,6 +41,7 @@ from turnout.workers.ports import Request
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from turnout.events.worker import KeptEngine
     from turnout.projections.fleet import CheckView
     from turnout.workers.clock import Clock
     from turnout.workers.inference.runner import EngineRunner, Look
@@ -150,6 +152,10 @@ class InferenceWorker:
         self._joining: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self.cache = ModelCache()
+        self._kept_news = asyncio.Event()
+        self._kept_told: tuple[KeptEngine, ...] = ()
+        self._telling = asyncio.Lock()  # a later word must not be overtaken by an earlier one
+        self._releasing: dict[str, asyncio.Task[None]] = {}
         self._stop = asyncio.Event()
         self._stop_engines = False
 
@@ -185,6 +191,8 @@ class InferenceWorker:
         beating = asyncio.create_task(self._beat())
         measuring = asyncio.create_task(self._measure())
         measuring.add_done_callback(_loud)
+        keeping = asyncio.create_task(self._tell_kept())
+        keeping.add_done_callback(_loud)
         watching: Closeable | None = None
         try:
             self._start_joining()
@@ -200,7 +208,8 @@ class InferenceWorker:
             if watching is not None:
                 await watching.close()
             looking = (task for _, task in self._checks.values())
-            tasks = (beating, measuring, self._joining, *looking, *(life.task for life in self._lives.values()))
+            lives = (life.task for life in self._lives.values())
+            tasks = (beating, measuring, keeping, self._joining, *looking, *self._releasing.values(), *lives)
             await _cancelled(*(task for task in tasks if task is not None))
             self._runner.release()
             log.info("worker_stopped", engines_left=len(self._lives))
@@ -228,7 +237,7 @@ class InferenceWorker:
             self._joining = asyncio.create_task(self._join())
 
     async def _join(self) -> None:
-        memory = self._runner.memory
+        memory, kept = self._runner.memory, self._runner.kept
         body = JoinWorker(
             self.id,
             self._settings.address,
@@ -238,8 +247,12 @@ class InferenceWorker:
             memory.memory_bytes,
             memory.device_bytes,
             self._settings.domain,
+            kept,
         )
-        answer = await self._report("worker.join", body)
+        async with self._telling:
+            answer = await self._report("worker.join", body)
+            self._kept_told = kept
+        self.changed()
         if isinstance(answer, Accepted):
             self._joined = answer.sequence
             self._changed.set()
@@ -265,6 +278,41 @@ class InferenceWorker:
                 if usage is not None and self.cache.news(one.instance, usage):
                     report = ReportMeasured(one.instance, usage.bytes, usage.device_bytes)
                     await self._report("instance.measured", report)
+            await self._runner.measure_kept()
+
+    def changed(self) -> None:
+        """See ``Keeper``."""
+        self._kept_news.set()
+
+    async def told(self) -> None:
+        """See ``Keeper``."""
+        async with self._telling:
+            kept = self._runner.kept
+            if kept != self._kept_told:
+                await self._report("worker.kept", ReportKept(self.id, kept))
+                self._kept_told = kept
+
+    async def may_start(self, engine: KeptEngine) -> str:
+        """See ``Keeper``."""
+        async with self._telling:
+            answer = await self._report("worker.spare", StartSpare(self.id, engine))
+            if isinstance(answer, Accepted):
+                self._kept_told = self._runner.kept
+                return ""
+            return answer.reason if answer is not None else "the worker stops"
+
+    async def _tell_kept(self) -> None:
+        while True:
+            await self._kept_news.wait()
+            self._kept_news.clear()
+            await self.told()
+
+    def _release_spares(self, names: tuple[str, ...]) -> None:
+        self._releasing = {name: task for name, task in self._releasing.items() if not task.done() or name in names}
+        for name in names:
+            if name not in self._releasing:
+                self._releasing[name] = task = asyncio.create_task(self._runner.release_spare(name))
+                task.add_done_callback(_loud)
 
     def _reconcile(self) -> None:
         """Compare the newest view with what runs. Never waits for anything."""
@@ -296,6 +344,7 @@ class InferenceWorker:
         if not fresh:
             return
         self._check_files(view.inspect)
+        self._release_spares(view.released)
         for instance, life in self._lives.items():
             # A view that is being built anew is older than the instance: it does not know it yet, and proves nothing.
             if instance not in view.instances and sequence >= life.sequence:
@@ -491,6 +540,7 @@ class InferenceWorker:
                     loaded.device_bytes,
                     loaded.served,
                     loaded.sleeps,
+                    loaded.base,
                 )
             )
             log.info(
@@ -677,6 +727,7 @@ def _order(life: _Life) -> Order:
         view.estimate,
         view.device,
         view.slept,
+        view.into,
     )
 
 

@@ -26,6 +26,7 @@ from turnout.core.handling import (
     Plan,
     PreloadVersion,
     RetrySwitch,
+    StartSpare,
     StartSwitch,
     StopInstance,
     StopSwitch,
@@ -66,7 +67,7 @@ from turnout.events.switch import (
     SwitchPaused,
     SwitchRequested,
 )
-from turnout.events.worker import WorkerJoined
+from turnout.events.worker import KeptEngine, WorkerJoined
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -210,6 +211,8 @@ def draining() -> Story:
         ("ops", "instance.stop", StopInstance("i1", force=True, reason="hangs"), ["InstanceDraining"]),
         ("worker", "worker.join", worker.JoinWorker("w2", "h", ("fake",), (), 1), ["WorkerJoined"]),
         ("worker", "worker.leave", worker.LeaveWorker("w1"), ["WorkerLeft"]),
+        ("worker", "worker.kept", worker.ReportKept("w1", (KeptEngine("base-1", "base"),)), ["WorkerKeeps"]),
+        ("worker", "worker.spare", StartSpare("w1", KeptEngine("spare-1", "spare")), ["WorkerKeeps"]),
         (
             "worker",
             "version.inspected",

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import ModuleType
 
+    from turnout.events.worker import KeptEngine
     from turnout.projections.fleet import CheckView
 
 COMMANDS: dict[str, tuple[ModuleType, type[msgspec.Struct]]] = {
     "worker.join": (worker, worker.JoinWorker),
     "worker.leave": (worker, worker.LeaveWorker),
+    "worker.kept": (worker, worker.ReportKept),
     "version.inspected": (model, model.ReportInspected),
     "instance.loading": (instance, instance.ReportLoading),
     "instance.ready": (instance, instance.ReportReady),
@@ -111,7 +113,7 @@ class Plane:
         if kind.startswith(("Model", "Version")):
             module, id = model, event.model
         else:
-            module, id = (worker, event.worker) if kind.startswith("Worker") else (instance, event.instance)
+            module, id = (worker, event.worker) if kind.startswith(("Worker", "Spare")) else (instance, event.instance)
         state = self._states.get((module, id), module.initial)
         self._states[module, id] = module.evolve(state, event)
         self.log.append(event)
@@ -177,6 +179,8 @@ class Host:
         self.slept: list[tuple[str, int]] = []
         self.wakes: list[Loaded | Failure] = []
         self.bytes: dict[str, int] = {}
+        self.keeps: tuple[KeptEngine, ...] = ()
+        self.ended_spares: list[str] = []
         self.progress: dict[str, Callable[[str, str], None]] = {}
         self._outcome: dict[str, asyncio.Future[Loaded | Failure]] = {}
         self._end: dict[str, asyncio.Future[Failure]] = {}
@@ -242,6 +246,16 @@ class Host:
 
     def trouble(self, instance: str) -> str:
         return self.troubles.get(instance, "")
+
+    @property
+    def kept(self) -> tuple[KeptEngine, ...]:
+        return self.keeps
+
+    async def measure_kept(self) -> None:
+        """They hold what they held."""
+
+    async def release_spare(self, name: str) -> None:
+        self.ended_spares.append(name)
 
     async def end_spares(self) -> None:
         """There are none."""

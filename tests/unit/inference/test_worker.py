@@ -18,7 +18,7 @@ from turnout.events.instance import (
     InstanceWoken,
 )
 from turnout.events.model import EngineSpec, Inspection
-from turnout.events.worker import WorkerLost
+from turnout.events.worker import KeptEngine, SpareReleased, WorkerLost
 from turnout.projections.fleet import WorkerView
 from turnout.workers.inference.runner import Failure, Found, Loaded
 
@@ -287,6 +287,42 @@ def test_a_lost_worker_joins_again(runner: asyncio.Runner, rig: Any, until: Any)
             rig.plane.record(WorkerLost("w1", 10.0))
             await until(lambda: rig.plane.worker().live)
             assert rig.plane.verbs().count("worker.join") == 2
+
+    runner.run(test())
+
+
+def test_engines_that_are_no_instances_are_told_with_the_join_and_whenever_they_change(
+    runner: asyncio.Runner, rig: Any, until: Any
+) -> None:
+    async def test() -> None:
+        first, second = KeptEngine("spare-1", "spare", "f"), KeptEngine("base-1", "base", "g")
+        rig.host.keeps = (first,)
+        async with rig:
+            await until(lambda: rig.plane.worker().kept == (first,))
+            assert "worker.kept" not in rig.plane.verbs(), "the join has said it"
+            rig.host.keeps = (first, second)
+            rig.worker.changed()
+            await until(lambda: rig.plane.worker().kept == (first, second))
+            rig.host.keeps = ()
+            await rig.worker.told()
+            assert rig.plane.worker().kept == ()
+            said = rig.plane.verbs().count("worker.kept")
+            await rig.worker.told()
+            assert rig.plane.verbs().count("worker.kept") == said, "it is no news"
+
+    runner.run(test())
+
+
+def test_a_spare_that_shall_make_room_is_ended_once(runner: asyncio.Runner, rig: Any, until: Any) -> None:
+    async def test() -> None:
+        rig.host.keeps = (KeptEngine("spare-1", "spare", "f"),)
+        async with rig:
+            await until(lambda: rig.plane.worker().live)
+            rig.plane.record(SpareReleased("w1", "spare-1", "makes room"))
+            await until(lambda: bool(rig.host.ended_spares))
+            rig.plane.show()
+            await until(lambda: not rig.worker._changed.is_set())
+            assert rig.host.ended_spares == ["spare-1"]
 
     runner.run(test())
 

@@ -292,6 +292,17 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
         worker.WorkerJoined("w1", "h", ("fake",), ("cpu",), 8, 4 << 30),
         "worker w1 on h with cpu offers 8 places and 4.0 GiB for fake",
     ),
+    (
+        "worker",
+        worker.WorkerKeeps("w1", (worker.KeptEngine("spare-1", "spare", bytes=3 << 20),)),
+        "worker w1 keeps spare spare-1 (3 MiB) beside its instances",
+    ),
+    ("worker", worker.WorkerKeeps("w1", ()), "worker w1 keeps no engine beside its instances"),
+    (
+        "worker",
+        worker.SpareReleased("w1", "spare-1", "makes room for chat v2"),
+        "worker w1 is to end its spare spare-1: makes room for chat v2",
+    ),
     ("model", model.VersionPinned("chat", "v1", "demo"), "alice pinned chat v1: it is kept loaded: demo"),
     ("model", model.VersionUnpinned("chat", "v1"), "alice unpinned chat v1"),
     (

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
+from turnout.core.fit import fit
+from turnout.events.worker import KeptEngine
 from turnout.workers.inference import control, courtesy
 from turnout.workers.inference.process import EngineProcess, Record, memory_bytes
 from turnout.workers.inference.runner import Failure, Loaded
@@ -22,6 +24,7 @@ from turnout.workers.inference.starting import LoadFailed, Running
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from turnout.workers.inference.runner import Keeper
     from turnout.workers.inference.starting import Planned, Starter
 
 log = structlog.get_logger()
@@ -32,11 +35,25 @@ _BASE = "base"
 class Bases:
     """Engines that adapters share, by the name of their files."""
 
-    def __init__(self, starter: Starter, running: dict[str, Running]) -> None:
-        """``running``: the worker's engines by instance; adapters stand there, their bases do not."""
+    def __init__(self, starter: Starter, running: dict[str, Running], keeper: Keeper) -> None:
+        """``running``: the worker's engines by instance; adapters stand there, their bases do not.
+
+        ``keeper``: is told of the bases.
+        """
         self._starter = starter
+        self._keeper = keeper
         self._running = running
         self._bases: dict[str, Running] = {}
+
+    @property
+    def kept(self) -> tuple[KeptEngine, ...]:
+        """All of them, as the control plane knows them."""
+        return tuple(one.kept(name, _BASE) for name, one in self._bases.items() if not one.exited)
+
+    @property
+    def running(self) -> dict[str, Running]:
+        """All of them by name."""
+        return self._bases
 
     def find(self, shape: str) -> tuple[str, Running] | None:
         """A running base of this shape, with its name."""
@@ -45,9 +62,7 @@ class Bases:
 
     def adopt(self, record: Record, process: EngineProcess) -> None:
         """One that an earlier worker has started."""
-        self._bases[record.instance] = Running(
-            record.launch, process, record.bound or record.launch.address, record.shape, record.source
-        )
+        self._bases[record.instance] = Running.adopt(record, process)
 
     def adopted(self) -> None:
         """All records were read: a base whose adapters are gone may go, too."""
@@ -59,22 +74,37 @@ class Bases:
     async def start(self, planned: Planned, progress: Callable[[str, str], None]) -> tuple[str, Running] | Failure:
         """Start a base and wait until it listens."""
         name = f"{_BASE}-{self._starter.clock.id()[:8]}"
-        own = self._starter.plan(msgspec.structs.replace(planned.order, instance=name))  # its socket is the base's
+        order = planned.order
+        if order.into:  # it was admitted to share an engine that is gone meanwhile, not to start one
+            expected = order.inspection.host_bytes if order.inspection is not None else 0
+            fits = fit(order.engine, order.inspection)
+            engine = KeptEngine(name, _BASE, fits, planned.spec.path, expected, order.device)
+            if reason := await self._keeper.may_start(engine):
+                return Failure("starting", f"the engine that it was to share is gone; another has no room: {reason}")
+        own = self._starter.plan(msgspec.structs.replace(order, instance=name))  # its socket is the base's
         started = own if isinstance(own, Failure) else self._starter.start(name, own, courtesy.LOADING)
         if isinstance(started, Failure):
             return started
         assert started.process is not None  # noqa: S101  a base is always a process of this host
-        started.source = planned.spec.path
+        started.source, started.was = planned.spec.path, "" if order.into else order.instance
         started.process.record = msgspec.structs.replace(
-            started.process.record, role=_BASE, shape=started.shape, bound=started.bound, source=started.source
+            started.process.record,
+            role=_BASE,
+            shape=started.shape,
+            bound=started.bound,
+            source=started.source,
+            fit=started.fit,
+            device=started.device,
         )
         self._starter.folder.write(started.process.record)
         self._bases[name] = started
+        self._keeper.changed()
         progress("starting", "")
         try:
             await self._starter.wait_listening(started, progress)
         except LoadFailed as e:
             del self._bases[name]
+            self._keeper.changed()
             return await self._starter.fail(name, started, e.stage, e.reason)
         courtesy.restore(started.process.pid)
         return name, started
@@ -124,10 +154,15 @@ class Bases:
         probe_s = starter.clock.monotonic() - began - load_s
         size = _bytes(planned.spec.adapter)
         if tier == "cold":
-            size = await asyncio.to_thread(memory_bytes, base.process.pid)
+            base.bytes = await asyncio.to_thread(memory_bytes, base.process.pid)
+            base.process.record = msgspec.structs.replace(base.process.record, bytes=base.bytes)
+            starter.folder.write(base.process.record)
+            await (
+                self._keeper.told()
+            )  # from the moment on at which the instance is ready, the base is charged by itself
         handle.record = msgspec.structs.replace(record, proven=True, load_s=load_s, probe_s=probe_s, bytes=size)
         starter.folder.write(handle.record)
-        return Loaded(launch.address, load_s, probe_s, size, verdict.fingerprint, tier, served=served)
+        return Loaded(launch.address, load_s, probe_s, size, verdict.fingerprint, tier, served=served, base=name)
 
     async def detach(self, instance: str, running: Running) -> None:
         """Take the adapter away; what runs on it goes on to its end. The last one takes the engine along."""
@@ -149,6 +184,7 @@ class Bases:
         if base is not None and base.process is not None:
             await base.process.end(base.launch.grace_s, self._starter.clock)
             self._starter.folder.forget(name)
+            self._keeper.changed()
             log.info("base_engine_stopped", base=name)
 
     def release(self) -> None:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
+from turnout.core.fit import fit
+from turnout.events.worker import KeptEngine
 from turnout.workers.inference import client, control, courtesy, golden
-from turnout.workers.inference.process import SHUT, EngineProcess, Record
+from turnout.workers.inference.process import SHUT, EngineProcess, Record, memory_bytes
 from turnout.workers.inference.runner import Failure, Loaded
 from turnout.workers.inference.starting import LoadFailed, Running
 from turnout.workers.inference.weights import Unusable, read_weights
@@ -25,6 +27,7 @@ from turnout.workers.inference.weights import Unusable, read_weights
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from turnout.workers.inference.runner import Keeper
     from turnout.workers.inference.starting import Planned, Starter
 
 log = structlog.get_logger()
@@ -37,16 +40,27 @@ _AHEAD = "spare"
 class Spares:
     """The engines of this host that belong to no instance."""
 
-    def __init__(self, starter: Starter) -> None:
+    def __init__(self, starter: Starter, keeper: Keeper) -> None:
+        """``keeper``: is asked before one is started ahead."""
         self._starter = starter
+        self._keeper = keeper
         self._most = starter.settings.spares
         self._kept: dict[str, Running] = {}
         self._ahead: Running | None = None
         self._ahead_shape = ""
+        self._planned: KeptEngine | None = None
         self._starting: asyncio.Task[None] | None = None
 
-    def __len__(self) -> int:
-        return len(self._kept)
+    @property
+    def kept(self) -> tuple[KeptEngine, ...]:
+        """All of them, as the control plane knows them."""
+        ahead = () if self._planned is None else (self._planned,)
+        return (*ahead, *(one.kept(name, "spare") for name, one in self._kept.items() if not one.exited))
+
+    @property
+    def running(self) -> dict[str, Running]:
+        """Those that wait for weights, by name."""
+        return self._kept
 
     def find(self, wanted: str) -> tuple[str, Running] | None:
         """A spare of this shape, with its name."""
@@ -59,9 +73,8 @@ class Spares:
 
     def adopt(self, record: Record, process: EngineProcess) -> None:
         """One that an earlier worker has kept."""
-        self._kept[record.instance] = Running(
-            record.launch, process, record.bound, record.shape, record.source, quiet=True
-        )
+        self._kept[record.instance] = running = Running.adopt(record, process)
+        running.quiet = True
 
     def keep(self, instance: str, running: Running) -> bool:
         """Keep an engine that nobody uses any more, if there is room for it. Its socket has lost its name already."""
@@ -81,6 +94,7 @@ class Spares:
         path = running.launch.address.removeprefix("unix:")
         here = self._starter.folder.socket(name, self._starter.clock.id()[:6])
         os.rename(path + SHUT, here)
+        running.was = instance
         self._put(name, running, here)
         self._starter.folder.forget(instance)
         log.info("engine_kept_as_spare", instance=instance, spare=name, holds=running.source)
@@ -96,6 +110,9 @@ class Spares:
             bound=running.bound,
             shape=running.shape,
             source=running.source,
+            fit=running.fit,
+            device=running.device,
+            bytes=running.bytes,
             role="spare",
         )
         if name == running.process.record.instance:
@@ -127,16 +144,28 @@ class Spares:
             log.info("no_spare_started", reason="too little memory is free", needed=int(_ROOM * size))
             return
         self._ahead_shape = planned.shape
-        self._starting = asyncio.create_task(self._start(planned))
+        self._starting = asyncio.create_task(self._ask_and_start(planned, size))
 
-    async def _start(self, model: Planned) -> None:
-        starter = self._starter
-        name = f"{_AHEAD}-{starter.clock.id()[:8]}"
-        order = msgspec.structs.replace(model.order, instance=name)
-        planned = starter.plan(order, weights=False)
+    async def _ask_and_start(self, model: Planned, size: int) -> None:
+        name = f"{_AHEAD}-{self._starter.clock.id()[:8]}"
+        order = msgspec.structs.replace(model.order, instance=name, bytes=size)
+        planned = self._starter.plan(order, weights=False)
         if isinstance(planned, Failure):
             log.warning("no_spare_started", reason=planned.reason)
             return
+        fits = fit(order.engine, order.inspection)
+        self._planned = KeptEngine(name, "spare", fits, bytes=size, device=order.device)
+        try:
+            if reason := await self._keeper.may_start(self._planned):
+                log.info("no_spare_started", reason=reason, needed=size)
+                return
+            await self._start(name, planned)
+        finally:
+            self._planned = None
+            self._keeper.changed()
+
+    async def _start(self, name: str, planned: Planned) -> None:
+        starter = self._starter
         started = starter.start(name, planned, courtesy.AHEAD)
         if isinstance(started, Failure) or started.process is None:
             return
@@ -151,6 +180,7 @@ class Spares:
             ):  # the first answer allocates; what it says is void
                 await golden.ask(started.launch.address, started.launch.model, starter.proof_timeout_s)
             courtesy.restore(started.process.pid)
+            started.bytes = await asyncio.to_thread(memory_bytes, started.process.pid)
             self._put(name, started, started.launch.address.removeprefix("unix:"))
             log.info("spare_started", spare=name)
         except LoadFailed as e:
@@ -162,17 +192,28 @@ class Spares:
         finally:
             self._ahead = None
 
+    async def give_up(self, name: str) -> None:
+        """End one, where there is one of that name."""
+        if self._planned is not None and self._planned.name == name and self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        running = self._kept.pop(name, None)
+        if running is None:
+            return
+        if running.process is not None:
+            await running.process.end(running.launch.grace_s, self._starter.clock)
+        self._starter.folder.forget(name)
+        self._keeper.changed()
+        log.info("spare_ended", spare=name)
+
     async def end(self) -> None:
         """End all of them, and keep none any more."""
         self._most = 0
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
-        for name, running in list(self._kept.items()):
-            del self._kept[name]
-            if running.process is not None:
-                await running.process.end(running.launch.grace_s, self._starter.clock)
-            self._starter.folder.forget(name)
+        for name in tuple(self._kept):
+            await self.give_up(name)
 
     def release(self) -> None:
         """Let go of them; they run on, to be found again. One that is being started ends."""
@@ -217,6 +258,7 @@ class Spare:
         starter, order = self._starter, planned.order
         began = starter.clock.monotonic()
         running = self._spares.take(found[0])
+        running.was = ""
         process = running.process
         assert process is not None  # noqa: S101  what runs elsewhere is never a spare
         empty = running.launch.empty
