@@ -24,12 +24,16 @@ class Loaded(msgspec.Struct, frozen=True):
 
     Attributes:
         model, version: what it is; ``worker`` where it is, empty at zero.
-        phase: requested, loading (with its stage), ready or draining; ``zero`` for nothing loaded.
-        bytes: resident, as measured when it was loaded; None where it is not known.
+        phase: requested, loading (with its stage), ready, sleeping, asleep, waking or draining; ``zero`` for nothing
+            loaded.
+        tier: how it was made ready the last time: cold, spare, adapter or wake; empty before that.
+        level: of its sleep (1: its weights are in host memory; 2: they are dropped); 0 where it is awake.
+        bytes: of the host, as measured last; None where it is not known.
         load_s: how long it took to load; None where it is not known.
         in_flight: requests; None where the gateways have not said.
         kept_until: UTC; None where ``kept`` says why there is no such time.
-        kept: ``for ever``, ``in use``, ``until``, ``leaving`` or ``asked for next``.
+        kept: ``for ever``, ``in use``, ``until``, ``leaving``, ``while there is room``, ``asked for``,
+            ``loaded when asked for`` or ``woken when asked for``.
     """
 
     model: str
@@ -37,6 +41,8 @@ class Loaded(msgspec.Struct, frozen=True):
     instance: str
     worker: str
     phase: str
+    tier: str
+    level: int
     bytes: int | None
     load_s: float | None
     in_flight: int | None
@@ -57,7 +63,7 @@ def loaded(found: Mapping[str, Any], uses: Mapping[str, Use], now: datetime) -> 
     for name, view in models.items():
         if view.serving.on_demand and view.active and (name, view.active) not in here:
             kept = "asked for" if view.wanted else "loaded when asked for"
-            lines.append(Loaded(name, view.active, "", "", "zero", None, None, None, kept))
+            lines.append(Loaded(name, view.active, "", "", "zero", "", 0, None, None, None, kept))
     return sorted(lines, key=lambda line: (line.model, line.version, line.instance))
 
 
@@ -70,7 +76,9 @@ def _instance(
     kept, until = "for ever", None
     if one.phase == "draining":
         kept = "leaving"
-    elif view is not None and one.phase == "ready" and not routed:
+    elif one.phase == "asleep" and view is not None and view.serving.on_demand and one.version == view.active:
+        kept = "woken when asked for"
+    elif view is not None and one.phase in ("ready", "sleeping", "asleep") and not routed:
         kept = "while there is room"
     elif view is not None and view.serving.on_demand and one.version == view.active and one.phase == "ready":
         keep_s = view.serving.keep_alive_s
@@ -85,6 +93,8 @@ def _instance(
         one.instance,
         worker,
         phase,
+        one.tier,
+        one.level if one.phase in ("sleeping", "asleep", "waking") else 0,
         one.bytes or None,
         one.load_s or None,
         in_flight,

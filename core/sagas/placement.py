@@ -250,7 +250,7 @@ def needed(world: World, model: str) -> tuple[str, ...]:
     found = [state.active] if state.active and not away else []
     found.extend(rule.version for rule in state.rules if rule.version and rule.version not in found)
     if switch is not None and switch.phase not in ENDED:
-        target = "" if switch.holds and switch.phase == "rolling_back" else switch.target
+        target = "" if switch.phase == "rolling_back" else switch.target  # it makes room for what takes its traffic
         found.extend(v for v in (target, switch.to) if v and v not in found)
     return tuple(v for v in found if v in state.versions)  # only what is registered can be loaded
 

@@ -40,7 +40,7 @@ def ps(io: Terminal) -> None:
             io.say("nothing is loaded")
             io.next("turnout register MODEL VERSION --engine fake")
             return DONE
-        made = table("MODEL", "VERSION", "WORKER", "SIZE", "STATE", "IN FLIGHT", "UNTIL")
+        made = table("MODEL", "VERSION", "WORKER", "TIER", "SIZE", "STATE", "IN FLIGHT", "UNTIL")
         io.show(rows(made, [_line(one, client.clock.now()) for one in lines]))
         return DONE
 
@@ -48,7 +48,8 @@ def ps(io: Terminal) -> None:
 
 
 def _line(one: Loaded, now: datetime) -> list[str | Text]:
-    styles = {"ready": "green", "zero": "dim", "draining": "yellow"}
+    styles = {"ready": "green", "zero": "dim", "asleep": "blue", "draining": "yellow"}
+    state = f"{one.phase} (level {one.level})" if one.level else one.phase
     kept = one.kept
     if one.kept_until is not None:
         left_s = max(0.0, (one.kept_until - now).total_seconds())
@@ -57,8 +58,9 @@ def _line(one: Loaded, now: datetime) -> list[str | Text]:
         one.model,
         one.version,
         one.worker or "-",
+        one.tier or "-",
         size(one.bytes) if one.bytes else "-",
-        Text(one.phase, styles.get(one.phase, "cyan")),
+        Text(state, styles.get(one.phase, "cyan")),
         "-" if one.in_flight is None else str(one.in_flight),
         kept,
     ]

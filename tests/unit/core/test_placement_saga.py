@@ -32,7 +32,7 @@ from turnout.events.model import (
     VersionRegistered,
 )
 from turnout.events.route import Endpoint, RouteChanged, Rule, Split
-from turnout.events.switch import InstancesRequested, SwitchAborted
+from turnout.events.switch import InstancesRequested, RollbackStarted, SwitchAborted
 from turnout.events.worker import WorkerJoined, WorkerLost
 
 KEEP_NONE = ModelSwitchingConfig(max_cached_models=0)
@@ -411,3 +411,16 @@ def test_what_serves_is_restored_before_what_only_a_rule_names() -> None:
     commands = [write.command for owed in story.placement().owed for write in owed.writes]
     asked = [(one.model, one.version) for one in commands if isinstance(one, RequestInstance)]
     assert asked == [("chat", "v1"), ("embed", "v1"), ("chat", "v2")]
+
+
+def test_the_target_of_a_rollback_makes_room_for_the_version_that_takes_its_traffic() -> None:
+    story = serving("v1", "v2", capacity=2).asked("v2").instance("i2", "v2")
+    story.carry()
+    story.applied().happens(RollbackStarted("sw-1", 3, "abort", "no", story.now))
+    back = RouteChanged("chat", 3, (Split("v1", 100.0, (Endpoint("i1", "unix:/run/i1"),)),), "sw-1", 1.0, "sw-1")
+    story.happens(back).applied().drained("v2")
+    story.happens(VersionRegistered("embed", "v1", FAKE, "")).instance("i3", "v1", model="embed")
+    story.happens(ActiveVersionChanged("embed", "v1", "", "sw-0"), InstanceFailed("i1", "serving", "crashed")).later(
+        2.0
+    )
+    assert of(story.carry_placement(), InstanceDraining) == [InstanceDraining("i2", "makes room for chat v1")]
