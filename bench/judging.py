@@ -27,6 +27,7 @@ import report
 from turnout.core.judging.judge import Judge, Question
 from turnout.core.judging.judgement import Decision, JudgeSettings
 from turnout.events.health import HealthSampled, Histogram, merged, quantile
+from turnout.workers.gateway.health import ANSWERS_MOST
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 WINDOW = 25  # requests: a quarter of a second at 100/s
@@ -138,6 +139,7 @@ class _Arm:
 
     __slots__ = (
         "all_first",
+        "answers",
         "assigned",
         "bad_users",
         "empty",
@@ -146,6 +148,7 @@ class _Arm:
         "refused",
         "requests",
         "run",
+        "showed",
         "sum_errors",
         "sum_requests",
         "token",
@@ -166,6 +169,8 @@ class _Arm:
         self.requests = self.errors = self.refused = self.unit_errors = 0
         self.assigned = self.users = self.empty = self.unit_empty = 0
         self.first: Histogram = {}
+        self.answers: dict[int, list[int]] = {}
+        self.showed: dict[str, list[int]] = {}
         self.total: Histogram = {}
         self.token: Histogram = {}
         self.tokens: Histogram = {}
@@ -241,6 +246,8 @@ class _World:
             else:
                 arm.run = 0
                 first = max(0, int(first_ms[int(draw() * _POOL)] + pace + late))
+                if user >= 0 and len(bins := arm.answers.setdefault(user, [])) < ANSWERS_MOST:
+                    bins.append(first)
                 if fresh:
                     arm.first[first] = arm.first.get(first, 0) + 1
                     many = max(0, int(tokens[int(draw() * _POOL)]))
@@ -251,8 +258,12 @@ class _World:
                 arm.total[last] = arm.total.get(last, 0) + 1
                 if draw() < (scenario.empty if faulty else EMPTY):
                     arm.empty += 1
-                    arm.unit_empty += user < 0 or here not in self.found_empty
-                    self.found_empty.add(here)
+                    if user < 0:
+                        arm.unit_empty += 1
+                    elif here not in self.found_empty:
+                        arm.unit_empty += 1
+                        arm.showed.setdefault("empty", []).append(user)
+                        self.found_empty.add(here)
             in_window += 1
             if failed or in_window >= WINDOW:
                 in_window = 0
@@ -269,8 +280,10 @@ class _World:
             arm.unit_errors += 1
             return
         arm.bad_users[f"{user:x}"] = arm.bad_users.get(f"{user:x}", 0) + 1
-        arm.unit_errors += here not in self.failed
-        self.failed.add(here)
+        if here not in self.failed:
+            arm.unit_errors += 1
+            arm.showed.setdefault("error", []).append(user)
+            self.failed.add(here)
 
     def _flush(self) -> None:
         """The gateways' samples of both arms, and what each rule says of them."""
@@ -318,7 +331,9 @@ class _World:
                 users=arm.users,
                 bad_users=arm.bad_users,
                 run=arm.run,
-                first_ms={"stream/4k": arm.first} if arm.first else {},
+                first_ms={"stream/4k": arm.first} if arm.first and not arm.answers else {},
+                answers={"stream/4k": arm.answers} if arm.answers else {},
+                showed=arm.showed,
                 token_ms=arm.token,
                 total_ms=arm.total,
                 tokens=arm.tokens,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping  # noqa: TC003  part of public signatures
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -113,6 +114,9 @@ def numbers(samples: Iterable[HealthSampled]) -> Numbers:
         _add(signs, sample.signs)
         for histogram in sample.first_ms.values():
             _add(first, histogram)
+        for answers in sample.answers.values():
+            for bins in answers.values():
+                _add(first, Counter(bins))
         _add(total, sample.total_ms)
         _add(token, sample.token_ms)
     low, high = wilson(errors, requests)

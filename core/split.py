@@ -15,6 +15,8 @@ from collections.abc import Sequence  # noqa: TC003  part of a public signature
 from turnout.events.route import Split  # noqa: TC001  part of a public signature
 
 BUCKETS = 10_000
+#: A sticky user's number in samples of health is its cell: all cells of a bucket are of one version.
+CELLS = 8 * BUCKETS
 
 # The golden ratio's fraction in 64 bits: its multiples fill the buckets evenly from the first request on (Weyl's
 # additive recurrence), so that 1 % is one request in about a hundred and not a run of luck.
@@ -44,14 +46,11 @@ class SplitTable:
             reached += weight
             bounds.append(round(reached / total * BUCKETS))
         self._bounds = bounds
-        # The length before the salt keeps ("ab", "c") and ("a", "bc") apart.
-        self._salted = hashlib.blake2b(b"%d:" % len(salt.encode()) + salt.encode(), digest_size=8)
+        self._salted = _salted(salt)
 
     def bucket(self, key: bytes) -> int:
         """The key's bucket under this salt."""
-        hashed = self._salted.copy()
-        hashed.update(key)
-        return int.from_bytes(hashed.digest(), "little") % BUCKETS
+        return _number(self._salted, key) % BUCKETS
 
     def version_at(self, bucket: int) -> str:
         """The version that owns the bucket."""
@@ -72,6 +71,19 @@ def choose(splits: Sequence[Split], salt: str, key: bytes) -> str:
     return SplitTable(splits, salt).version(key)
 
 
+class Cells:
+    """Sticky key → cell under one salt: ``cell % BUCKETS`` is the key's bucket."""
+
+    __slots__ = ("_salted",)
+
+    def __init__(self, salt: str) -> None:
+        self._salted = _salted(salt)
+
+    def of(self, key: bytes) -> int:
+        """The key's cell, below CELLS."""
+        return _number(self._salted, key) % CELLS
+
+
 class Spread:
     """Buckets for requests without a key: evenly spread, whatever the number of requests.
 
@@ -87,3 +99,14 @@ class Spread:
         """The next one."""
         self._state = (self._state + _GOLDEN) & _MASK
         return self._state * BUCKETS >> 64
+
+
+def _salted(salt: str) -> hashlib.blake2b:
+    # The length before the salt keeps ("ab", "c") and ("a", "bc") apart.
+    return hashlib.blake2b(b"%d:" % len(salt.encode()) + salt.encode(), digest_size=8)
+
+
+def _number(salted: hashlib.blake2b, key: bytes) -> int:
+    hashed = salted.copy()
+    hashed.update(key)
+    return int.from_bytes(hashed.digest(), "little")

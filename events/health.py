@@ -1,8 +1,8 @@
 """What gateways and workers measure. Kept in a stream of its own (HEALTH) with an age limit: evidence, not facts.
 
 A verdict carries the figures that it was decided on, so nothing in the log depends on aged-out samples. No sample holds
-a prompt, an answer or a key: users appear as salted 64-bit hashes, and only those that met a failure. Names here are
-storage format.
+a prompt, an answer or a key. Users appear as salted 64-bit hashes where they met a failure, and while two versions are
+compared as the number of a cell, one of 80 000, which may be that of several users. Names here are storage format.
 """
 
 from __future__ import annotations
@@ -99,9 +99,15 @@ class HealthSampled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="He
         users: distinct sticky users first seen under this revision in this window.
         bad_users: hash → errors in this window, of sticky users with errors; the most 64 with the most.
         run: errors of INFRASTRUCTURE in a row when the window ended, since the last answer.
-        first_ms: stratum → histogram of ms to the first byte, of units' first requests. A stratum is
-            ``<stream|whole>/<size>`` where size is the bin of the prompt's bytes: ``1k``, ``4k``, ``16k``, ``64k``,
-            ``more``.
+        first_ms: stratum → histogram of ms to the first byte, of units' first requests; without those in ``answers``. A
+            stratum is ``<stream|whole>/<size>`` where size is the bin of the prompt's bytes: ``1k``, ``4k``, ``16k``,
+            ``64k``, ``more``.
+        answers: stratum → cell → bins of ms to the first byte, of what sticky users were answered in this window while
+            two versions are compared: the first 4 of a cell, and 256 cells. Where there are more, the same part of the
+            cells is left out of ``answers`` and ``showed``, and of the units in ``unit_errors`` and ``unit_signs``, in
+            both versions.
+        showed: ``error`` or sign → cells of the sticky users among the units in ``unit_errors`` and ``unit_signs``,
+            while two versions are compared; 256 of them.
         token_ms: histogram of ms for a token after the first, one value for each streamed answer of ≥ 16 tokens.
         total_ms: histogram of ms to the last byte, of all requests.
         tokens: histogram of output tokens (events of the stream where the engine does not say) of units' first answers.
@@ -125,6 +131,8 @@ class HealthSampled(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="He
     bad_users: dict[str, int] = {}
     run: int = 0
     first_ms: dict[str, Histogram] = {}
+    answers: dict[str, dict[int, list[int]]] = {}
+    showed: dict[str, list[int]] = {}
     token_ms: Histogram = {}
     total_ms: Histogram = {}
     tokens: Histogram = {}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from turnout.core.judging.kernels import OTHER_TILTS, Evidence, log_sum_exp
 from turnout.core.judging.signals import TAIL, Ceiling, Events, RecordedTails, Scores, Split, Tails, median, p95
 from turnout.core.judging.tally import Arm, Counted
+from turnout.core.judging.users import Users
 from turnout.events.health import HealthSampled, Histogram, ShadowSampled, bin_of
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ class Comparison:
     """
 
     def __init__(self, settings: JudgeSettings, target: str, *, beside: bool, warm: bool) -> None:
-        self.target = Arm()
-        self.source = Arm()
+        self._users = Users(target)
+        self.target = Arm(self._users)
+        self.source = Arm(self._users)
         self.share = 0.0
         self.split_broken = False
         self.split = Split()
@@ -81,6 +83,11 @@ class Comparison:
         return bool(self.target.users or self.source.users)
 
     @property
+    def target_users(self) -> int:
+        """Distinct sticky users of the target, at least."""
+        return max(self.target.users, self._users.of_target)
+
+    @property
     def error_ceiling(self) -> float:
         """Share of requests that may fail now; 0 where there is no ceiling."""
         return 0.0 if self._errors_most is None else self._errors_most.effective
@@ -105,6 +112,7 @@ class Comparison:
         """One window of the source from before the target had all the traffic."""
         self._learn(self.source.take(sample))
         self._recorded_p95.learn(sample.first_ms)
+        self._recorded_p95.learn(self._users.first_answers(sample))
 
     def take_copies(self, sample: ShadowSampled) -> None:
         """One window of copies."""
@@ -171,10 +179,16 @@ class Comparison:
         self._errors.add(share, *failed)
         for name, events in self._signs.items():
             sign = SIGNS[name]
-            events.add(share, mine.unit_signs.get(sign, 0), other.unit_signs.get(sign, 0))
+            counts = [0 if counted is None else counted.unit_signs.get(sign, 0) for counted in (target, source)]
+            events.add(share, *counts)
         scored = self._warm >= WARM_UP
         self._first_byte.add(share, mine.first_ms, other.first_ms, scored)
         self._first_byte_p95.add(share, mine.first_ms, other.first_ms, scored)
+        my_firsts, other_firsts = (self._users.first_answers(sample, scored) for sample in (mine, other))
+        self._first_byte.add_users(share, my_firsts, other_firsts, scored)
+        self._first_byte_p95.add(share, my_firsts, other_firsts, scored)
+        newest = windows[0].sample
+        self._first_byte.add_means(share, self._users.after_a_while(newest.gateway, newest.ended))
         self._token_time.add(share, _one(mine.token_ms), _one(other.token_ms), scored)
         self._tokens.add(share, _one(mine.tokens), _one(other.tokens), scored=True)
         self.split.add(share, self._split_units(mine), self._split_units(other))

@@ -176,7 +176,7 @@ class Judge:
             target_requests=target.requests,
             source_errors=source.errors,
             target_errors=target.errors,
-            target_users=target.users,
+            target_users=self._comparison.target_users,
             seconds=self._windows.seconds,
             missing=", ".join(self._missing()) if decision is Decision.HOLD else "",
             figures=tuple(self._figures()),
@@ -247,7 +247,7 @@ class Judge:
         seconds = self._windows.seconds
         if target.requests < settings.min_requests:
             yield f"{target.requests:,} of {settings.min_requests:,} requests"
-        users = target.users + target.anonymous
+        users = self._comparison.target_users + target.anonymous
         if self._comparison.sticky and users < settings.min_users:
             yield f"{users:,} of {settings.min_users:,} users"
         if seconds < settings.min_seconds:

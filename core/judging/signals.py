@@ -7,7 +7,8 @@ makes the evidence hold at every look.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from turnout.core.judging.kernels import (
     BETTER_TILTS,
@@ -26,6 +27,11 @@ from turnout.core.judging.kernels import (
 )
 from turnout.events.health import BIN_RATIO, Histogram, quantile
 
+if TYPE_CHECKING:
+    from turnout.core.judging.users import Answered
+
+#: (score, how many) of some values.
+_Scored = list[tuple[float, float]]
 #: Stratum → histogram.
 Strata = Mapping[str, Histogram]
 
@@ -41,6 +47,7 @@ _LEAST_SPREAD = 0.05  # of the logarithm: half a bin, where all values are equal
 _SHOWN_FROM = 100  # target's values before an interval of a mean means anything
 _HALF_LIFE = 50.0  # requests of the source after which one counts half: a shared outage is seen at once
 _KNOWN_FROM = 20.0  # requests of the source before its share counts
+_WEIGHT_MOST = 3.0  # of a user with many values; one with a single value has 1
 _SURE = 2.33  # standard errors: one side, 99 %
 
 
@@ -112,6 +119,7 @@ class Scores:
         self._margin = math.log(margin) if margin else 0.0
         self._pooled: dict[str, _Moments] = {}
         self._arms = _Moments(), _Moments()
+        self._within = _Within()
 
     def add(self, share: float, target: Strata, source: Strata, scored: bool) -> None:
         """Values of one window.
@@ -125,7 +133,45 @@ class Scores:
         if not (target or source):
             return
         if scored:
-            self._score(share, target, source)
+            worse, better, usual = self._scores(target, source)
+            self.harm = self.harm.after(which_arm(self._tilts, share, worse, usual))
+            if self.good is not None:
+                self.good = self.good.after(which_arm(BETTER_TILTS, share, better, usual))
+        self._learn(target, source)
+
+    def add_users(self, share: float, target: Strata, source: Strata, scored: bool) -> None:
+        """First values of sticky users: evidence of harm at once, and none of its absence; see ``add_means``."""
+        if not (target or source):
+            return
+        if scored:
+            worse, _, usual = self._scores(target, source)
+            self.harm = self.harm.after(which_arm(self._tilts, share, worse, usual))
+        self._learn(target, source)
+
+    def add_means(self, share: float, users: Sequence[Answered]) -> None:
+        """What sticky users were answered in a while: evidence of no harm.
+
+        The mean of several values varies less than one, so it may weigh more: by how much is learned from the users
+        themselves, whatever their version.
+        """
+        better: _Scored = []
+        usual: _Scored = []
+        for user in users:
+            pooled = self._pooled.get(user.stratum)
+            if pooled is not None and pooled.count >= _LEARN:
+                above_mean = (user.total / user.count + 0.5) * _LOG_BIN - pooled.mean
+                spread = self._within.spread_of_mean(pooled.spread, user.count)
+                weight = pooled.spread / spread
+                if user.is_target:
+                    better.append((weight * score((above_mean - self._margin) / spread), 1.0))
+                else:
+                    usual.append((weight * score(above_mean / spread), 1.0))
+        if self.good is not None and (better or usual):
+            self.good = self.good.after(which_arm(BETTER_TILTS, share, better, usual))
+        for user in users:
+            self._within.learn(user)
+
+    def _learn(self, target: Strata, source: Strata) -> None:
         for arm, strata in enumerate((target, source)):
             for stratum, histogram in strata.items():
                 pooled = self._pooled.setdefault(stratum, _Moments())
@@ -133,10 +179,11 @@ class Scores:
                 self._arms[arm].learn(histogram)
                 _into(self.source if arm else self.target, histogram)
 
-    def _score(self, share: float, target: Strata, source: Strata) -> None:
-        worse: list[tuple[float, float]] = []
-        better: list[tuple[float, float]] = []
-        usual: list[tuple[float, float]] = []
+    def _scores(self, target: Strata, source: Strata) -> tuple[_Scored, _Scored, _Scored]:
+        """Of the target against the tolerance and against the margin, and of the source."""
+        worse: _Scored = []
+        better: _Scored = []
+        usual: _Scored = []
         for stratum, pooled in self._pooled.items():
             if pooled.count < _LEARN:
                 continue
@@ -147,11 +194,7 @@ class Scores:
                 above_mean = (bin + 0.5) * _LOG_BIN - mean
                 worse.append((score((above_mean - self._tolerated) / spread), count))
                 better.append((score((above_mean - self._margin) / spread), count))
-        if not (worse or usual):
-            return
-        self.harm = self.harm.after(which_arm(self._tilts, share, worse, usual))
-        if self.good is not None:
-            self.good = self.good.after(which_arm(BETTER_TILTS, share, better, usual))
+        return worse, better, usual
 
     def limits(self) -> tuple[float | None, float | None]:
         """Confidence limits of target / source (geometric means); None where there are none yet."""
@@ -286,6 +329,26 @@ class _Moments:
     @property
     def spread(self) -> float:
         return max(_LEAST_SPREAD, math.sqrt(max(0.0, self._squares / self.count - self.mean**2)))
+
+
+class _Within:
+    """How much the values of one user differ among themselves."""
+
+    def __init__(self) -> None:
+        self._squares = 0.0
+        self._freedom = 0
+
+    def learn(self, user: Answered) -> None:
+        self._squares += (user.squares - user.total * user.total / user.count) * _LOG_BIN**2
+        self._freedom += user.count - 1
+
+    def spread_of_mean(self, spread: float, count: int) -> float:
+        """Of the mean of so many values of one user, where a single value of any user has ``spread``."""
+        if self._freedom < _LEARN:
+            return spread
+        whole = spread * spread
+        within = min(self._squares / self._freedom, whole)
+        return max(math.sqrt(whole - within + within / count), spread / _WEIGHT_MOST)
 
 
 def p95(histogram: Histogram) -> float | None:

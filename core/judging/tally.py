@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from datetime import datetime  # noqa: TC003  part of public signatures
 
 import msgspec
 
+from turnout.core.judging.users import Users  # noqa: TC001  part of public signatures
 from turnout.events.health import (
     INFRASTRUCTURE,
     HealthEvent,
@@ -35,22 +37,24 @@ class Arm:
         units: that the split assigned.
         unit_errors: units with an error, each once for all gateways and revisions.
         anonymous: units without a sticky key.
-        signs, unit_signs: sign → requests, units.
+        signs: sign → requests.
         total_ms: to the last byte.
+
+    Args:
+        users_of: the step's users, of both arms.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, users_of: Users) -> None:
         self.requests = 0
         self.errors = 0
         self.units = 0
         self.unit_errors = 0
         self.anonymous = 0
         self.signs: dict[str, int] = {}
-        self.unit_signs: dict[str, int] = {}
         self.total_ms: Histogram = {}
+        self._users_of = users_of
         self._users: dict[tuple[str, int], int] = {}
         self._failed: dict[str, int] = {}
-        self._failed_in: set[tuple[str, int, str]] = set()
 
     @property
     def users(self) -> int:
@@ -70,16 +74,14 @@ class Arm:
     def take(self, sample: HealthSampled) -> Counted:
         """Count one window."""
         requests = sample.requests - sum([sample.outcomes.get(outcome, 0) for outcome in NOT_JUDGED])
-        known = forgiven = 0
+        forgiven = 0
         for user, count in sample.bad_users.items():
             before = self._failed.get(user, 0)
-            here = (sample.gateway, sample.revision, user)
-            if before and here not in self._failed_in:
-                known += 1
-            self._failed_in.add(here)
             self._failed[user] = before + count
             forgiven += count - max(0, min(USER_MOST - before, count))
-        unit_errors = max(0, sample.unit_errors - known)
+        again = {what: self._users_of.again(what, cells) for what, cells in sample.showed.items()}
+        unit_errors = max(0, sample.unit_errors - again.get("error", 0))
+        unit_signs = {sign: max(0, count - again.get(sign, 0)) for sign, count in sample.unit_signs.items()}
         self.requests += requests
         self.errors += sample.errors
         self.units += sample.assigned
@@ -89,10 +91,9 @@ class Arm:
             where = (sample.gateway, sample.revision)
             self._users[where] = self._users.get(where, 0) + sample.users
         _add(self.signs, sample.signs)
-        _add(self.unit_signs, sample.unit_signs)
         for bin, count in sample.total_ms.items():
             self.total_ms[bin] = self.total_ms.get(bin, 0) + count
-        return Counted(sample, requests, unit_errors, min(forgiven, sample.errors))
+        return Counted(sample, requests, unit_errors, unit_signs, min(forgiven, sample.errors))
 
     def take_copies(self, sample: ShadowSampled) -> int:
         """Count one window of copies; returns how many failed."""
@@ -112,12 +113,14 @@ class Counted(msgspec.Struct, frozen=True, gc=False):
         sample: as it came.
         requests: that say something about the version.
         unit_errors: units whose first error of the step this is.
+        unit_signs: sign → units that show it for the first time in the step.
         forgiven: errors of users that had their share of them already.
     """
 
     sample: HealthSampled
     requests: int
     unit_errors: int
+    unit_signs: dict[str, int]
     forgiven: int
 
 
@@ -223,6 +226,8 @@ def unreadable(event: HealthEvent) -> str:
         return _odd_counts((*counts, *alone), event.signs) or _odd_histograms((event.copy_ms, event.primary_ms))
     if not (math.isfinite(event.share) and 0.0 <= event.share <= 1.0):
         return f"its share is {event.share}"
+    if any(not bins for answers in event.answers.values() for bins in answers.values()):
+        return "a user has no answer"
     single = (event.requests, event.assigned, event.unit_errors, event.users, event.run)
     tables = (event.outcomes, event.signs, event.unit_signs, event.bad_users)
     if odd := _odd_counts(single, *tables):
@@ -231,7 +236,8 @@ def unreadable(event: HealthEvent) -> str:
         return f"{event.users} of {event.assigned} units are users"
     if sum(event.outcomes.values()) > event.requests:
         return f"{sum(event.outcomes.values())} of {event.requests} requests have ended"
-    return _odd_histograms((*event.first_ms.values(), event.token_ms, event.total_ms, event.tokens))
+    answers = [Counter(bins) for answers in event.answers.values() for bins in answers.values()]
+    return _odd_histograms((*event.first_ms.values(), *answers, event.token_ms, event.total_ms, event.tokens))
 
 
 def _odd_counts(single: tuple[int, ...], *tables: dict[str, int]) -> str:

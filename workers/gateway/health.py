@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from turnout.core.split import CELLS, Cells
 from turnout.events.health import (
     BIN_RATIO,
     ERRORS,
@@ -45,6 +46,9 @@ USERS_MOST = 100_000
 #: Users with errors that a sample names, and that a window remembers.
 BAD_USERS_MOST = 64
 _BAD_USERS_KEPT = 4096
+#: Users whose answers a sample has, each of them as often, and users of each sign that it names.
+NAMED_MOST = 256
+ANSWERS_MOST = 4
 #: A first byte counts as slow after so many times the model's usual p95, and after this many seconds at least.
 SLOW_TIMES = 4.0
 SLOW_LEAST_S = 1.0
@@ -54,6 +58,9 @@ _PACE_LEAST = 50
 _PACE_MOST = 20_000
 #: Fewer tokens than this tell nothing of the time that one takes.
 TIMED_TOKENS = 16
+
+#: Has no factor in common with CELLS and is 0.618 of it, so that multiples are spread evenly.
+_GOLDEN = 49_443
 
 _SIZES = (1024, 4096, 16_384, 65_536)
 _SIZE_NAMES = ("1k", "4k", "16k", "64k", "more")
@@ -69,12 +76,18 @@ class Users:
 
     All versions share one table: where it is full, half of the users are let go of in all versions alike, so that the
     shares of the versions stay what they are.
+
+    Args:
+        salt: of the route: by it all gateways give a user the same cell.
+        most: how many users are remembered.
     """
 
-    __slots__ = ("_marks", "_mask", "_most", "_seen")
+    __slots__ = ("_cell_of", "_cells", "_marks", "_mask", "_most", "_seen")
 
-    def __init__(self, most: int = USERS_MOST) -> None:
+    def __init__(self, salt: str = "", most: int = USERS_MOST) -> None:
         self._most = most
+        self._cells = Cells(salt)
+        self._cell_of: dict[int, int] = {}
         self._mask = 0  # of the bits that are 0 in the hashes of sampled users
         self._seen: set[int] = set()
         self._marks: dict[str, set[int]] = {}
@@ -101,6 +114,16 @@ class Users:
     def marks(self, what: str) -> tuple[set[int], int]:
         """The hashes of those who have shown it, and the bits that are 0 in the hashes of the sample."""
         return self._marks.setdefault(what, set()), self._mask
+
+    def cell(self, key: bytes) -> int:
+        """The user's number in samples."""
+        hashed = hash(key)
+        found = self._cell_of.get(hashed)
+        if found is None:
+            if len(self._cell_of) > self._most:
+                self._cell_of.clear()
+            found = self._cell_of[hashed] = self._cells.of(key)
+        return found
 
     def _thin(self) -> None:
         self._mask = mask = self._mask << 1 | 1
@@ -158,6 +181,7 @@ class Tally:
     """
 
     __slots__ = (
+        "_answers",
         "_assigned",
         "_bad_users",
         "_begun",
@@ -169,6 +193,7 @@ class Tally:
         "_of",
         "_ok",
         "_outcomes",
+        "_showed",
         "_signs",
         "_slow_ms",
         "_token_ms",
@@ -219,6 +244,8 @@ class Tally:
         self._bad_users: dict[bytes, int] = {}
         self._first_ms: list[list[int] | None] = [None] * len(_STRATA)
         self._slow_ms: dict[str, Histogram] = {}
+        self._answers: dict[str, dict[int, list[int]]] = {}
+        self._showed: dict[str, list[int]] = {}
         self._token_ms: Histogram = {}
         self._total_ms = _NO_COUNTS.copy()
         self._tokens: Histogram = {}
@@ -244,7 +271,9 @@ class Tally:
         """The first byte of a good answer came, and the last one with it where it is ``complete``."""
         self._of.run = 0
         bin = bisect_right(_BOUNDS_S, seconds)
-        if self._is_first("answer", key):
+        if key and self.looks is not None:
+            self._answer(key, _STRATA[_stratum(size, stream)], bin)
+        elif self._is_first("answer", key):
             self._first(size, stream)[bin] += 1
         if complete:
             self._total_ms[bin] += 1
@@ -275,13 +304,17 @@ class Tally:
             self._bad_users[key] = self._bad_users.get(key, 0) + 1
         if self._is_first("error", key):
             self._unit_errors += 1
+            self._show("error", key)
         if self._hurry is not None:
             self._hurry()
 
     def slow(self, seconds: float, key: bytes | None, stream: bool, size: int) -> None:
         """No first byte after the slow threshold: its time so far counts, as nobody knows when the rest comes."""
-        if self._is_first("answer", key):
-            _count(self._slow_ms.setdefault(_STRATA[_stratum(size, stream)], {}), seconds * 1000.0)
+        stratum = _STRATA[_stratum(size, stream)]
+        if key and self.looks is not None:
+            self._answer(key, stratum, bisect_right(_BOUNDS_S, seconds))
+        elif self._is_first("answer", key):
+            _count(self._slow_ms.setdefault(stratum, {}), seconds * 1000.0)
         self._sign("slow", key)
 
     def saw(self, seen: Seen, key: bytes | None, seconds: float) -> None:
@@ -299,6 +332,18 @@ class Tally:
         self._signs[sign] = self._signs.get(sign, 0) + 1
         if self._is_first(sign, key):
             self._unit_signs[sign] = self._unit_signs.get(sign, 0) + 1
+            self._show(sign, key)
+
+    def _show(self, what: str, key: bytes | None) -> None:
+        """A unit has shown it; where it is a user who is compared, tell which."""
+        if key and self.looks is not None:
+            self._showed.setdefault(what, []).append(self._users.cell(key))
+
+    def _answer(self, key: bytes, stratum: str, bin: int) -> None:
+        """A user who is compared was answered."""
+        bins = self._answers.setdefault(stratum, {}).setdefault(self._users.cell(key), [])
+        if len(bins) < ANSWERS_MOST:
+            bins.append(bin)
 
     def _is_first(self, what: str, key: bytes | None) -> bool:
         """Whether its unit shows this for the first time; a request without a key is a unit of its own."""
@@ -327,9 +372,13 @@ class Tally:
             self._begun.clear()
         if self._done:
             total_ms, (marked, mask) = self._total_ms, self._users.marks("answer")
+            compared = self.looks is not None
             for key, seconds, size in self._done:
                 bin = bisect_right(_BOUNDS_S, seconds)
                 total_ms[bin] += 1
+                if key and compared:
+                    self._answer(key, _STRATA[_stratum(size, stream=False)], bin)
+                    continue
                 if key:  # as _is_first, which is too slow for this
                     hashed = hash(key)
                     if hashed in marked or hashed & mask:
@@ -352,6 +401,23 @@ class Tally:
         """Of the window that has not ended."""
         return self._signs
 
+    def named(self) -> Iterator[tuple[str, list[int] | dict[int, list[int]]]]:
+        """What the window has of users: stratum and sign → cells."""
+        yield from self._answers.items()
+        yield from self._showed.items()
+
+    def keep(self, what: str, most: int) -> None:
+        """Leave all users out but those with a cell that is one of the first ``most`` in a fixed order."""
+        if (answers := self._answers.get(what)) is not None:
+            self._answers[what] = {cell: bins for cell, bins in answers.items() if _order(cell) < most}
+            return
+        showed = self._showed.get(what, [])
+        kept = self._showed[what] = [cell for cell in showed if _order(cell) < most]
+        if what == "error":
+            self._unit_errors -= len(showed) - len(kept)
+        elif showed:
+            self._unit_signs[what] -= len(showed) - len(kept)
+
     def sample(self, gateway: str, started: datetime, ended: datetime) -> HealthSampled | None:
         """End the window; None where there is nothing to say of it."""
         of, outcomes = self._of, self.open_outcomes()
@@ -364,6 +430,8 @@ class Tally:
         if self.share >= _USUAL_SHARE:
             for histogram in first_ms.values():
                 self._model.learn(histogram)
+            for answers in self._answers.values():
+                self._model.learn_answers(answers)
         for stratum, histogram in self._slow_ms.items():
             first_ms[stratum] = merged(first_ms.get(stratum, {}), histogram)
         worst = sorted(self._bad_users.items(), key=lambda item: (-item[1], item[0]))[:BAD_USERS_MOST]
@@ -386,6 +454,8 @@ class Tally:
             bad_users={self._model.pseudonym(key): count for key, count in worst},
             run=of.run,
             first_ms=first_ms,
+            answers=self._answers,
+            showed=self._showed,
             token_ms=self._token_ms,
             total_ms=_histogram(self._total_ms),
             tokens=self._tokens,
@@ -513,6 +583,11 @@ class _Model:
             usual_ms = quantile(self._pace, 0.95) or 0.0
             self.slow_s = max(SLOW_LEAST_S, SLOW_TIMES * usual_ms / 1000.0)
 
+    def learn_answers(self, answers: dict[int, list[int]]) -> None:
+        """The same from what users were answered; of what is slow nobody knows when it came."""
+        slow = bisect_right(_BOUNDS_S, self.slow_s) if self.slow_s else len(_BOUNDS_S)
+        self.learn(Counter([bin for bins in answers.values() for bin in bins if bin < slow]))
+
     def version(self, name: str) -> _Version:
         found = self.versions.get(name)
         if found is None:
@@ -523,10 +598,25 @@ class _Model:
         """End all windows together."""
         self.looks.left = min(LOOKS_PER_S, max(0.0, self.looks.left) + (now - self.sampled_at) * LOOKS_PER_S)
         started, self.started, self.sampled_at = self.started, utc, now
+        self._thin()
         for tally in self.tallies:
             if (made := tally.sample(gateway, started, utc)) is not None:
                 yield made
         self.tallies = [tally for tally in self.tallies if tally.running or tally.revision == self.revision]
+
+    def _thin(self) -> None:
+        """Let go of users where a sample would name too many: of the same part of them in all versions."""
+        tallies = [tally for tally in self.tallies if isinstance(tally, Tally)]
+        for tally in tallies:
+            tally.digest()
+        crowded = {what for tally in tallies for what, cells in tally.named() if len(cells) > NAMED_MOST}
+        most = CELLS
+        while crowded:
+            most //= 2
+            for what in crowded:
+                for tally in tallies:
+                    tally.keep(what, most)
+            crowded = {what for tally in tallies for what, cells in tally.named() if len(cells) > NAMED_MOST}
 
 
 class HealthCollector:
@@ -554,7 +644,7 @@ class HealthCollector:
         model.salted(route.salt)
         compared = sum(split.weight > 0 for split in route.splits) > 1 or bool(route.mirrors)
         model.moving = compared or bool(route.candidate)
-        users = Users()
+        users = Users(route.salt)
         shadows = tuple(ShadowTally(model, model.version(mirror.version), route.revision) for mirror in route.mirrors)
         shares = assigned_shares(route)
         tallies = tuple(
@@ -633,6 +723,11 @@ def assigned_shares(route: RouteView) -> dict[str, float]:
         if split.weight > 0:
             shares[split.version if split.endpoints else heaviest] += split.weight / total
     return shares
+
+
+def _order(cell: int) -> int:
+    """An order of the cells in which any first part of them is spread over all versions by their shares."""
+    return cell * _GOLDEN % CELLS
 
 
 def _add(totals: dict[str, int], counts: dict[str, int]) -> None:

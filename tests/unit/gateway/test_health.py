@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turnout.core.split import BUCKETS, SplitTable
 from turnout.events.health import HealthEvent, HealthSampled, bin_of, decode, encode
 from turnout.events.route import Endpoint, Split
 from turnout.projections.routing import RouteView
@@ -179,7 +180,8 @@ def test_a_user_is_one_unit_of_a_revision_however_often_it_asks_and_fails() -> N
     (sample,) = rig.take(0.25)
     assert (sample.requests, sample.errors) == (5, 3)
     assert (sample.assigned, sample.users, sample.unit_errors) == (2, 2, 2)
-    assert sum(sample.first_ms["whole/1k"].values()) == 1, "the first request of each unit only"
+    assert [len(bins) for bins in sample.answers["whole/1k"].values()] == [2], "both good answers of one user"
+    assert sample.first_ms == {}, "what a user was answered is not counted twice"
     assert sorted(sample.bad_users.values()) == [1, 2]
     rig.request("v2", "http_error", b"alice")
     (again,) = rig.take(0.25)
@@ -212,6 +214,46 @@ def test_a_sample_names_no_more_than_64_users() -> None:
     (sample,) = rig.take(0.25)
     assert len(sample.bad_users) == 64
     assert max(sample.bad_users.values()) == 2
+
+
+def test_two_gateways_give_a_user_the_same_cell_and_it_is_of_the_bucket_that_chose_the_version() -> None:
+    cells: list[int] = []
+    for rig in (Rig(), Rig()):
+        rig.route(V1, V2)
+        rig.request("v2", "ok", b"alice")
+        rig.request("v2", "cut", b"alice")
+        (sample,) = rig.take(0.25)
+        cells += [*sample.answers["whole/1k"], *sample.showed["error"]]
+    assert len(set(cells)) == 1
+    assert cells[0] % BUCKETS == SplitTable((V1, V2), "sw-1").bucket(b"alice")
+
+
+def test_users_are_named_only_while_two_versions_are_compared() -> None:
+    rig = Rig(interval_s=0.25)
+    rig.route(V1)
+    rig.request("v1", "ok", b"alice")
+    rig.request("v1", "cut", b"alice")
+    (sample,) = rig.take(0.25)
+    assert (sample.answers, sample.showed) == ({}, {})
+    assert sum(sample.first_ms["whole/1k"].values()) == sample.unit_errors == 1
+
+
+def test_a_crowded_window_names_the_same_part_of_the_users_of_both_versions() -> None:
+    named: list[dict[str, set[int]]] = []
+    for rig in (Rig(), Rig()):
+        rig.route(V1, V2)
+        table = SplitTable((V1, V2), "sw-1")
+        for n in range(2000):
+            key = b"user-%d" % n
+            rig.request(table.version(key), "http_error" if n % 2 else "ok", key)
+        sent = {sample.version: sample for sample in rig.take(0.25)}
+        for sample in sent.values():
+            assert sample.unit_errors == len(sample.showed["error"]) <= 256
+            assert len(encode(sample)) < 64 * 1024
+        assert 0.05 < len(sent["v2"].answers["whole/1k"]) / len(sent["v1"].answers["whole/1k"]) < 0.2
+        named.append({version: {*sample.answers["whole/1k"]} for version, sample in sent.items()})
+    assert named[0] == named[1]
+    assert 100 < len(named[0]["v1"]) <= 256
 
 
 def test_a_request_that_a_pin_has_brought_is_counted_and_compared_with_nothing() -> None:
@@ -276,7 +318,7 @@ def test_a_first_byte_that_does_not_come_counts_when_the_clock_passes_not_when_i
     tally.slow(4.0, b"alice", stream=True, size=2000)
     (sample,) = rig.take(0.25)
     assert (sample.signs, sample.unit_signs, sample.requests) == ({"slow": 1}, {"slow": 1}, 0)
-    assert sample.first_ms == {"stream/4k": {bin_of(4000): 1}}
+    assert list(sample.answers["stream/4k"].values()) == [[bin_of(4000)]]
 
 
 def test_no_more_answers_are_read_than_the_budget_allows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -289,15 +290,70 @@ def test_times_of_a_token_decide_nothing_where_users_are_sticky() -> None:
     assert judgement.decision is Decision.HOLD
 
 
-def test_a_user_is_the_same_one_through_every_gateway() -> None:
-    def e_of_errors(users: tuple[str, str]) -> float:
-        events: list[HealthEvent] = []
-        for name, user in zip(("g1", "g2"), users, strict=True):
-            gateway = Gateway(name)
-            events += gateway.window(gateway.of("v1", 9), gateway.of("v2", failed=1, users=1, bad_users={user: 1}))
-        return figure(judged(events), "errors").e
+def through_two_gateways(cells: tuple[int, int], order: tuple[str, str]) -> Judgement:
+    """A user of the target fails, and gets an empty answer and a slow one, at each of two gateways; no other does."""
+    gateways = {name: Gateway(name) for name in ("g1", "g2")}
+    events: list[HealthEvent] = []
+    for number, gateway in enumerate(gateways.values()):
+        many = {"stream/4k": {400 * number + n + 100: [50 + n % 5] for n in range(400)}}
+        events += gateway.window(gateway.of("v1", 400, users=400, answers=many))
+    cell_of = dict(zip(gateways, cells, strict=True))
+    for name in order:
+        gateway, cell = gateways[name], cell_of[name]
+        user = gateway.of(
+            "v2",
+            1,
+            failed=1,
+            users=1,
+            signs={"empty": 1},
+            bad_users={f"u{cell}": 1},
+            answers={"stream/4k": {cell: [70]}},
+            showed={"error": [cell], "empty": [cell]},
+        )
+        events += gateway.window(gateway.of("v1", 1, assigned=0), user)
+        events += gateway.window(gateway.of("v1", 1, assigned=0))
+    return judged(events)
 
-    assert e_of_errors(("u1", "u1")) < e_of_errors(("u1", "u2"))
+
+@pytest.mark.parametrize("name", ["errors", "empty", "first_byte", "first_byte_p95"])
+def test_a_user_counts_once_whichever_gateways_saw_it(name: str) -> None:
+    same = through_two_gateways((1, 1), ("g1", "g2"))
+    two = through_two_gateways((1, 2), ("g1", "g2"))
+
+    assert figure(two, name).e > figure(same, name).e
+    assert (same.target_users, two.target_users) == (1, 2)
+
+
+def test_which_gateway_is_heard_of_first_does_not_matter() -> None:
+    assert through_two_gateways((1, 1), ("g1", "g2")) == through_two_gateways((1, 1), ("g2", "g1"))
+
+
+def test_a_revision_within_the_step_does_not_make_a_user_a_new_one() -> None:
+    first, again = (Gateway(revision=revision) for revision in (5, 6))
+    events: list[HealthEvent] = []
+    for gateway in (first, again):
+        failed = gateway.of("v2", failed=1, users=1, bad_users={"u1": 1}, showed={"error": [1]})
+        events += gateway.window(gateway.of("v1", 9), failed)
+
+    assert figure(judged(events), "errors").e == figure(judged(first.sent), "errors").e
+
+
+def test_users_pass_with_the_mean_of_their_answers_where_their_first_ones_say_too_little() -> None:
+    def passes(answers: int) -> bool:
+        gateway = Gateway(share=0.5)
+        noise = itertools.cycle([n * 37 % 29 - 14 for n in range(29)])
+        for n in range(80):
+            v1, v2 = (
+                {"stream/4k": {4 * n + user: [50 + next(noise) for _ in range(answers)] for user in users}}
+                for users in ((0, 1), (2, 3))
+            )
+            windows = gateway.of("v1", 2, users=2, answers=v1), gateway.of("v2", 2, users=2, answers=v2)
+            gateway.window(*windows, seconds=1.0)
+        gateway.window(gateway.of("v1", 1, assigned=0), seconds=30.0)
+        return judged(gateway.sent, settled(compare=("first_byte",))).decision is Decision.PASS
+
+    assert not passes(1)
+    assert passes(4)
 
 
 def test_five_failures_of_one_user_stop_the_rollout_and_say_whose_they_were() -> None:
