@@ -126,9 +126,9 @@ class Figure(msgspec.Struct, frozen=True, gc=False):
             ``shadow_errors``.
         source: the source's value (a share, ms, tokens); None where there is none.
         target: the target's.
-        e: evidence of harm so far in this step (1 at the start; e-value).
+        e: evidence of harm so far in this step (1 at the start; e-value). A number in any case, 1e300 at most.
         e_needed: from there on it is enough.
-        e_good: evidence of no harm, None where the metric is not asked for promotion.
+        e_good: evidence of no harm, like ``e``; None where the metric is not asked for promotion.
         e_good_needed: from there on it is enough.
         low, high: confidence limits of target/source, None where they make no sense yet.
     """

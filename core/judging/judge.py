@@ -28,6 +28,9 @@ UNREADABLE_MOST = 4
 #: Probes of one instance in a row that are more than a hiccup.
 PROBES_MOST = 3
 
+#: Every e-value that is told is a finite number: JSON has no infinity, and it would become null.
+E_MOST = 1e300
+
 #: Parts of the one error budget, by how the target is judged.
 WEIGHTS: dict[str, dict[str, float]] = {
     "compared": {
@@ -353,4 +356,5 @@ class Judge:
 
 
 def _exp(log_e: float) -> float:
-    return math.exp(min(log_e, 700.0))
+    """The e-value, E_MOST at most."""
+    return E_MOST if log_e >= math.log(E_MOST) else math.exp(log_e)

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 import openai
 import pytest
-from tests.process.system.cluster import Cluster, Stage, on_stage
-from tests.process.system.traffic import ask, exchange, get
+from tests.process.system.cluster import Cluster, Stage, alone, on_stage
+from tests.process.system.traffic import Reply, ask, exchange, get
 
 from turnout.core.handling import StopSwitch, UndoModel
-from turnout.core.model import DeregisterVersion
+from turnout.core.model import DeregisterVersion, SetServing
+from turnout.core.world import World
 from turnout.events.gateway import RouteApplied, VersionDrained
 from turnout.events.instance import InstanceRequested
-from turnout.events.model import ActiveVersionChanged
+from turnout.events.model import ActiveVersionChanged, DemandEnded, DemandSeen, Serving
 from turnout.events.route import RouteChanged
 from turnout.events.switch import BakeStarted, StepStarted
 from turnout.workers.client import CommandRejected
@@ -25,10 +26,21 @@ from turnout.workers.load import Clients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from datetime import datetime
 
 pytestmark = [pytest.mark.process, pytest.mark.nats]
 
 ARGS = ("--token-ms=10", "--tokens=400")
+#: A worker with a place for one engine, and how long a model may keep it while the other one waits.
+ONE_PLACE = """
+[worker]
+quiet_s = 0.2
+capacity = 1
+
+[gateway]
+shutdown_s = 2.0
+"""
+RESIDENCY_S = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +197,8 @@ async def test_complaint_6_random_commands_never_leave_the_routed_version_withou
             elif kind == 3:
                 await c.client.send("switch.abort", StopSwitch(c.world.models["chat"].switch or "sw-none"))
             elif kind == 4:
-                await c.client.send("model.undo", UndoModel("chat"))
+                model = c.world.models["chat"]
+                await c.client.send("model.undo", UndoModel("chat", to="" if model.switch else model.undo_target))
             else:
                 await c.client.send("version.deregister", DeregisterVersion("chat", version))
                 await c.register(version, *ARGS)
@@ -231,6 +244,54 @@ async def test_complaint_7_the_model_is_never_missing_while_it_is_switched(c: Cl
     (await c.history()).clean()
     assert set(listed) == {(200, True)}
     assert len(listed) > 20
+
+
+def test_complaint_8_two_clients_of_two_models_on_one_place_do_not_unload_each_others_model() -> None:
+    alone(lambda: Cluster(base=ONE_PLACE, gateways=2), _two_clients)
+
+
+async def _two_clients(c: Cluster) -> None:
+    models = ("alpha", "beta")
+    for model in models:
+        await c.register("v1", "--load-seconds=0.2", "--token-ms=5", "--tokens=10", model=model)
+        await c.client.send("model.serving", SetServing(model, Serving(on_demand=True, residency_s=RESIDENCY_S)))
+
+    def known() -> bool:
+        applied = {(e.gateway, e.model) for s in c.seen if isinstance(e := s.recorded.event, RouteApplied)}
+        return applied >= {(gateway, model) for gateway in c.world.live_gateways for model in models}
+
+    await c.until(known, "both gateways know that requests for both models wait")
+
+    async def client(model: str) -> list[Reply]:
+        urls = list(c.gateways.values())
+        return [await ask(urls[n % 2], model, c.clock, stream=n % 5 != 0, tokens=10) for n in range(100)]
+
+    # when each asks for its own, a hundred times, and there is a place for one of the two
+    replies = await asyncio.gather(*(client(model) for model in models))
+    # then every answer is whole
+    assert {(r.status, r.outcome, r.reason) for each in replies for r in each} == {(200, "ok", "")}
+    await c.caught_up()
+    log = [seen.recorded for seen in c.seen]
+    # and they were served in turns: a model stays while it may, before it makes room for the one that waits
+    came: dict[str, datetime] = {}
+    swaps = 0
+    for recorded in log:
+        event = recorded.event
+        if isinstance(event, DemandSeen):
+            came[event.model] = event.at
+        elif isinstance(event, DemandEnded):
+            assert event.cause == "room"
+            assert (event.at - came[event.model]).total_seconds() >= RESIDENCY_S
+            swaps += 1
+    assert 1 <= swaps <= 10
+    # and never were two engines alive, nor one started twice for the same turn
+    fold, most = World(), 0
+    for recorded in log:
+        fold.apply(recorded)
+        most = max(most, len(fold.alive))
+    assert most == 1
+    starts = [r.event for r in log if isinstance(r.event, InstanceRequested)]
+    assert len(starts) == swaps + 1
 
 
 @on_stage

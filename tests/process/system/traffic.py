@@ -189,7 +189,9 @@ def _said(answer: Answer, stream: bool) -> str:
     """The text of an answer with status 200."""
     if not stream:
         return str(json.loads(answer.body)["choices"][0]["message"]["content"])
-    events = [e for e in answer.body.replace(b"\r\n", b"\n").split(b"\n\n") if e.strip()]
+    lines = answer.body.replace(b"\r\n", b"\n").split(b"\n")
+    said = b"\n".join(line for line in lines if not line.startswith(b":"))  # what waits is kept open with comments
+    events = [e for e in said.split(b"\n\n") if e.strip()]
     words: list[str] = []
     finish = ""
     for event in events:

@@ -22,6 +22,7 @@ from tests.unit.judging.traffic import (
     spread,
 )
 
+from turnout.core.judging.judge import E_MOST
 from turnout.core.judging.judgement import Decision, Judgement
 from turnout.events.health import HealthEvent, ShadowSampled
 
@@ -538,4 +539,19 @@ def test_any_samples_give_a_judgement_and_the_same_ones_the_same_bytes(
 
     assert msgspec.json.encode(first) == msgspec.json.encode(second)
     assert first.reason
-    assert all(math.isfinite(one.e) for one in first.figures)
+    assert msgspec.json.decode(msgspec.json.encode(first), type=Judgement) == first, "what is no number becomes null"
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.0])
+def test_evidence_beyond_all_bounds_is_still_a_number_in_json(rate: float) -> None:
+    ceiling = msgspec.structs.replace(QUESTION.settings, error_ceiling=rate or 1e-300)
+    gateway = Gateway(share=0.5)
+    for _ in range(40):
+        gateway.window(
+            gateway.of("v1", 50_000, first_ms=5.0, total_ms=9.0), gateway.of("v2", failed=50_000, refused=50_000)
+        )
+    told = judged(gateway.sent, msgspec.structs.replace(QUESTION, settings=ceiling))
+    read = msgspec.json.decode(msgspec.json.encode(told), type=Judgement)
+    assert figure(read, "errors").e == E_MOST
+    assert read == told
+    assert read.decision is Decision.FAIL
