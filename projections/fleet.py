@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from turnout.events.envelope import Recorded
 
 
+#: Views of gateways that are gone which are kept, the newest: each gateway process has an id of its own.
+GONE_MOST = 100
+
+
 class InstanceView(msgspec.Struct):
     """One instance that has not ended.
 
@@ -346,7 +350,11 @@ def _name(model: str, version: str) -> str:
 
 
 class Gateways(Fold):
-    """Fold of the gateway events."""
+    """Fold of the gateway events.
+
+    Attributes:
+        gateways: id → view, those that are live and the newest that are gone.
+    """
 
     kind = "gateway"
 
@@ -360,6 +368,8 @@ class Gateways(Fold):
             }
         )
         self.gateways: dict[str, GatewayView] = {}
+        #: Those that are gone, in the order in which they went.
+        self._gone: dict[str, None] = {}
 
     def view(self, id: str) -> GatewayView | None:
         """The view of one gateway."""
@@ -368,28 +378,39 @@ class Gateways(Fold):
     def _route_applied(self, event: RouteApplied, recorded: Recorded) -> None:
         # spelled out, not by _gateway: a third of all events in a log are of this type
         gateway = event.gateway
-        self.changed.add(gateway)
         view = self.gateways.get(gateway)
-        if view is None:
-            view = self.gateways[gateway] = GatewayView(gateway)
+        if view is None:  # a late report of one that is forgotten: as long as it does not join, it is gone
+            return
+        self.changed.add(gateway)
         applied = view.applied
         if event.revision > applied.get(event.model, 0):
             applied[event.model] = event.revision
 
     def _gateway_joined(self, event: GatewayJoined, recorded: Recorded) -> None:
-        view = self._gateway(event.gateway)
+        view = self.gateways.get(event.gateway)
+        if view is None:
+            view = self.gateways[event.gateway] = GatewayView(event.gateway)
         view.address = event.address
         view.state = "live"
+        self._gone.pop(event.gateway, None)
+        self.changed.add(event.gateway)
 
     def _gateway_lost(self, event: GatewayLost, recorded: Recorded) -> None:
-        self._gateway(event.gateway).state = "lost"
+        self._go(event.gateway, "lost")
 
     def _gateway_left(self, event: GatewayLeft, recorded: Recorded) -> None:
-        self._gateway(event.gateway).state = "left"
+        self._go(event.gateway, "left")
 
-    def _gateway(self, gateway: str) -> GatewayView:
-        self.changed.add(gateway)
+    def _go(self, gateway: str, state: str) -> None:
+        """It is gone; the one that went longest ago is forgotten. A lost one that comes back joins anew."""
         view = self.gateways.get(gateway)
         if view is None:
-            view = self.gateways[gateway] = GatewayView(gateway)
-        return view
+            return
+        view.state = state
+        self.changed.add(gateway)
+        self._gone.pop(gateway, None)
+        self._gone[gateway] = None
+        if len(self._gone) > GONE_MOST:
+            oldest = next(iter(self._gone))
+            del self._gone[oldest], self.gateways[oldest]
+            self.changed.add(oldest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,10 @@ from turnout.projections.fold import Fold
 
 if TYPE_CHECKING:
     from turnout.events.envelope import Recorded
+
+
+#: Views of ended switches that are kept of each model, the newest. Older ones are told by the log.
+ENDED_MOST = 100
 
 
 class SwitchView(msgspec.Struct, gc=False):
@@ -102,7 +107,11 @@ class SwitchView(msgspec.Struct, gc=False):
 
 
 class Switches(Fold):
-    """Fold of the switch events."""
+    """Fold of the switch events.
+
+    Attributes:
+        switches: id → view, those that run and the newest that have ended.
+    """
 
     kind = "switch"
 
@@ -133,6 +142,8 @@ class Switches(Fold):
         self.switches: dict[str, SwitchView] = {}
         #: Paused switch → its phase before, and since when it stands still.
         self._before: dict[str, tuple[str, datetime]] = {}
+        #: Model → its ended switches that are kept, in the order in which they ended.
+        self._ended: dict[str, deque[str]] = {}
 
     def view(self, id: str) -> SwitchView | None:
         """The view of one switch."""
@@ -266,6 +277,13 @@ class Switches(Fold):
         self._moves(view)
         view.phase = outcome
         view.ended_at = recorded.envelope.time
+        ended = self._ended.setdefault(view.model, deque())
+        if id not in ended:
+            ended.append(id)
+        if len(ended) > ENDED_MOST:
+            oldest = ended.popleft()
+            del self.switches[oldest]
+            self.changed.add(oldest)
         return view
 
     def _view(self, id: str) -> SwitchView:

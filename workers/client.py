@@ -39,7 +39,7 @@ from turnout.projections.comparison import Comparing, Comparison, Side
 from turnout.projections.fleet import GatewayView, WorkerView
 from turnout.projections.registry import ModelView, VersionView
 from turnout.projections.routing import RouteView
-from turnout.projections.switches import SwitchView
+from turnout.projections.switches import Switches, SwitchView
 from turnout.workers.answers import CommandRejected, ControllerBug
 from turnout.workers.controller.activity import QUESTION, AskUses, UsesReport
 from turnout.workers.controller.health import AskEvidence, AskHealth, EvidenceReport, HealthReport
@@ -279,8 +279,17 @@ class Client:
         """
         view = (await self.views(_key("switch", id))).get(_key("switch", id)) if id else None
         if not isinstance(view, SwitchView):
+            view = await self._ended_long_ago(id)
+        if view is None:
             raise CommandRejected(unknown_switch(id))
         return view
+
+    async def _ended_long_ago(self, id: str) -> SwitchView | None:
+        """A switch whose view is not kept any more, from its own events; None where there is none of this id."""
+        fold = Switches()
+        for recorded in await self._plane.store.read(subjects.event("switch", id)) if id else ():
+            fold.apply(recorded)
+        return fold.view(id)
 
     async def find_switch(self, name: str, *, ended: bool = False) -> SwitchView:
         """A switch by its id, or the one that runs on the model of this name.
@@ -297,6 +306,8 @@ class Client:
         if isinstance(switch := found.get(switch_key), SwitchView):
             return switch
         if not isinstance(model := found.get(model_key), ModelView):
+            if (old := await self._ended_long_ago(name)) is not None:
+                return old
             raise CommandRejected(
                 Rejected(
                     "switch_unknown",

@@ -56,7 +56,7 @@ class Switches(Controller):
         after: After = None,
         limit: Limit = 100,
     ) -> Items[SwitchView]:
-        """Switches by id, those that have ended too."""
+        """Switches by id: all that run, and of each model the newest 100 that have ended."""
         views = (await client.views("switch.*")).values()
         found = {
             view.switch: view

@@ -247,6 +247,8 @@ class GatewayAgent:
         """The views have moved: apply what concerns this gateway, between two requests."""
         for key, entry in entries.items():
             if not entry.value:
+                if self._joined and key == subjects.view_key("gateway", self.id):
+                    self._state = "lost"  # so long ago that its view was forgotten
                 continue
             try:
                 if subjects.parse_view_key(key)[0] == "route":

@@ -10,7 +10,7 @@ from tests.unit.cli.tale import STEPS, canary_at_step_1, canary_held, canary_rol
 
 from turnout.events.model import RulesChanged
 from turnout.events.route import Rule
-from turnout.events.switch import StepStarted, SwitchPaused, SwitchPromoted
+from turnout.events.switch import StepStarted, SwitchAborted, SwitchPaused, SwitchPromoted, SwitchRequested
 from turnout.workers.cli.policies import Setting, joined
 from turnout.workers.cli.words import toml
 
@@ -232,6 +232,20 @@ def test_an_ended_switch_is_found_by_its_model_and_can_not_be_promoted(turnout: 
     refused = turnout("promote", "chat")
     assert refused.exit_code == 1
     assert "turnout retry sw-1" in refused.stderr
+
+
+def test_a_switch_whose_view_is_not_kept_any_more_is_told_from_the_log(
+    turnout: Turnout, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tale = canary_rolled_back(store)
+    kept = one_json(turnout("status", "sw-1", "--json"))
+    monkeypatch.setattr("turnout.projections.switches.ENDED_MOST", 1)
+    newer = SwitchRequested("sw-2", "chat", "v2", "v1", "immediate", {}, False, "", tale.now, 0.0, 0.0, tale.now)
+    tale.by("ops:alice", "switch", "sw-2", newer, SwitchAborted("sw-2", "no"))
+    assert one_json(turnout("status", "sw-1", "--json")) == kept
+    assert one_json(turnout("status", "chat", "--json")) == kept
+    assert one_json(turnout("report", "sw-1", "--json"))["outcome"] == "rolled_back"
+    assert one_json(turnout("status", "sw-9", "--json"))["code"] == "switch_unknown"
 
 
 def test_a_retry_is_a_new_switch_with_the_same_parameters(turnout: Turnout, store: MemoryStore) -> None:

@@ -152,6 +152,11 @@ class World:
             entries[key] = ViewEntry(key, msgspec.json.encode(view), sequence)
         self.changed(entries, sequence)
 
+    def forget(self, sequence: int) -> None:
+        """The gateway's own view is removed."""
+        assert self.changed is not None
+        self.changed({OWN: ViewEntry(OWN, b"", sequence)}, sequence)
+
     def verbs(self) -> list[str]:
         return [verb for verb, _, _ in self.asked]
 
@@ -299,6 +304,17 @@ def test_a_gateway_that_was_counted_as_lost_joins_again_and_says_what_it_applied
             await asyncio.sleep(0)
         assert w.verbs().count("gateway.join") == 2
         w.show(w.sequence, GatewayView("g1", state="live"))
+
+    play(scenario)
+
+
+def test_a_gateway_that_was_lost_so_long_ago_that_its_view_is_forgotten_joins_again() -> None:
+    async def scenario(w: World) -> None:
+        await opened(w)
+        w.show(w.sequence, GatewayView("g1", state="live"))
+        w.sequence += 1
+        w.forget(w.sequence)
+        await wait(lambda: w.verbs().count("gateway.join") == 2)
 
     play(scenario)
 

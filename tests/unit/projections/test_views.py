@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from turnout.core.testing import WorldBuilder
-from turnout.events.gateway import GatewayJoined, GatewayLost, RouteApplied
+from turnout.events.gateway import GatewayJoined, GatewayLeft, GatewayLost, RouteApplied
 from turnout.events.instance import (
     InstanceDraining,
     InstanceFailed,
@@ -32,9 +32,11 @@ from turnout.events.model import (
     VersionValidated,
 )
 from turnout.events.route import Endpoint, RouteChanged, Split
-from turnout.events.switch import SwitchFailed, SwitchPaused, SwitchPromoted, SwitchRequested
+from turnout.events.switch import SwitchAborted, SwitchFailed, SwitchPaused, SwitchPromoted, SwitchRequested
 from turnout.events.worker import WorkerJoined, WorkerLeft, WorkerLost
+from turnout.projections.fleet import GONE_MOST
 from turnout.projections.routing import LEFT_MOST, RouteView
+from turnout.projections.switches import ENDED_MOST
 from turnout.projections.views import Views
 
 if TYPE_CHECKING:
@@ -225,3 +227,53 @@ def test_every_view_is_one_json_object_that_reads_back() -> None:
     everything = views.everything()
     assert set(everything) == {"model.a=2Fb=20c", "route.a=2Fb=20c", "gateway.g1", "worker.w1", "route.chat"}
     assert all(isinstance(msgspec.json.decode(value), dict) for value in everything.values())
+
+
+def asked(id: str, model: str) -> SwitchRequested:
+    at = WorldBuilder().now
+    return SwitchRequested(id, model, "v2", "v1", "immediate", {}, False, "", at, 0.0, 600.0, at)
+
+
+def test_of_each_model_the_newest_ended_switches_are_kept_and_all_that_run() -> None:
+    many = ENDED_MOST + 3
+    ended = [one for n in range(many) for one in (asked(f"sw-{n}", "chat"), SwitchAborted(f"sw-{n}", "no"))]
+    views = folded(asked("runs", "chat"), asked("other", "vision"), SwitchAborted("other", "no"), *ended)
+    kept = {f"sw-{n}" for n in range(3, many)}
+    assert set(views.switches.switches) == {"runs", "other", *kept}
+
+
+def test_the_newest_gateways_that_are_gone_are_kept_and_all_that_live() -> None:
+    many = GONE_MOST + 2
+    went = [
+        one
+        for n in range(many)
+        for one in (GatewayJoined(f"g{n}", "http://x"), GatewayLeft(f"g{n}") if n % 2 else GatewayLost(f"g{n}", 9.0))
+    ]
+    views = folded(GatewayJoined("lives", "http://y"), *went)
+    assert set(views.gateways.gateways) == {"lives", *(f"g{n}" for n in range(2, many))}
+    # a lost one that comes back joins; what it says before that makes it live for nobody
+    late = folded(*went, RouteApplied("g0", "chat", 3))
+    assert "g0" not in late.gateways.gateways
+    back = folded(*went, RouteApplied("g0", "chat", 3), GatewayJoined("g0", "http://x"), RouteApplied("g0", "chat", 4))
+    assert (back.gateways.gateways["g0"].state, back.gateways.gateways["g0"].applied) == ("live", {"chat": 4})
+
+
+def test_invariant_5_what_was_stored_step_by_step_is_what_a_rebuild_stores_also_of_what_is_forgotten() -> None:
+    builder = WorldBuilder()
+    for n in range(ENDED_MOST + GONE_MOST + 5):
+        builder.happens(asked(f"sw-{n}", "chat"), SwitchAborted(f"sw-{n}", "no"))
+        builder.happens(GatewayJoined(f"g{n}", "http://x"), GatewayLost(f"g{n}", 9.0))
+    views, stored = Views(), dict[str, bytes]()
+    for one in builder.log:
+        views.apply(one)
+        views.settle()
+        for key, value in views.take(0).items():
+            if value is None:
+                stored.pop(key, None)
+            else:
+                stored[key] = value
+    again = Views()
+    for one in builder.log:
+        again.apply(one)
+    assert stored == again.everything()
+    assert len(stored) == ENDED_MOST + GONE_MOST
