@@ -5,7 +5,7 @@ ended early by each error, in one stream of samples that the real Judge folds, w
 every window. Nothing is vectorised or left out, so there is nothing to cross-check. The two rivals look at the same
 requests. Each run has a seed of its own (scenario and number) and no time passes: no figure depends on the machine.
 
-    python bench/judging.py [--quick] [--runs 10000]
+    python bench/judging.py [--quick] [--runs 10000] [--minutes 60]
     python bench/judging.py --only "first byte" --runs 100
 """
 
@@ -15,6 +15,7 @@ import math
 import os
 import random
 import sys
+import time
 from bisect import bisect
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -35,6 +36,7 @@ LOOK = 100  # canary requests between two looks of the rivals
 SIGMA = 0.7  # of the logarithm of the time to the first byte
 RULES = ("judge", "fixed threshold", "Mann-Whitney")
 _POOL = 50_021
+_ROUNDS = 100
 
 
 class Scenario(msgspec.Struct, frozen=True):
@@ -224,8 +226,10 @@ class _World:
             else:
                 is_target, errors = draw() < scenario.weight, scenario.source_errors
             faulty = is_target and self.canary >= scenario.good_first
-            if faulty and not user >= 0:
-                errors, late = scenario.target_errors, slower
+            if faulty:
+                late = slower
+                if user < 0:
+                    errors = scenario.target_errors
             if scenario.restless:
                 pace += 6.0 * math.sin(n / 1500.0)
                 errors = 0.3 if 4000 <= n < 4500 else errors
@@ -425,20 +429,36 @@ def simulate(task: tuple[Scenario, int]) -> Run:
     return _World(*task).run()
 
 
-def study(scenarios: tuple[Scenario, ...], runs: int) -> dict[str, list[Run]]:
-    """So many runs of each scenario, on all cores."""
-    found: dict[str, list[Run]] = {}
+def study(runs: dict[Scenario, int], minutes: float = math.inf) -> dict[str, list[Run]]:
+    """So many runs of each scenario, on all cores, in rounds of a hundredth of them.
+
+    After so many minutes no round begins: what is finished counts.
+    """
+    found: dict[str, list[Run]] = {scenario.name: [] for scenario in runs}
+    began = time.monotonic()
     with get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-        for scenario in scenarios:
-            tasks = [(scenario, number) for number in range(runs)]
-            found[scenario.name] = pool.map(simulate, tasks, chunksize=max(1, runs // 64))
+        for number in range(_ROUNDS):
+            tasks = [
+                (scenario, seed)
+                for scenario, count in runs.items()
+                for seed in range(number * count // _ROUNDS, (number + 1) * count // _ROUNDS)
+            ]
+            for (scenario, _), run in zip(tasks, pool.map(simulate, tasks, chunksize=1), strict=True):
+                found[scenario.name].append(run)
+            alarms = sum(_alarms(found[scenario.name], 0) for scenario in SAME if scenario in runs)
+            minute = (time.monotonic() - began) / 60.0
+            print(f"{minute:.1f} min: {number + 1} of {_ROUNDS} rounds, {alarms} false alarms", file=sys.stderr)
+            if minute > minutes:
+                break
     return found
 
 
-def run(quick: bool, runs: int) -> report.Outcome:
-    """So many runs with nothing wrong, over all scenarios; of each fault three hundredths of them."""
-    runs = 200 if quick else runs
-    alike, faulty = study(SAME, runs // len(SAME)), study(FAULTS, max(40, runs * 3 // 100))
+def run(quick: bool, runs: int, minutes: float) -> report.Outcome:
+    """So many runs of each scenario with nothing wrong, and of each fault three hundredths of them."""
+    runs = 40 if quick else runs
+    of_each = dict.fromkeys(SAME, runs) | dict.fromkeys(FAULTS, max(40, runs * 3 // 100))
+    found = study(of_each, minutes)
+    alike, faulty = ({one.name: found[one.name] for one in scenarios} for scenarios in (SAME, FAULTS))
     goals = [_false_alarm_goal(alike)]
     for name, (what, goal, most) in GOALS.items():
         median = _delay(faulty[name], 0)
@@ -462,7 +482,7 @@ def some(only: str, runs: int) -> None:
     """So many runs of each scenario whose name holds a text; printed, not kept."""
     for scenarios, table in ((SAME, _alike_table), (FAULTS, _faulty_table)):
         if chosen := tuple(one for one in scenarios if only in one.name):
-            made = table(study(chosen, runs))
+            made = table(study(dict.fromkeys(chosen, runs)))
             print("\n".join((made.title, *(" | ".join(row) for row in (made.columns, *made.rows)))))
 
 
@@ -524,13 +544,19 @@ def _delay(runs: list[Run], rule: int, percent: float = 50) -> float:
     return report.percentile((one.alarms[rule] or math.inf for one in runs), percent)
 
 
+def _option(name: str, otherwise: str) -> str:
+    """An option's value, taken out of the command line: ``report.main`` does not know it."""
+    if name not in sys.argv:
+        return otherwise
+    at = sys.argv.index(name)
+    value = sys.argv[at + 1]
+    del sys.argv[at : at + 2]
+    return value
+
+
 if __name__ == "__main__":
-    wanted = 10_000
-    if "--runs" in sys.argv:
-        at = sys.argv.index("--runs")
-        wanted = int(sys.argv[at + 1])
-        del sys.argv[at : at + 2]
+    wanted, minutes = int(_option("--runs", "10000")), float(_option("--minutes", "inf"))
     if "--only" in sys.argv:
         some(sys.argv[sys.argv.index("--only") + 1], wanted)
         raise SystemExit(0)
-    raise SystemExit(report.main("judging", lambda quick: run(quick, wanted)))
+    raise SystemExit(report.main("judging", lambda quick: run(quick, wanted, minutes)))

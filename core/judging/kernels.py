@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence  # noqa: TC003  part of public signatures
-
-import msgspec
+from functools import lru_cache
 
 #: Tilts of the odds for events that are bad or not there: errors, slow answers, empty answers.
 EVENT_TILTS = tuple(math.log(odds) for odds in (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0))
@@ -22,9 +21,13 @@ OTHER_TILTS = (*BETTER_TILTS, *WORSE_TILTS)
 #: Tilts for "the split is not what it should be".
 SPLIT_TILTS = tuple(math.log(odds) for odds in (0.1, 0.5, 0.8, 0.9, 1.1, 1.25, 2.0, 10.0))
 
+#: Of bets that need no other.
+ONE_TILT = (1.0,)
+
+_FULL = 2.5  # spreads above the mean where a score is 1
+_HOPED = 0.8  # part of a margin, in logarithms
 _ABOVE_ODDS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 1000.0)
 _BELOW_SHARES = (0.1, 0.25, 0.5, 0.75)
-_FULL = 2.5  # spreads above the mean where a score is 1
 _STEPS = 50  # of a bisection, which halves an interval within [0, 1]
 
 
@@ -42,32 +45,49 @@ def score(spreads: float) -> float:
     return max(-1.0, min(1.0, spreads / _FULL))
 
 
-class Evidence(msgspec.Struct, frozen=True, gc=False):
+def not_slower(spreads: float, margin: float) -> float:
+    """The bet against "slower than the margin": what a value adds to the log odds that it is the target's.
+
+    It is the ratio of two normal likelihoods, the best bet where times are about lognormal: of a target that gains most
+    of the margin, and of one that gains nothing. Most of it, because all of it would never tell of a target that is a
+    little slower than the source.
+
+    Args:
+        spreads: how many spreads the value lies above its mean; the target's was divided by the margin before.
+        margin: its logarithm in spreads.
+    """
+    hoped = _HOPED * margin
+    return -hoped * (_FULL * score(spreads) + hoped / 2.0)
+
+
+class Evidence:
     """One hypothesis: log weight of each tilt since the start, and of each tilt restarted where it was below its start.
 
     The restarted form (CUSUM, an e-detector) is what sees a change after a long good time: within ``n`` windows it
     reaches ``c`` with a chance of ``n/c`` at most.
+
+    Attributes:
+        log_e: logarithm of the e-value.
+        log_change: logarithm of the restarted form's statistic.
     """
 
-    plain: tuple[float, ...]
-    restarted: tuple[float, ...]
+    __slots__ = ("_plain", "_restarted", "log_change", "log_e")
+
+    def __init__(self, plain: Sequence[float], restarted: Sequence[float]) -> None:
+        self._plain = plain
+        self._restarted = restarted
+        self.log_e = log_mean_exp(plain)
+        self.log_change = log_mean_exp(restarted)
 
     def after(self, increments: Sequence[float]) -> Evidence:
         """With one more window."""
         return Evidence(
-            tuple([before + more for before, more in zip(self.plain, increments, strict=True)]),
-            tuple([max(before, 0.0) + more for before, more in zip(self.restarted, increments, strict=True)]),
+            [before + more for before, more in zip(self._plain, increments, strict=True)],
+            [
+                (before if before > 0.0 else 0.0) + more
+                for before, more in zip(self._restarted, increments, strict=True)
+            ],
         )
-
-    @property
-    def log_e(self) -> float:
-        """Logarithm of the e-value."""
-        return log_mean_exp(self.plain)
-
-    @property
-    def log_change(self) -> float:
-        """Logarithm of the restarted form's statistic."""
-        return log_mean_exp(self.restarted)
 
 
 def no_evidence(tilts: int) -> Evidence:
@@ -104,15 +124,40 @@ def which_arm(
     return added
 
 
+def which_arm_had(
+    tilts: tuple[float, ...], share: float, target: float, source: float, margin: float = 1.0
+) -> list[float]:
+    """Kernel A for events that happen or not: as ``which_arm`` with a score of 1 for each of so many events."""
+    of_target, of_source = _had(tilts, share, margin)
+    return [target * mine + source * other for mine, other in zip(of_target, of_source, strict=True)]
+
+
+@lru_cache(maxsize=256)
+def _had(tilts: tuple[float, ...], share: float, margin: float) -> tuple[list[float], list[float]]:
+    """What one event of the target adds, and one of the source."""
+    one, none = [(1.0, 1.0)], list[tuple[float, float]]()
+    return which_arm(tilts, share, one, none, margin), which_arm(tilts, share, none, one, margin)
+
+
 def above(ceiling: float, bad: float, good: float) -> list[float]:
     """Kernel B: what ``bad`` and ``good`` events add to "the share of bad ones is above ``ceiling``" (eight tilts)."""
-    odds = ceiling / (1.0 - ceiling)
-    return [_bernoulli(odds * times / (1.0 + odds * times), ceiling, bad, good) for times in _ABOVE_ODDS]
+    return [bad * when_bad + good * when_good for when_bad, when_good in _above(ceiling)]
 
 
 def below(ceiling: float, bad: float, good: float) -> list[float]:
     """Kernel B the other way: "the share of bad ones is below ``ceiling``" (four tilts)."""
-    return [_bernoulli(ceiling * times, ceiling, bad, good) for times in _BELOW_SHARES]
+    return [bad * when_bad + good * when_good for when_bad, when_good in _below(ceiling)]
+
+
+@lru_cache(maxsize=256)
+def _above(ceiling: float) -> list[tuple[float, float]]:
+    odds = ceiling / (1.0 - ceiling)
+    return [_bernoulli(odds * times / (1.0 + odds * times), ceiling) for times in _ABOVE_ODDS]
+
+
+@lru_cache(maxsize=256)
+def _below(ceiling: float) -> list[tuple[float, float]]:
+    return [_bernoulli(ceiling * times, ceiling) for times in _BELOW_SHARES]
 
 
 def log_mean_exp(values: Sequence[float]) -> float:
@@ -166,8 +211,9 @@ def mean_half_width(count: float, variance: float, alpha: float, tuned_for: floa
     return math.sqrt(spread / (count * count * rho2) * math.log(spread / (alpha * alpha)))
 
 
-def _bernoulli(p: float, ceiling: float, bad: float, good: float) -> float:
-    return bad * math.log(p / ceiling) + good * (math.log1p(-p) - math.log1p(-ceiling))
+def _bernoulli(p: float, ceiling: float) -> tuple[float, float]:
+    """What a bad event adds to "the share is ``p``, not ``ceiling``", and a good one."""
+    return math.log(p / ceiling), math.log1p(-p) - math.log1p(-ceiling)
 
 
 def _crossing(against: Callable[[float], float], inside: float, outside: float, limit: float) -> float:

@@ -9,7 +9,15 @@ import msgspec
 from turnout.core.judging.comparison import WARM_UP
 from turnout.core.judging.judge import WEIGHTS
 from turnout.core.judging.judgement import JudgeSettings  # noqa: TC001  part of a public signature
-from turnout.core.judging.kernels import EVENT_TILTS, WORSE_TILTS, above, score, which_arm
+from turnout.core.judging.kernels import (
+    EVENT_TILTS,
+    ONE_TILT,
+    WORSE_TILTS,
+    above,
+    not_slower,
+    score,
+    which_arm,
+)
 
 #: What is assumed of a source that nobody has measured, or that never failed yet.
 ERROR_RATE = 0.01
@@ -74,6 +82,25 @@ def detectable(
     )
 
 
+def units_to_pass(settings: JudgeSettings, weight: float, sigma: float = 0.7) -> int | None:
+    """Requests to the target, or users of it where requests are sticky, until its first byte is shown to be no later.
+
+    In half of the cases, where both versions are equal; None where the first byte is not asked for.
+
+    Args:
+        settings: of the judge.
+        weight: percent that the target has.
+        sigma: spread of the logarithm of the time to the first byte.
+    """
+    share = weight / 100.0
+    if not 0.0 < share < 1.0 or _part(settings, "first_byte") is None:
+        return None
+    margin = math.log(settings.latency_margin) / sigma
+    target = [(not_slower(z - margin, margin), count) for z, count in _normal(1.0)]
+    source = [(not_slower(z, margin), count) for z, count in _normal((1.0 - share) / share)]
+    return math.ceil(_until(which_arm(ONE_TILT, share, target, source), 1.0 / settings.alpha_promote))
+
+
 class _Fault(msgspec.Struct, frozen=True, gc=False):
     what: str
     requests: float
@@ -119,7 +146,12 @@ def _part(settings: JudgeSettings, name: str) -> float | None:
 
 def _scores(shift: float, count: float) -> list[tuple[float, float]]:
     """Scores of a normal distribution that is ``shift`` off the pooled one, on a grid."""
+    return [(score(z + shift), weight) for z, weight in _normal(count)]
+
+
+def _normal(count: float) -> list[tuple[float, float]]:
+    """A normal distribution of so many values, on a grid."""
     points = [6.0 * n / (_GRID - 1) - 3.0 for n in range(_GRID)]
     weights = [math.exp(-(z * z) / 2.0) for z in points]
     whole = sum(weights)
-    return [(score(z + shift), count * w / whole) for z, w in zip(points, weights, strict=True)]
+    return [(z, count * w / whole) for z, w in zip(points, weights, strict=True)]

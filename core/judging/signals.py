@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from turnout.core.judging.kernels import (
-    BETTER_TILTS,
     EVENT_TILTS,
+    ONE_TILT,
     SPLIT_TILTS,
     WORSE_TILTS,
     Evidence,
@@ -21,9 +21,11 @@ from turnout.core.judging.kernels import (
     event_good_tilts,
     mean_half_width,
     no_evidence,
+    not_slower,
     ratio_limits,
     score,
     which_arm,
+    which_arm_had,
 )
 from turnout.events.health import BIN_RATIO, Histogram, quantile
 
@@ -47,7 +49,7 @@ _LEAST_SPREAD = 0.05  # of the logarithm: half a bin, where all values are equal
 _SHOWN_FROM = 100  # target's values before an interval of a mean means anything
 _HALF_LIFE = 50.0  # requests of the source after which one counts half: a shared outage is seen at once
 _KNOWN_FROM = 20.0  # requests of the source before its share counts
-_WEIGHT_MOST = 3.0  # of a user with many values; one with a single value has 1
+_MEAN_LEAST = 0.33  # spread of the mean of a user's many values, of that of single ones
 _SURE = 2.33  # standard errors: one side, 99 %
 
 
@@ -70,10 +72,9 @@ class Events:
             return
         self.target += target
         self.source += source
-        arms = [(1.0, target)], [(1.0, source)]
-        self.harm = self.harm.after(which_arm(EVENT_TILTS, share, *arms))
+        self.harm = self.harm.after(which_arm_had(EVENT_TILTS, share, target, source))
         if self.good is not None:
-            self.good = self.good.after(which_arm(self._good_tilts, share, *arms, margin=self._margin))
+            self.good = self.good.after(which_arm_had(self._good_tilts, share, target, source, self._margin))
 
     def limits(self, share: float) -> tuple[float | None, float | None]:
         """Confidence limits of target's rate / source's rate; None where there are none yet."""
@@ -97,7 +98,7 @@ class Split:
             return
         self.target += target
         self.source += source
-        self.harm = self.harm.after(which_arm(SPLIT_TILTS, share, [(1.0, target)], [(1.0, source)]))
+        self.harm = self.harm.after(which_arm_had(SPLIT_TILTS, share, target, source))
 
 
 class Scores:
@@ -113,12 +114,11 @@ class Scores:
         self.target: Histogram = {}
         self.source: Histogram = {}
         self.harm = no_evidence(len(tilts))
-        self.good = no_evidence(len(BETTER_TILTS)) if margin else None
+        self.good = no_evidence(len(ONE_TILT)) if margin else None
         self._tilts = tilts
         self._tolerated = math.log(tolerance)
         self._margin = math.log(margin) if margin else 0.0
         self._pooled: dict[str, _Moments] = {}
-        self._arms = _Moments(), _Moments()
         self._within = _Within()
 
     def add(self, share: float, target: Strata, source: Strata, scored: bool) -> None:
@@ -133,10 +133,10 @@ class Scores:
         if not (target or source):
             return
         if scored:
-            worse, better, usual = self._scores(target, source)
+            worse, usual = self._scores(target, source)
             self.harm = self.harm.after(which_arm(self._tilts, share, worse, usual))
             if self.good is not None:
-                self.good = self.good.after(which_arm(BETTER_TILTS, share, better, usual))
+                self.good = self.good.after(which_arm(ONE_TILT, share, *self._bets(target, source)))
         self._learn(target, source)
 
     def add_users(self, share: float, target: Strata, source: Strata, scored: bool) -> None:
@@ -144,7 +144,7 @@ class Scores:
         if not (target or source):
             return
         if scored:
-            worse, _, usual = self._scores(target, source)
+            worse, usual = self._scores(target, source)
             self.harm = self.harm.after(which_arm(self._tilts, share, worse, usual))
         self._learn(target, source)
 
@@ -161,13 +161,10 @@ class Scores:
             if pooled is not None and pooled.count >= _LEARN:
                 above_mean = (user.total / user.count + 0.5) * _LOG_BIN - pooled.mean
                 spread = self._within.spread_of_mean(pooled.spread, user.count)
-                weight = pooled.spread / spread
-                if user.is_target:
-                    better.append((weight * score((above_mean - self._margin) / spread), 1.0))
-                else:
-                    usual.append((weight * score(above_mean / spread), 1.0))
+                arm = better if user.is_target else usual
+                arm.append((self._bet(above_mean, spread, user.is_target), 1.0))
         if self.good is not None and (better or usual):
-            self.good = self.good.after(which_arm(BETTER_TILTS, share, better, usual))
+            self.good = self.good.after(which_arm(ONE_TILT, share, better, usual))
         for user in users:
             self._within.learn(user)
 
@@ -176,13 +173,11 @@ class Scores:
             for stratum, histogram in strata.items():
                 pooled = self._pooled.setdefault(stratum, _Moments())
                 pooled.learn(histogram)
-                self._arms[arm].learn(histogram)
                 _into(self.source if arm else self.target, histogram)
 
-    def _scores(self, target: Strata, source: Strata) -> tuple[_Scored, _Scored, _Scored]:
-        """Of the target against the tolerance and against the margin, and of the source."""
+    def _scores(self, target: Strata, source: Strata) -> tuple[_Scored, _Scored]:
+        """How bad values are: the target's against the tolerance, and the source's."""
         worse: _Scored = []
-        better: _Scored = []
         usual: _Scored = []
         for stratum, pooled in self._pooled.items():
             if pooled.count < _LEARN:
@@ -191,14 +186,32 @@ class Scores:
             for bin, count in source.get(stratum, {}).items():
                 usual.append((score(((bin + 0.5) * _LOG_BIN - mean) / spread), count))
             for bin, count in target.get(stratum, {}).items():
-                above_mean = (bin + 0.5) * _LOG_BIN - mean
-                worse.append((score((above_mean - self._tolerated) / spread), count))
-                better.append((score((above_mean - self._margin) / spread), count))
-        return worse, better, usual
+                worse.append((score(((bin + 0.5) * _LOG_BIN - mean - self._tolerated) / spread), count))
+        return worse, usual
+
+    def _bets(self, target: Strata, source: Strata) -> tuple[_Scored, _Scored]:
+        """What values say against "slower than the margin": the target's and the source's."""
+        better: _Scored = []
+        usual: _Scored = []
+        for stratum, pooled in self._pooled.items():
+            if pooled.count < _LEARN:
+                continue
+            mean, spread = pooled.mean, pooled.spread
+            for bin, count in target.get(stratum, {}).items():
+                better.append((self._bet((bin + 0.5) * _LOG_BIN - mean, spread, is_target=True), count))
+            for bin, count in source.get(stratum, {}).items():
+                usual.append((self._bet((bin + 0.5) * _LOG_BIN - mean, spread, is_target=False), count))
+        return better, usual
+
+    def _bet(self, above_mean: float, spread: float, is_target: bool) -> float:
+        shifted = above_mean - self._margin if is_target else above_mean
+        return not_slower(shifted / spread, self._margin / spread)
 
     def limits(self) -> tuple[float | None, float | None]:
         """Confidence limits of target / source (geometric means); None where there are none yet."""
-        target, source = self._arms
+        target, source = _Moments(), _Moments()
+        target.learn(self.target)
+        source.learn(self.source)
         if target.count < _SHOWN_FROM or source.count < _SHOWN_FROM:
             return None, None
         variance = target.spread**2 + source.spread**2 * target.count / source.count
@@ -226,8 +239,7 @@ class Tails:
                     bad_target += _slower(target.get(stratum, {}), top + self._tolerated)
                     bad_source += _slower(source.get(stratum, {}), top)
             if bad_target or bad_source:
-                arms = [(1.0, bad_target)], [(1.0, bad_source)]
-                self.harm = self.harm.after(which_arm(EVENT_TILTS, share, *arms))
+                self.harm = self.harm.after(which_arm_had(EVENT_TILTS, share, bad_target, bad_source))
         for histogram in target.values():
             _into(self.target, histogram)
         for stratum, histogram in source.items():
@@ -316,11 +328,15 @@ class _Moments:
         self._squares = 0.0
 
     def learn(self, histogram: Histogram) -> None:
+        whole, total, squares = 0, 0.0, 0.0
         for bin, count in histogram.items():
-            value = (bin + 0.5) * _LOG_BIN
-            self.count += count
-            self._sum += count * value
-            self._squares += count * value * value
+            middle = bin + 0.5
+            whole += count
+            total += count * middle
+            squares += count * middle * middle
+        self.count += whole
+        self._sum += total * _LOG_BIN
+        self._squares += squares * _LOG_BIN**2
 
     @property
     def mean(self) -> float:
@@ -348,7 +364,7 @@ class _Within:
             return spread
         whole = spread * spread
         within = min(self._squares / self._freedom, whole)
-        return max(math.sqrt(whole - within + within / count), spread / _WEIGHT_MOST)
+        return max(math.sqrt(whole - within + within / count), spread * _MEAN_LEAST)
 
 
 def p95(histogram: Histogram) -> float | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from turnout.core.health import WINDOW_S
-from turnout.core.judging.plan import Detectable, detectable
+from turnout.core.judging.plan import Detectable, detectable, units_to_pass
 from turnout.core.strategies.base import judged_steps
 from turnout.events.store import Unavailable
 from turnout.events.units import size
@@ -30,10 +30,15 @@ class Traffic(msgspec.Struct, frozen=True):
 
 
 class Reach(msgspec.Struct, frozen=True):
-    """What can be found while the target has ``weight`` percent."""
+    """What can be found while the target has ``weight`` percent.
+
+    ``units_to_pass``: requests to the target, or users of it where requests are sticky, that a pass takes; see
+    ``plan.units_to_pass``.
+    """
 
     weight: float
     found: tuple[Detectable, ...]
+    units_to_pass: int | None = None
 
 
 async def show_plan(io: Terminal, client: Client, plan: Plan) -> None:
@@ -73,7 +78,14 @@ def reaches(plan: Plan, traffic: Traffic) -> tuple[Reach, ...]:
     weights = dict.fromkeys(stage.weight for stage in plan.stages if 0 < stage.weight < 100)
     steps = judged_steps(plan.stages)
     rate, failing = traffic.requests_per_s, traffic.error_rate
-    return tuple(Reach(weight, detectable(plan.judging, weight, rate, failing, steps=steps)) for weight in weights)
+    return tuple(
+        Reach(
+            weight,
+            detectable(plan.judging, weight, rate, failing, steps=steps),
+            units_to_pass(plan.judging, weight),
+        )
+        for weight in weights
+    )
 
 
 async def _traffic(client: Client, plan: Plan) -> Traffic:
@@ -107,6 +119,10 @@ def _show_reach(io: Terminal, reach: tuple[Reach, ...], traffic: Traffic) -> Non
         [what, *(_found(next((f for f in one.found if f.what == what), None)) for one in reach)] for what in faults
     ]
     io.show(rows(table(*heads), lines))
+    asked = [f"{one.units_to_pass} at {one.weight:g} %" for one in reach if one.units_to_pass is not None]
+    if asked:
+        many = ", ".join(asked)
+        io.say(f"a pass takes about so many requests to the target, or users of it where they are sticky: {many}")
 
 
 def _found(found: Detectable | None) -> str:

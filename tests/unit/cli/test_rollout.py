@@ -156,6 +156,8 @@ def test_a_dry_run_names_each_level_and_what_it_could_find(turnout: Turnout, sto
     plan = one_json(turnout("switch", "chat", "v2", "--policy", "careful", "--dry-run", "--json"))
     assert [stage["weight"] for stage in plan["stages"]] == [5, 50, 100]
     assert [reach["weight"] for reach in plan["detectable"]] == [5, 50]
+    assert "a pass takes about" in told
+    assert 0 < plan["detectable"][0]["units_to_pass"] < plan["detectable"][1]["units_to_pass"]
     assert plan["parameters"] == STEPS
     assert len(store.log) == before
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from turnout.core.judging.kernels import (
     EVENT_TILTS,
+    ONE_TILT,
     SPLIT_TILTS,
     WORSE_TILTS,
     Evidence,
@@ -18,6 +19,7 @@ from turnout.core.judging.kernels import (
     event_good_tilts,
     log_sum_exp,
     no_evidence,
+    not_slower,
     ratio_limits,
     which_arm,
 )
@@ -127,8 +129,25 @@ def test_order_and_batches_change_nothing(events: list[Event], share: float, cut
         source = [(score, 1) for arm, score in part if not arm]
         batched = batched.after(which_arm(WORSE_TILTS, share, target, source))
 
-    expected = one_by_one[-1].plain if events else (0.0,) * len(WORSE_TILTS)
-    assert batched.plain == pytest.approx(expected, abs=1e-9)
+    expected = one_by_one[-1].log_e if events else 0.0
+    assert batched.log_e == pytest.approx(expected, abs=1e-9)
+
+
+@given(
+    share=st.floats(0.01, 0.99),
+    margin=st.floats(0.1, 2.0),
+    slower=st.floats(0.0, 2.0),
+)
+def test_a_target_slower_than_the_margin_gains_nothing_on_average(share: float, margin: float, slower: float) -> None:
+    """Times are normal, in spreads; the target's lie ``slower`` above what the margin leaves of them."""
+    mean_e = 0.0
+    for z in (n / 10.0 for n in range(-50, 51)):
+        chance = math.exp(-z * z / 2.0) / math.sqrt(2.0 * math.pi) / 10.0
+        (of_target,) = which_arm(ONE_TILT, share, [(not_slower(z + slower, margin), 1)], [])
+        (of_source,) = which_arm(ONE_TILT, share, [], [(not_slower(z, margin), 1)])
+        mean_e += chance * (share * math.exp(of_target) + (1.0 - share) * math.exp(of_source))
+    assert mean_e <= 1.0 + 1e-4
+    assert slower > 0.01 or mean_e > 0.9
 
 
 @given(share=st.floats(0.01, 0.99), rate=st.floats(0.01, 0.5))

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from tests.unit.judging.traffic import SETTINGS
 
-from turnout.core.judging.plan import detectable
+from turnout.core.judging.plan import detectable, units_to_pass
 
 
 def requests(weight: float = 10.0, rate: float = 0.01, steps: int = 1) -> list[int]:
@@ -51,3 +51,20 @@ def test_what_does_not_decide_is_not_promised() -> None:
         "first byte 2 times as late",
         "first byte 1.5 times as late",
     ]
+
+
+def test_a_wider_margin_and_a_smaller_share_need_fewer_units_for_a_pass() -> None:
+    def units(weight: float, margin: float = 1.2) -> int:
+        found = units_to_pass(msgspec.structs.replace(SETTINGS, latency_margin=margin), weight)
+        assert found is not None
+        return found
+
+    assert 70 < units(10.0) < 130, "as docs/judging.md says"
+    assert units(10.0, 1.5) < units(10.0, 1.3) < units(10.0) < units(50.0)
+
+
+def test_nothing_is_said_of_a_pass_that_does_not_ask_for_the_first_byte() -> None:
+    only_errors = msgspec.structs.replace(SETTINGS, compare=("errors",))
+
+    assert units_to_pass(only_errors, 10.0) is None
+    assert units_to_pass(SETTINGS, 100.0) is None
