@@ -106,7 +106,7 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
                 address=event.address,
                 bytes=event.bytes or state.bytes,
                 tier=event.tier,
-                device_bytes=event.device_bytes,
+                device_bytes=event.device_bytes or state.device_bytes,
                 served=event.served,
                 sleeps=event.sleeps,
                 base=event.base,
@@ -349,6 +349,7 @@ def decide(state: InstanceState, command: InstanceCommand) -> tuple[InstanceEven
                 return ()
             return (InstanceProbeRequested(instance, cause, at),)
         case ReportMeasured(instance, bytes, device_bytes):
+            device_bytes = device_bytes or state.device_bytes  # none: the driver can't tell whose processes they are
             if (bytes, device_bytes) == (state.bytes, state.device_bytes):
                 return ()
             return (InstanceMeasured(instance, bytes, device_bytes),)

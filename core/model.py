@@ -179,7 +179,10 @@ def evolve(state: ModelState, event: ModelEvent) -> ModelState:
 
 
 class RegisterVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Add an immutable version; the first one makes the model. Fields as in the event ``VersionRegistered``."""
+    """Add an immutable version; the first one makes the model. Fields as in the event ``VersionRegistered``.
+
+    ``replicas``: its instances while it serves, also of a version that is registered already; None leaves it as it is.
+    """
 
     model: str
     version: str
@@ -189,6 +192,7 @@ class RegisterVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: dict[str, float] = {}
     parent: str = ""
     trust_architecture: bool = False
+    replicas: int | None = None
 
 
 class ReportInspected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -374,8 +378,9 @@ def _register(state: ModelState, command: RegisterVersion) -> tuple[ModelEvent, 
         )
     known = state.versions.get(version)
     again = state.rejection(version) is not None  # nothing has ever run of it, and its files may be mended by now
-    if known == engine and not again:
-        return ()
+    replicas = _replicas(state, command)
+    if isinstance(replicas, Rejected) or (known == engine and not again):
+        return replicas
     if known is not None and not again:
         return Rejected(
             "version_exists",
@@ -397,7 +402,14 @@ def _register(state: ModelState, command: RegisterVersion) -> tuple[ModelEvent, 
         command.parent,
         command.trust_architecture,
     )
-    return (added,) if state.model else (ModelRegistered(model), added)
+    return (added, *replicas) if state.model else (ModelRegistered(model), added, *replicas)
+
+
+def _replicas(state: ModelState, command: RegisterVersion) -> tuple[ModelEvent, ...] | Rejected:
+    if command.replicas is None:
+        return ()
+    wanted = residence.SetReplicas(command.model, command.version, command.replicas)
+    return residence.decide(state.residence, wanted, frozenset((*state.versions, command.version)))
 
 
 def _about_problem(state: ModelState, command: RegisterVersion) -> Rejected | None:

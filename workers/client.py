@@ -814,6 +814,7 @@ class DynamicModelRegistry:
         parent: str = "",
         actor: str = "",
         trust_architecture: bool = False,
+        replicas: int | None = None,
     ) -> VersionView:
         """Add an immutable version; the first one makes the model. A worker looks at its files afterwards.
 
@@ -827,13 +828,15 @@ class DynamicModelRegistry:
             parent: version that it was made from.
             actor: who asks, where it is not the client's actor.
             trust_architecture: what the engine does not name, or looks incomplete, is tried all the same.
+            replicas: its instances while it serves; None for one, or what was set before.
 
         Raises:
             CommandRejected: the settings can't be meant, or the name is taken by other settings.
         """
         if not trust_architecture and (problem := self._base.problem(engine)):
             raise CommandRejected(problem)
-        body = RegisterVersion(model, version, engine, note, tags, dict(metrics or {}), parent, trust_architecture)
+        told = dict(metrics or {})
+        body = RegisterVersion(model, version, engine, note, tags, told, parent, trust_architecture, replicas)
         await self._client.send("version.register", body, actor=actor)
         return version_of(await self._client.model(model), version)
 

@@ -48,9 +48,10 @@ class Declared:
         engines = self._settings.engines()
         for (model, version), engine in engines.items():
             one = self._settings.models[model].versions[version]
-            body = RegisterVersion(
-                model, version, engine, one.note, one.tags, one.metrics, one.parent, one.trust_architecture
-            )
+            known = self._controller.log.world.state("model", model).versions
+            about = (one.note, one.tags, one.metrics, one.parent, one.trust_architecture)
+            replicas = None if version in known else one.replicas  # later an operator's word holds
+            body = RegisterVersion(model, version, engine, *about, replicas)
             await self._ask("version.register", body)
         for model, declared in self._settings.models.items():
             for name, policy in declared.policies.items():

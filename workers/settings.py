@@ -103,6 +103,7 @@ class DeclaredVersion(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float] = {}
     parent: str = ""
     trust_architecture: bool = False
+    replicas: int | None = None
 
     def spec(self, folder: Path) -> EngineSpec:
         """The engine settings; a path is relative to the file's folder."""
@@ -423,7 +424,8 @@ def _model_problems(settings: Settings, name: str, one: DeclaredModel, reader: _
         if isinstance(declared.command, str) and _unbalanced(declared.command):
             yield Problem(where, f"[models.{name}.versions.{version}] command has an open quote: {declared.command}")
             continue
-        decided = model.decide(model.initial, model.RegisterVersion(name, version, declared.spec(settings.folder)))
+        tried = model.RegisterVersion(name, version, declared.spec(settings.folder), replicas=declared.replicas)
+        decided = model.decide(model.initial, tried)
         if isinstance(decided, Rejected):
             hint = decided.hint.replace("--source PATH", 'source = "PATH"').replace(
                 "--engine openai", 'engine = "openai"'

@@ -65,6 +65,7 @@ class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: dict[str, float] = {}
     parent: str = ""
     trust_architecture: bool = False
+    replicas: int | None = None
 
 
 class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

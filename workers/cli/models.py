@@ -13,6 +13,7 @@ from rich.text import Text
 
 from turnout.core.decider import Accepted, Rejected
 from turnout.core.model import ENGINE_KINDS, DeregisterVersion, RegisterVersion
+from turnout.core.residence import REPLICAS_MOST
 from turnout.events import subjects
 from turnout.events.model import EngineSpec, Probe
 from turnout.events.units import size
@@ -95,6 +96,11 @@ def _source(source: str) -> str:
 @click.option("--probe-body", default="", metavar="JSON", help="The golden request.")
 @click.option("--expect", default="", metavar="TEXT", help="What the golden answer must contain.")
 @click.option("--trust-architecture", is_flag=True, help="Try what vLLM does not name, or what looks incomplete.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(1, REPLICAS_MOST),
+    help="Instances while it serves, spread over failure domains. Default: 1; later: turnout replicas.",
+)
 @click.option("--no-wait", is_flag=True, help="Don't wait until a worker has looked at its files.")
 @common
 def register(
@@ -115,6 +121,7 @@ def register(
     probe_body: str,
     expect: str,
     trust_architecture: bool,
+    replicas: int | None,
     no_wait: bool,
 ) -> None:
     """Add VERSION of MODEL. A version never changes: new settings are a new version.
@@ -134,7 +141,7 @@ def register(
         raise click.BadParameter(f"has an open quote: {command}", param_hint="--command") from e
     probe = _probe(probe_path, probe_body, expect)
     spec = EngineSpec(engine, _source(source), url, words, args, probe, _source(adapter))
-    body = RegisterVersion(model, version, spec, note, tags, _metrics(metrics), parent, trust_architecture)
+    body = RegisterVersion(model, version, spec, note, tags, _metrics(metrics), parent, trust_architecture, replicas)
 
     async def work(client: Client) -> int:
         answer = await client.send("version.register", body)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 import structlog
 
+from turnout.core.memory import FAKE_BYTES, number
 from turnout.events.model import Contents, Inspection
 from turnout.workers.inference import template
 from turnout.workers.inference.engines.base import Refusal
@@ -58,8 +59,6 @@ _MIB = 1 << 20
 _CPU_COPY = 1.6
 _CPU_WORKER = 730_000_000
 _CPU_OTHERS = 1_140_000_000
-#: Of the fake engine without its ``--memory-mb``.
-_FAKE = 30_000_000
 #: What an engine keeps when new weights are put into it.
 _KEPT = (
     *("config.json", "params.json", "generation_config.json", "chat_template*", "*token*", "vocab.*", "merges.txt"),
@@ -513,9 +512,7 @@ class _Look:
 
     def _host_bytes(self, weights: int, kv: int) -> int:
         if self._spec.kind == "fake":
-            with contextlib.suppress(ValueError):
-                return _FAKE + int(self._flags.get("--memory-mb", "0") or "0") * _MIB
-            return _FAKE
+            return FAKE_BYTES + number(self._spec.args, "--memory") * _MIB
         if not self._host.cpu:
             return _CPU_WORKER + _CPU_OTHERS  # weights and KV cache are on the device; not measured
         return round(kv + _CPU_COPY * weights) + _CPU_WORKER + _CPU_OTHERS

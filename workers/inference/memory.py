@@ -5,11 +5,12 @@ Knows no event and no command.
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -18,7 +19,7 @@ from turnout.workers.inference import process
 from turnout.workers.inference.runner import HostMemory, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 log = structlog.get_logger()
 
@@ -31,7 +32,6 @@ FLOOR_BYTES = 1 << 30
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:%|([kmgt]?)(?:i?b)?)", re.IGNORECASE)
-_NVIDIA = ("--query-gpu=index,memory.total", "--format=csv,noheader,nounits")
 
 
 def amount(text: str, whole: int) -> int | None:
@@ -56,18 +56,25 @@ class MemoryManager:
 
     def __init__(self, memory: str, devices: Sequence[str], device_memory: str) -> None:
         self.host_bytes = host_bytes()
-        sizes = accelerators() if any(name.startswith("cuda") for name in devices) else {}
+        self._accelerators = accelerators() if any(name.startswith("cuda") for name in devices) else None
+        sizes = {} if self._accelerators is None else self._accelerators.sizes()
         self.offer = HostMemory(
             amount(memory, self.host_bytes) or 0,
             {name: amount(device_memory, sizes[name]) or 0 for name in devices if name in sizes},
         )
 
     def usage(self, leader: int) -> Usage:
-        """What an engine's process group holds now. Reads /proc: call it in a thread where the loop must not wait."""
+        """What an engine's process group holds now. Reads /proc: call it in a thread where the loop must not wait.
+
+        Its device bytes are 0 where the driver can't tell, as in a container that does not see the host's processes.
+        """
         held = 0
-        if self.offer.device_bytes:
+        if self.offer.device_bytes and self._accelerators is not None:
             pids = {member.pid for member in process.members(leader)}
-            held = sum(used for pid, used in _used_by_pid().items() if pid in pids)
+            try:
+                held = sum(used for pid, used in self._accelerators.used().items() if pid in pids)
+            except DriverSilent as e:
+                log.warning("device_memory_unknown", reason=str(e))
         return Usage(process.memory_bytes(leader), held)
 
     def objection(self, leader: int, estimate: int, beside: int) -> str:
@@ -119,34 +126,103 @@ def available_bytes() -> int:
     return free
 
 
-def accelerators() -> dict[str, int]:
-    """NVIDIA accelerators of this host: ``cuda:<index>`` → bytes. Empty where the driver's tool does not answer."""
-    return {f"cuda:{index}": mib << 20 for index, mib in _nvidia(_NVIDIA)}
+class Accelerators(Protocol):
+    """What a driver tells of the accelerators of this host."""
+
+    def sizes(self) -> dict[str, int]:
+        """``cuda:<index>`` → its memory in bytes."""
+        ...
+
+    def used(self) -> dict[int, int]:
+        """Process → bytes that it holds on all of them together."""
+        ...
 
 
-def _used_by_pid() -> dict[int, int]:
-    """Bytes that processes hold on accelerators, as the driver sees them."""
-    used: dict[int, int] = {}
-    for pid, mib in _nvidia(("--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")):
-        used[pid] = used.get(pid, 0) + (mib << 20)
-    return used
+class Nvml:
+    """NVIDIA accelerators by the driver's library (package ``nvidia-ml-py``).
+
+    Raises:
+        ImportError: the package is not there.
+        DriverSilent: the driver does not answer.
+    """
+
+    def __init__(self) -> None:
+        self._nvml: Any = importlib.import_module("pynvml")
+        self._ask(self._nvml.nvmlInit)
+
+    def sizes(self) -> dict[str, int]:
+        """See the protocol."""
+        nvml = self._nvml
+        return {f"cuda:{n}": int(self._ask(nvml.nvmlDeviceGetMemoryInfo, one).total) for n, one in self._handles()}
+
+    def used(self) -> dict[int, int]:
+        """See the protocol. A process of which the driver can't tell the memory is left out."""
+        held: dict[int, int] = {}
+        for _, one in self._handles():
+            for running in self._ask(self._nvml.nvmlDeviceGetComputeRunningProcesses, one):
+                if running.usedGpuMemory is not None:
+                    held[int(running.pid)] = held.get(int(running.pid), 0) + int(running.usedGpuMemory)
+        return held
+
+    def _handles(self) -> list[tuple[int, Any]]:
+        nvml = self._nvml
+        count = int(self._ask(nvml.nvmlDeviceGetCount))
+        return [(number, self._ask(nvml.nvmlDeviceGetHandleByIndex, number)) for number in range(count)]
+
+    def _ask(self, question: Callable[..., Any], *about: object) -> Any:
+        try:
+            return question(*about)
+        except self._nvml.NVMLError as e:
+            raise DriverSilent(f"NVML: {e}") from e
 
 
-def _nvidia(question: tuple[str, ...]) -> list[tuple[int, int]]:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    try:
-        answer = subprocess.run(  # noqa: S603  no word of it comes from outside
-            [tool, *question], capture_output=True, text=True, timeout=10.0, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as e:
-        log.warning("nvidia_smi_failed", reason=str(e))
-        return []
-    pairs = (line.split(",") for line in answer.splitlines())
-    return [
-        (int(p[0]), int(p[1])) for p in pairs if len(p) == 2 and p[0].strip().isdecimal() and p[1].strip().isdecimal()
-    ]
+class DriverTool:
+    """The same by the driver's own tool, for where the library's package is not installed."""
+
+    def sizes(self) -> dict[str, int]:
+        """See the protocol."""
+        return {f"cuda:{index}": mib << 20 for index, mib in self._ask("--query-gpu=index,memory.total")}
+
+    def used(self) -> dict[int, int]:
+        """See the protocol."""
+        held: dict[int, int] = {}
+        for pid, mib in self._ask("--query-compute-apps=pid,used_memory"):
+            held[pid] = held.get(pid, 0) + (mib << 20)
+        return held
+
+    @staticmethod
+    def _ask(question: str) -> list[tuple[int, int]]:
+        tool = shutil.which("nvidia-smi")
+        if tool is None:
+            raise DriverSilent("there is no nvidia-smi")
+        try:
+            answer = subprocess.run(  # noqa: S603  no word of it comes from outside
+                [tool, question, "--format=csv,noheader,nounits"],
+                capture_output=True,
+                text=True,
+                timeout=10.0,
+                check=True,
+            ).stdout
+        except (OSError, subprocess.SubprocessError) as e:
+            raise DriverSilent(f"nvidia-smi: {e}") from e
+        pairs = [[word.strip() for word in line.split(",")] for line in answer.splitlines()]
+        return [(int(p[0]), int(p[1])) for p in pairs if len(p) == 2 and p[0].isdecimal() and p[1].isdecimal()]
+
+
+class DriverSilent(Exception):
+    """The driver of the accelerators does not answer."""
+
+
+def accelerators() -> Accelerators | None:
+    """Who tells of this host's accelerators; None where there are none, or nobody can tell."""
+    for way in (Nvml, DriverTool):
+        try:
+            found = way()
+            if found.sizes():
+                return found
+        except (ImportError, DriverSilent) as e:
+            log.info("accelerators_unknown", by=way.__name__, reason=str(e))
+    return None
 
 
 def _meminfo(key: str) -> int:

@@ -152,7 +152,8 @@ class Starter:
         if isinstance(launch, Refusal):
             return Failure(launch.stage, launch.sentence)
         if order.device.startswith("cuda:"):
-            visible = {"CUDA_VISIBLE_DEVICES": order.device.removeprefix("cuda:")}
+            # CUDA's own order of devices is the fastest first; the driver's, by which they are named, is the bus.
+            visible = {"CUDA_VISIBLE_DEVICES": order.device.removeprefix("cuda:"), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
             launch = msgspec.structs.replace(launch, env={**launch.env, **visible})
         return Planned(order, spec, launch, self._shape(spec, launch))
 

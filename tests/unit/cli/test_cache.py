@@ -40,6 +40,25 @@ def test_workers_are_listed_with_their_memory_and_domain(turnout: Turnout) -> No
 
 
 @pytest.mark.usefixtures("chat")
+def test_replicas_may_be_said_with_the_registration(turnout: Turnout) -> None:
+    assert turnout("register", "chat", "v2", "--engine", "fake", "--replicas", "3").exit_code == 0
+    assert said(turnout("place", "chat", "v2", "--dry-run", "--json"))["replicas"] == 3
+    assert turnout("register", "chat", "v3", "--engine", "fake", "--replicas", "0").exit_code == 2
+
+
+@pytest.mark.usefixtures("chat")
+def test_spares_and_bases_are_shown_and_counted(turnout: Turnout, tell: Tell) -> None:
+    spare = {"name": "spare-1", "role": "spare", "holds": "chat v0", "bytes": 100 * MIB}
+    tell("worker", "worker.kept", {"worker": "w1", "kept": [spare]})
+    (worker,) = said(turnout("workers", "--json"))["workers"]
+    assert (worker["spares"], worker["places"], worker["free_bytes"]) == (1, 1, 300 * MIB)
+    (held,) = said(turnout("cache", "--json"))["workers"]
+    assert (held["bytes"], held["engines"][0]["leaves"]) == (100 * MIB, 1)
+    assert "holds chat v0; number 1 to make room (spares first)" in " ".join(turnout("cache").stdout.split())
+    assert "free 300 MiB of 400 MiB, 1 of 4 places taken" in turnout("place", "chat", "v1", "--dry-run").stdout
+
+
+@pytest.mark.usefixtures("chat")
 def test_a_place_is_explained_with_the_numbers(turnout: Turnout) -> None:
     placing = said(turnout("place", "chat", "v1", "--dry-run", "--json"))
     assert (placing["missing"], placing["chosen"]) == (1, ["w1"])

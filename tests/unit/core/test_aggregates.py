@@ -32,6 +32,7 @@ from turnout.events.model import (
     KnownGoodRevoked,
     ModelRegistered,
     Probe,
+    ReplicasChanged,
     SwitchAdmitted,
     SwitchClosed,
     VersionDeregistered,
@@ -75,6 +76,19 @@ def test_the_first_version_makes_the_model() -> None:
     given(model).when(model.RegisterVersion("chat", "v1", FAKE, "first")).then(
         ModelRegistered("chat"), VersionRegistered("chat", "v1", FAKE, model.digest(FAKE), "first")
     )
+
+
+def test_replicas_may_be_said_with_the_registration_and_changed_by_a_second_one() -> None:
+    def asked(replicas: int | None) -> model.RegisterVersion:
+        return model.RegisterVersion("chat", "v1", FAKE, replicas=replicas)
+
+    three = ReplicasChanged("chat", "v1", 3)
+    registered = (ModelRegistered("chat"), VersionRegistered("chat", "v1", FAKE, model.digest(FAKE)), three)
+    given(model).when(asked(3)).then(*registered)
+    given(model, *registered).when(asked(3)).then_nothing()
+    given(model, *registered).when(asked(None)).then_nothing()
+    given(model, *registered).when(asked(1)).then(ReplicasChanged("chat", "v1", 1))
+    given(model).when(asked(0)).then_rejected("parameters_invalid")
 
 
 def test_a_version_registered_again_with_the_same_settings_is_no_news() -> None:

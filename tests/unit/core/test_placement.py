@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from tests.unit.core.story import Story, registered
 
-from turnout.core import memory
+from turnout.core import instance, memory
 from turnout.core.config import CACHE, ModelSwitchingConfig
 from turnout.core.decider import Rejected
 from turnout.core.memory import FAKE_BYTES, Need, estimate
 from turnout.core.placement import Ledger
 from turnout.core.sagas import placement
-from turnout.events.instance import InstanceDraining, InstanceReady, InstanceRequested, InstanceStopped
+from turnout.events.instance import (
+    InstanceDraining,
+    InstanceMeasured,
+    InstanceReady,
+    InstanceRequested,
+    InstanceStopped,
+)
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
     EvictionRequested,
+    Inspection,
+    ModelRegistered,
     PreloadEnded,
     PreloadRequested,
     ReplicasChanged,
     VersionPinned,
     VersionRegistered,
+    VersionValidated,
 )
 from turnout.events.route import Endpoint, RouteChanged, Split
 from turnout.events.switch import TargetReady
@@ -84,6 +93,56 @@ def test_a_version_with_the_same_settings_corrects_the_estimate() -> None:
     loaded(made, "i1", "a", 400)
     need = estimate(made.world, "chat", "b", "w1")
     assert need == Need(400 * MIB, 0, "measured on w1 for a, which has the same settings")
+
+
+def about(mib: int, architecture: str = "LlamaForCausalLM", kv: int = 100) -> Inspection:
+    return Inspection(
+        f"d{mib}", weight_bytes=mib * MIB, kv_bytes=kv * MIB, host_bytes=mib * MIB, architecture=architecture
+    )
+
+
+def looked_at(made: Story, version: str, told: Inspection, *args: str, model: str = "chat") -> Story:
+    made.happens(VersionRegistered(model, version, EngineSpec("vllm", path=f"/{version}", args=args), ""))
+    return made.happens(VersionValidated(model, version, "w1", told))
+
+
+def test_what_was_measured_corrects_versions_of_the_same_architecture_by_the_ratio_it_was_wrong_by() -> None:
+    made = loaded(looked_at(story(), "a", about(400)), "i1", "a", 500)
+    looked_at(made, "b", about(800), "--max-model-len=512")
+    need = estimate(made.world, "chat", "b", "w1")
+    assert need == Need(1000 * MIB, 0, "measured on w1 for a, which has the same architecture")
+    looked_at(made.happens(ModelRegistered("other")), "v1", about(200), model="other")
+    elsewhere = estimate(made.world, "other", "v1", "w1")
+    assert elsewhere == Need(250 * MIB, 0, "measured on w1 for chat a, which has the same settings")
+    looked_at(made, "c", about(800, "Qwen3ForCausalLM"))
+    assert estimate(made.world, "chat", "c", "w1").source == "estimated from its files", "another architecture"
+
+
+def test_a_second_load_uses_what_the_first_was_measured_at() -> None:
+    made = loaded(looked_at(story(), "a", about(400)), "i1", "a", 500)
+    made.happens(InstanceStopped("i1", 0.1))
+    assert estimate(made.world, "chat", "a", "w1") == Need(500 * MIB, 0, "measured on w1")
+
+
+def test_on_a_device_weights_and_cache_are_charged_or_the_share_that_an_engine_takes() -> None:
+    devices = {"cuda:0": 20_000 * MIB}
+    made = story(WorkerJoined("w1", "h", ("vllm",), ("cuda:0",), 8, 9000 * MIB, devices))
+    looked_at(looked_at(made, "a", about(4000)), "b", about(4000, kv=0))
+    looked_at(made, "c", about(4000, kv=0), "--gpu-memory-utilization=0.5")
+    assert estimate(made.world, "chat", "a", "w1").device_bytes == 4100 * MIB + memory.DEVICE_BYTES
+    assert estimate(made.world, "chat", "b", "w1").device_bytes == 18_000 * MIB
+    assert estimate(made.world, "chat", "c", "w1").device_bytes == 10_000 * MIB
+    (offer,) = Ledger(made.world, ()).offers("chat", "b")
+    assert (offer.device, offer.verdict) == ("cuda:0", "fits")
+
+
+def test_what_was_admitted_on_a_device_stays_charged_until_it_is_measured() -> None:
+    made = story(WorkerJoined("w1", "h", ("fake",), ("cuda:0",), 8, 9000 * MIB, {"cuda:0": 900 * MIB}), a=10)
+    made.happens(InstanceRequested("i1", "chat", "a", "w1", spec(10), "sw", 1, MIB, 500 * MIB, "cuda:0"))
+    made.happens(InstanceReady("i1", "unix:/1", 1.0, 0.1, MIB, ""))
+    assert made.world.instances["i1"].device_bytes == 500 * MIB
+    unseen = instance.decide(made.world.instances["i1"], instance.ReportMeasured("i1", 99 * MIB, 0))
+    assert unseen == (InstanceMeasured("i1", 99 * MIB, 500 * MIB),)
 
 
 def test_of_an_engine_that_says_nothing_nothing_is_known_until_it_was_loaded_somewhere() -> None:

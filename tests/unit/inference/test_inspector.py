@@ -12,6 +12,7 @@ import pytest
 from hypothesis import strategies as st
 from tests.unit.inference import files
 
+from turnout.core.memory import FAKE_BYTES
 from turnout.events.model import EngineSpec
 from turnout.workers.inference.engines.base import Refusal
 from turnout.workers.inference.inspector import Hashes, Host, Inspected, Inspector
@@ -154,8 +155,8 @@ def test_a_format_that_only_its_engine_knows_is_named_by_its_content(root: Path)
 
 
 def test_a_fake_version_with_a_folder_takes_what_it_says(root: Path) -> None:
-    found = inspected(root, "--memory-mb", "100", kind="fake").inspection
-    assert found.host_bytes == 30_000_000 + 100 * (1 << 20)
+    found = inspected(root, "--memory", "100", kind="fake").inspection
+    assert found.host_bytes == FAKE_BYTES + 100 * (1 << 20)
 
 
 # --- an adapter ----------------------------------------------------------------------------------------------------
