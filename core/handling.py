@@ -39,6 +39,7 @@ from turnout.core.switch import (
     unknown_switch,
 )
 from turnout.events import subjects
+from turnout.events.model import UNSEEN
 from turnout.events.route import Hold
 from turnout.events.worker import KeptEngine
 
@@ -297,8 +298,8 @@ def _inspected(world: World, body: model.ReportInspected, context: Context) -> W
     if not state.model:
         return unknown_model(body.model)
     engine = state.versions.get(body.version)
-    if engine is not None and body.inspection is None and body.code in model.UNSEEN:
-        blind = (*state.unseen.get(body.version, ()), body.worker)
+    if engine is not None and body.inspection is None and body.code in UNSEEN:
+        blind = (*state.unseen.get(body.version, {}), body.worker)
         if any(w.live and engine.kind in w.engines and w.worker not in blind for w in world.workers.values()):
             note = model.NoteUnseen(body.model, body.version, body.worker, body.settings, body.code, body.reason)
             return (Write("model", body.model, note),)

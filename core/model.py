@@ -13,6 +13,7 @@ from turnout.core import policy, residence, rules, serving
 from turnout.core.decider import Rejected
 from turnout.core.residence import Residence, ResidenceCommand
 from turnout.events.model import (
+    UNSEEN,
     ActiveVersionChanged,
     Contents,
     DemandEnded,
@@ -50,8 +51,6 @@ _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _METRIC = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
 #: Tags and metrics of one version: they travel in one event.
 _WORDS_MOST = 32
-#: Codes of a worker that can't look at a version's files: another one may.
-UNSEEN = frozenset(("path_missing", "path_not_allowed", "engine_not_allowed"))
 
 
 class ModelState(msgspec.Struct, frozen=True):
@@ -60,7 +59,7 @@ class ModelState(msgspec.Struct, frozen=True):
     Attributes:
         validated: version → what its files say. A version without files has none.
         rejected: version → why its files can't be served.
-        unseen: version → workers that can't see its files, as long as nobody has looked at them.
+        unseen: version → workers that can't see its files, with what they said, as long as nobody has looked at them.
         policies: name → as it was given.
         rules: in their order.
         serving: always loaded, or on demand.
@@ -74,7 +73,7 @@ class ModelState(msgspec.Struct, frozen=True):
     versions: dict[str, EngineSpec] = {}
     validated: dict[str, Inspection] = {}
     rejected: dict[str, VersionRejected] = {}
-    unseen: dict[str, tuple[str, ...]] = {}
+    unseen: dict[str, dict[str, VersionUnseen]] = {}
     active: str = ""
     known_good: tuple[str, ...] = ()
     switch: str = ""
@@ -131,8 +130,8 @@ def evolve(state: ModelState, event: ModelEvent) -> ModelState:
         case VersionRejected():
             return replace(_uninspected(state, event.version), rejected={**state.rejected, event.version: event})
         case VersionUnseen():
-            workers = (*_without(state.unseen.get(event.version, ()), event.worker), event.worker)
-            return replace(state, unseen={**state.unseen, event.version: workers})
+            said = {**state.unseen.get(event.version, {}), event.worker: event}
+            return replace(state, unseen={**state.unseen, event.version: said})
         case VersionDeregistered():
             versions = {name: engine for name, engine in state.versions.items() if name != event.version}
             return replace(
@@ -452,13 +451,14 @@ def _inspected(state: ModelState, report: ReportInspected) -> tuple[ModelEvent, 
         return (VersionValidated(state.model, report.version, report.worker, report.inspection, report.contents),)
     if not report.code or not report.reason:
         return Rejected("request_invalid", "a rejection without code and reason", "say why the files can't be served")
-    if report.version in state.rejected:
+    refused = state.rejected.get(report.version)
+    if refused is not None and (refused.code not in UNSEEN or report.code in UNSEEN):
         return ()
     return (VersionRejected(state.model, report.version, report.worker, report.code, report.reason, report.hint),)
 
 
 def _unseen(state: ModelState, note: NoteUnseen) -> tuple[ModelEvent, ...]:
-    known = not state.awaits_inspection(note.version) or note.worker in state.unseen.get(note.version, ())
+    known = not state.awaits_inspection(note.version) or note.worker in state.unseen.get(note.version, {})
     if known or _out_of_date(state, note):
         return ()
     return (VersionUnseen(state.model, note.version, note.worker, note.code, note.reason),)

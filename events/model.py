@@ -156,6 +156,10 @@ class VersionRejected(msgspec.Struct, frozen=True):
     hint: str = ""
 
 
+#: Codes of a worker that can't look at a version's files: another one may.
+UNSEEN = frozenset(("path_missing", "path_not_allowed", "engine_not_allowed"))
+
+
 class VersionUnseen(msgspec.Struct, frozen=True):
     """A worker can't see the version's files, or may not; another one may."""
 

@@ -23,6 +23,7 @@ from turnout.events.instance import (
     InstanceWoken,
 )
 from turnout.events.model import (
+    UNSEEN,
     EngineSpec,
     Inspection,
     VersionDeregistered,
@@ -174,6 +175,8 @@ class Workers(Fold):
         self.workers: dict[str, WorkerView] = {}
         self._home: dict[str, str] = {}
         self._checks: dict[str, CheckView] = {}
+        #: Rejected for want of somebody who sees the files: a worker that joins looks again.
+        self._unseen: dict[str, CheckView] = {}
         self._inspections: dict[str, Inspection] = {}
 
     def view(self, id: str) -> WorkerView | None:
@@ -277,7 +280,8 @@ class Workers(Fold):
         home.kept = event.kept
         home.released = ()
         home.state = "live"
-        home.inspect = {name: check for name, check in self._checks.items() if check.engine.kind in home.engines}
+        checks = {**self._checks, **self._unseen}
+        home.inspect = {name: check for name, check in checks.items() if check.engine.kind in home.engines}
 
     def _worker_lost(self, event: WorkerLost, recorded: Recorded) -> None:
         self._worker(event.worker).state = "lost"
@@ -301,6 +305,7 @@ class Workers(Fold):
             return
         name = _name(event.model, event.version)
         self._inspections.pop(name, None)
+        self._unseen.pop(name, None)
         check = CheckView(event.model, event.version, engine, event.digest, event.trust_architecture)
         self._checks[name] = check
         for id, home in self.workers.items():
@@ -313,7 +318,10 @@ class Workers(Fold):
         self._checked(event.model, event.version)
 
     def _version_rejected(self, event: VersionRejected, recorded: Recorded) -> None:
+        check = self._checks.get(_name(event.model, event.version))
         self._checked(event.model, event.version)
+        if check is not None and event.code in UNSEEN:
+            self._unseen[_name(event.model, event.version)] = check
 
     def _version_unseen(self, event: VersionUnseen, recorded: Recorded) -> None:
         self._worker(event.worker).inspect.pop(_name(event.model, event.version), None)
@@ -325,7 +333,8 @@ class Workers(Fold):
     def _checked(self, model: str, version: str) -> None:
         """Nobody need look any more."""
         name = _name(model, version)
-        if self._checks.pop(name, None) is None:
+        known = (self._checks.pop(name, None), self._unseen.pop(name, None))
+        if known == (None, None):
             return
         for id, home in self.workers.items():
             if home.inspect.pop(name, None) is not None:

@@ -14,12 +14,14 @@ from turnout.core.config import CACHE, CacheConfig
 from turnout.core.decider import Rejected
 from turnout.core.instance import DrainInstance, InstanceState, RequestInstance, SleepInstance, WakeInstance
 from turnout.core.memory import estimate
+from turnout.core.model import ReportInspected, digest
 from turnout.core.placement import FITS, FULL, SOON, Ledger, Offer
 from turnout.core.residence import EndPreload, Wish
 from turnout.core.sagas import routes
 from turnout.core.sagas.owed import Agenda, Owed, Write
 from turnout.core.switch import ENDED
 from turnout.core.worker import ReleaseSpare
+from turnout.events import subjects
 from turnout.events.units import size
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def agenda(world: World, config: ModelSwitchingConfig, now: datetime, cache: Cac
         elif again is not None:
             wakes.append(again)
     owed.extend(repair for model in models if (repair := _repair(world, model)))
+    owed.extend(rejected for model in models for rejected in _reject_unseen(world, model))
     let_go, short = _let_go(world, config, cache, now)
     owed.extend(let_go)
     owed.extend(_preload(world, config, cache, short=short))
@@ -59,6 +62,30 @@ def agenda(world: World, config: ModelSwitchingConfig, now: datetime, cache: Cac
     )
     later = [w for w in wakes if w > now]
     return Agenda(tuple(owed), min(later) if later else None)
+
+
+def _reject_unseen(world: World, model: str) -> list[Owed]:
+    """Versions of which every live worker says that it can't see the files: the last that might have is gone."""
+    state = world.models[model]
+    owed: list[Owed] = []
+    for version, said in state.unseen.items():
+        spec = state.versions[version]
+        able = [w.worker for w in world.workers.values() if w.live and spec.kind in w.engines]
+        if not able or not said.keys() >= set(able):
+            continue
+        newest = said[able[-1]]
+        report = ReportInspected(
+            model,
+            version,
+            newest.worker,
+            digest(spec),
+            code=newest.code,
+            reason=newest.reason,
+            hint="copy the files there: a worker that joins looks again; or register the version again",
+        )
+        id = f"unseen.{world.last_event(subjects.event('model', model))}.{version}"
+        owed.append(Owed(id, (Write("model", model, report),), model))
+    return owed
 
 
 def _turn(world: World, model: str) -> tuple[float, str]:

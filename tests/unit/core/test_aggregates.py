@@ -231,6 +231,12 @@ def test_a_worker_that_sees_the_files_overrules_one_that_does_not() -> None:
     given(model, *WITH_FILES, TRUNCATED).when(report).then_nothing()
 
 
+def test_what_is_wrong_with_the_files_is_told_by_the_first_worker_that_sees_them() -> None:
+    unseen = VersionRejected("chat", "v3", "w1", "path_missing", "nothing is there")
+    given(model, *WITH_FILES, unseen).when(inspected(None, "weights_truncated")).then(TRUNCATED)
+    given(model, *WITH_FILES, unseen).when(inspected(None, "path_not_allowed", worker="w2")).then_nothing()
+
+
 def test_a_worker_says_once_that_it_can_not_see_the_files() -> None:
     note = model.NoteUnseen("chat", "v3", "w1", model.digest(FILES), "path_missing", "nothing is there")
     said = VersionUnseen("chat", "v3", "w1", "path_missing", "nothing is there")

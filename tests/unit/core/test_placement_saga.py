@@ -9,6 +9,7 @@ from tests.unit.core.story import CONFIG, FAKE, Story, registered, serving
 
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.instance import RequestInstance
+from turnout.core.model import digest
 from turnout.core.sagas import placement
 from turnout.events.gateway import GatewayJoined, GatewayLost, RouteApplied, VersionDrained
 from turnout.events.instance import (
@@ -30,6 +31,8 @@ from turnout.events.model import (
     RulesChanged,
     VersionDeregistered,
     VersionRegistered,
+    VersionRejected,
+    VersionUnseen,
 )
 from turnout.events.route import Endpoint, RouteChanged, Rule, Split
 from turnout.events.switch import InstancesRequested, RollbackStarted, SwitchAborted
@@ -424,3 +427,35 @@ def test_the_target_of_a_rollback_makes_room_for_the_version_that_takes_its_traf
         2.0
     )
     assert of(story.carry_placement(), InstanceDraining) == [InstanceDraining("i2", "makes room for chat v1")]
+
+
+# --- files that nobody sees --------------------------------------------------------------------------------------
+
+
+def test_a_version_is_rejected_when_the_last_worker_that_might_have_seen_its_files_is_lost() -> None:
+    files = EngineSpec("fake", path="/models/v3")
+    story = serving().happens(
+        WorkerJoined("w2", "h2", ("fake",), (), 4),
+        VersionRegistered("chat", "v3", files, digest(files)),
+        VersionUnseen("chat", "v3", "w1", "path_missing", "nothing is there"),
+    )
+    assert story.placement().owed == (), "w2 may see them"
+    story.happens(WorkerLost("w2", 11.0))
+    (rejected,) = story.carry_placement()
+    assert isinstance(rejected, VersionRejected)
+    assert (rejected.worker, rejected.code, rejected.reason) == ("w1", "path_missing", "nothing is there")
+    assert "a worker that joins looks again" in rejected.hint
+    assert story.placement().owed == ()
+    again = story.happens(VersionRegistered("chat", "v3", files, digest(files)))
+    again.happens(VersionUnseen("chat", "v3", "w1", "path_missing", "nothing is there"))
+    assert len(again.carry_placement()) == 1, "the same happens again"
+
+
+def test_a_version_waits_while_no_worker_is_live_that_could_look_at_its_files() -> None:
+    files = EngineSpec("fake", path="/models/v3")
+    story = serving().happens(
+        VersionRegistered("chat", "v3", files, digest(files)),
+        VersionUnseen("chat", "v3", "w1", "path_missing", "nothing is there"),
+        WorkerLost("w1", 11.0),
+    )
+    assert not [e for e in story.carry_placement() if isinstance(e, VersionRejected)]

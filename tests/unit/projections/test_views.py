@@ -114,6 +114,22 @@ def test_workers_that_may_run_it_are_shown_a_version_until_one_has_looked_at_its
     assert shown(VersionRejected("chat", "v3", "w1", "x", "y"), *WITH_FILES) == ["w1", "w2"]
 
 
+def test_a_worker_that_joins_later_is_shown_what_was_rejected_because_nobody_saw_its_files() -> None:
+    w1, w2 = WorkerJoined("w1", "h", ("fake",), (), 2), WorkerJoined("w2", "h", ("fake",), (), 2)
+    unseen = VersionRejected("chat", "v3", "w1", "path_missing", "nothing is there")
+
+    def shown(*events: object) -> list[str]:
+        workers = folded(w1, *WITH_FILES, *events).workers.workers
+        return [id for id, view in workers.items() if "chat@v3" in view.inspect]
+
+    assert shown(unseen) == []
+    assert shown(unseen, w2) == ["w2"]
+    assert shown(unseen, w2, w1) == ["w1", "w2"], "it comes back, and its disk may have been mounted"
+    assert shown(unseen, w2, VersionValidated("chat", "v3", "w2", SEEN)) == []
+    assert shown(VersionRejected("chat", "v3", "w1", "weights_truncated", "x"), w2) == [], "others would find the same"
+    assert shown(unseen, VersionDeregistered("chat", "v3"), w2) == []
+
+
 def test_an_instance_comes_with_what_its_versions_files_said() -> None:
     asked = InstanceRequested("i1", "chat", "v3", "w1", FILES, "sw-1")
     views = folded(*WITH_FILES, VersionValidated("chat", "v3", "w1", SEEN), asked)
