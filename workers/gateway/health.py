@@ -1,17 +1,17 @@
 """HealthCollector: how the requests of each version ended, in windows that are published as samples.
 
-On its way a request that goes well is only put on a list. They are counted many at once, several times a second, which
-costs a fraction of what it would cost between two system calls. Errors are counted at once. What an answer says (empty,
-looping, cut short) is read only while a switch compares two versions. Knows no socket, no event loop and no control
-plane: whoever drives it says what time it is and takes the samples.
+On its way a request that goes well is only put on a list. Many are counted at once, several times a second: sorted, so
+that a bin is counted by where it ends. Errors are counted at once. What an answer says (empty, looping, cut short) is
+read only while a switch compares two versions. Knows no socket, no event loop and no control plane: whoever drives it
+says what time it is and takes the samples.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
@@ -175,6 +175,7 @@ class Tally:
         begin: takes the key of a request that was assigned.
         done: takes (key, seconds, bytes of the prompt) of a request that has ended well, with the first read of its
             answer, and was not looked at.
+        whole: told of the seconds of many such requests, in rising order, for whoever counts them too.
         running: requests that were assigned and have not ended, as of the last digest.
         looks: leave to read answers, and to wait for them with an eye on the clock; None where nothing is compared.
         shadows: who gets copies of the version's requests, for whoever sends them.
@@ -209,6 +210,7 @@ class Tally:
         "running",
         "shadows",
         "share",
+        "whole",
     )
 
     def __init__(
@@ -231,9 +233,11 @@ class Tally:
         self.running = 0
         self._hurry = model.hurry if share < 1.0 else None
         self._begun: list[bytes | None] = []
-        self._done: list[tuple[bytes | None, float, int]] = []
+        # Flat, three places for each request: a list of tuples would be the garbage collector's to look at.
+        self._done: list[bytes | float | None] = []
         self.begin: Callable[[bytes | None], None] = self._begun.append
-        self.done: Callable[[tuple[bytes | None, float, int]], None] = self._done.append
+        self.done: Callable[[tuple[bytes | None, float, int]], None] = self._done.extend
+        self.whole: Callable[[list[float]], None] = _not_told
         self._clear()
 
     def _clear(self) -> None:
@@ -274,7 +278,7 @@ class Tally:
         if key and self.looks is not None:
             self._answer(key, _STRATA[_stratum(size, stream)], bin)
         elif self._is_first("answer", key):
-            self._first(size, stream)[bin] += 1
+            self._first(_stratum(size, stream))[bin] += 1
         if complete:
             self._total_ms[bin] += 1
 
@@ -349,9 +353,8 @@ class Tally:
         """Whether its unit shows this for the first time; a request without a key is a unit of its own."""
         return key is not None and (not key or self._users.mark(what, key))
 
-    def _first(self, size: int, stream: bool) -> list[int]:
+    def _first(self, stratum: int) -> list[int]:
         """Counts of first bytes, by bin."""
-        stratum = _stratum(size, stream)
         counts = self._first_ms[stratum]
         if counts is None:
             counts = self._first_ms[stratum] = _NO_COUNTS.copy()
@@ -361,36 +364,75 @@ class Tally:
 
     def digest(self) -> None:
         """Count what stands on the lists."""
-        if self._begun:
-            for key, count in Counter(self._begun).items():
+        begun, done = self._begun, self._done
+        if begun:
+            for key in set(begun):
                 if not key:
-                    self._assigned += count if key is not None else 0
+                    self._assigned += begun.count(key) if key is not None else 0
                 elif self._users.enter(key):
                     self._new_users += 1
                     self._assigned += 1
-            self.running += len(self._begun)
-            self._begun.clear()
-        if self._done:
-            total_ms, (marked, mask) = self._total_ms, self._users.marks("answer")
-            compared = self.looks is not None
-            for key, seconds, size in self._done:
-                bin = bisect_right(_BOUNDS_S, seconds)
-                total_ms[bin] += 1
-                if key and compared:
-                    self._answer(key, _STRATA[_stratum(size, stream=False)], bin)
-                    continue
-                if key:  # as _is_first, which is too slow for this
-                    hashed = hash(key)
-                    if hashed in marked or hashed & mask:
-                        continue
-                    marked.add(hashed)
-                elif key is None:
-                    continue
-                self._first(size, stream=False)[bin] += 1
-            self.running -= len(self._done)
-            self._ok += len(self._done)
+            self.running += len(begun)
+            begun.clear()
+        if done:
+            seconds = cast("list[float]", done[1::3])
+            self._count_answers(cast("list[bytes | None]", done[::3]), seconds, cast("list[int]", done[2::3]))
+            done.clear()
+            seconds.sort()
+            _count_sorted(self._total_ms, seconds)
+            self.running -= len(seconds)
+            self._ok += len(seconds)
             self._of.run = 0
-            self._done.clear()
+            self.whole(seconds)
+
+    def _count_answers(self, keys: list[bytes | None], seconds: list[float], sizes: list[int]) -> None:
+        """Count the times of answers that came whole, by the size of their prompts."""
+        least, most = bisect_right(_SIZES, min(sizes)), bisect_right(_SIZES, max(sizes))
+        if least == most:
+            self._count_stratum(least, keys, seconds)
+            return
+        parts: list[tuple[list[bytes | None], list[float]]] = [([], []) for _ in range(most + 1)]
+        for key, one, size in zip(keys, seconds, sizes, strict=True):
+            own_keys, own_seconds = parts[bisect_right(_SIZES, size)]
+            own_keys.append(key)
+            own_seconds.append(one)
+        for stratum, (own_keys, own_seconds) in enumerate(parts):
+            if own_keys:
+                self._count_stratum(stratum, own_keys, own_seconds)
+
+    def _count_stratum(self, stratum: int, keys: list[bytes | None], seconds: list[float]) -> None:
+        """Count those that count: each without a key, the first ones of a user, none that was not assigned."""
+        distinct = set(keys)
+        if b"" in distinct:
+            _count_sorted(
+                self._first(stratum), sorted(one for key, one in zip(keys, seconds, strict=True) if key == b"")
+            )
+        owed = {key: many for key in distinct if key and (many := self._owed(stratum, key))}
+        if not owed:  # most users have had theirs
+            return
+        for key, one in zip(keys, seconds, strict=True):
+            if key in owed:
+                self._count_users(stratum, key, bisect_right(_BOUNDS_S, one))
+                owed[key] -= 1
+                if not owed[key]:
+                    del owed[key]
+                    if not owed:
+                        return
+
+    def _owed(self, stratum: int, key: bytes) -> int:
+        """How many more answers of a user count."""
+        if self.looks is not None:
+            return ANSWERS_MOST - len(self._answers.get(_STRATA[stratum], {}).get(self._users.cell(key), ()))
+        marked, mask = self._users.marks("answer")
+        hashed = hash(key)
+        return 0 if hashed in marked or hashed & mask else 1
+
+    def _count_users(self, stratum: int, key: bytes, bin: int) -> None:
+        """A user's answer counts."""
+        if self.looks is not None:
+            self._answer(key, _STRATA[stratum], bin)
+        elif self._users.mark("answer", key):
+            self._first(stratum)[bin] += 1
 
     def open_outcomes(self) -> dict[str, int]:
         """Of the window that has not ended."""
@@ -667,6 +709,12 @@ class HealthCollector:
         self._hurried.clear()
         return taken
 
+    def digest(self) -> None:
+        """Count what stands on lists; no window ends."""
+        for model in self._models.values():
+            for tally in model.tallies:
+                tally.digest()
+
     def take_all(self, gateway: str, now: float, utc: datetime) -> list[HealthEvent]:
         """What is left, when the gateway stops."""
         return [event for model in self._models.values() for event in model.sample(gateway, now, utc)]
@@ -744,9 +792,23 @@ def _count(histogram: Histogram, value: float) -> None:
     histogram[bin] = histogram.get(bin, 0) + 1
 
 
+def _count_sorted(counts: list[int], seconds: list[float]) -> None:
+    """Count seconds in rising order, by bin."""
+    at, most = 0, len(seconds)
+    while at < most:
+        bin = bisect_right(_BOUNDS_S, seconds[at])
+        end = bisect_left(seconds, _BOUNDS_S[bin], at) if bin < len(_BOUNDS_S) else most
+        counts[bin] += end - at
+        at = end
+
+
 def _histogram(counts: list[int]) -> Histogram:
     return {bin: count for bin, count in enumerate(counts) if count}
 
 
 def _nobody() -> None:
     """Nobody asked to hear it."""
+
+
+def _not_told(_: list[float]) -> None:
+    """Nobody else counts them."""

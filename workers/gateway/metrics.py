@@ -5,7 +5,7 @@ Labels are bounded: only served names, versions and the words below ever become 
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -54,6 +54,16 @@ class Histogram:
         self.counts[bisect_left(BOUNDS_S, seconds)] += 1
         self.sum_s += seconds
 
+    def observe_sorted(self, ordered: list[float]) -> None:
+        """Count many, in rising order."""
+        at, most = 0, len(ordered)
+        while at < most:
+            bucket = bisect_left(BOUNDS_S, ordered[at])
+            end = bisect_right(ordered, BOUNDS_S[bucket], at) if bucket < len(BOUNDS_S) else most
+            self.counts[bucket] += end - at
+            at = end
+        self.sum_s += sum(ordered)
+
     def cumulative(self) -> list[tuple[str, float]]:
         """As Prometheus wants it."""
         total, made = 0, list[tuple[str, float]]()
@@ -69,7 +79,8 @@ class VersionNumbers:
     Attributes:
         statuses: answers by the first digit of their status.
         tally: the window that its next request counts in.
-        whole: takes the seconds of an answer with status 2xx that came whole; many are counted at once, by ``digest``.
+        whole: takes the seconds of an answer with status 2xx that came whole and is in no tally; many are counted at
+            once, by ``digest``.
     """
 
     __slots__ = ("_whole", "failures", "first_byte", "retries", "statuses", "tally", "total", "whole")
@@ -87,11 +98,15 @@ class VersionNumbers:
     def digest(self) -> None:
         """Count what stands on the list."""
         if self._whole:
-            self.statuses[2] += len(self._whole)
-            for seconds in self._whole:
-                self.first_byte.observe(seconds)
-                self.total.observe(seconds)
+            self._whole.sort()
+            self.add_whole(self._whole)
             self._whole.clear()
+
+    def add_whole(self, ordered: list[float]) -> None:
+        """Count many answers with status 2xx that came whole, by their seconds in rising order."""
+        self.statuses[2] += len(ordered)
+        self.first_byte.observe_sorted(ordered)
+        self.total.observe_sorted(ordered)
 
     def began(self, status: int, seconds: float, complete: bool) -> None:
         """Count an answer whose first byte came after so many seconds, and its last one with it if it is complete."""
@@ -148,6 +163,8 @@ class MetricsCollector:
         self.held: Callable[[], Iterable[tuple[str, int]]] = tuple
         self.waited: dict[str, Histogram] = {}
         self.held_refused: dict[tuple[str, str], int] = {}
+        #: Makes whoever counts answers for health samples tell of those that it has not told of.
+        self.gather: Callable[[], None] = _nothing
         #: Health samples that were not published, read when somebody asks.
         self.samples_dropped: Callable[[], int] = int
         self._registry = CollectorRegistry(auto_describe=False)
@@ -162,6 +179,7 @@ class MetricsCollector:
 
     def digest(self) -> None:
         """Count what has come since the last time; to be called several times a second."""
+        self.gather()
         for numbers in self.versions.values():
             numbers.digest()
 
@@ -271,3 +289,7 @@ class MetricsCollector:
         for (model, reason), count in self.held_refused.items():
             refused.add_metric([model, reason], count)
         yield refused
+
+
+def _nothing() -> None:
+    """Nobody else counts."""

@@ -132,7 +132,8 @@ class DataPlane:
         if transition is not None:
             applied = context.health.apply(route, self.gateway, now, self._clock.now())
             for tally in applied.tallies:
-                context.metrics.version(tally.model, tally.version).tally = tally
+                numbers = context.metrics.version(tally.model, tally.version)
+                numbers.tally, tally.whole = tally, numbers.add_whole
             context.copies.apply(route, applied.shadows)
             context.pool.keep(context.manager.addresses())
             self._publish(applied.ended)
@@ -293,6 +294,7 @@ class DataPlane:
             context.health.signs,
             context.health.pairs,
         )
+        metrics.gather = context.health.digest
         metrics.gauges += [
             Gauge("turnout_gateway_connections", "Client connections.", lambda: len(self.connections)),
             Gauge("turnout_gateway_idle_upstreams", "Unused connections to engines.", context.pool.idle),

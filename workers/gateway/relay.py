@@ -289,17 +289,14 @@ class Relay:
             not request.keep_alive
             or ctx.stopping
             or choice.slot.failures
-            or (
-                numbers.tally is not None
-                if tally is None
-                else tally.looks is not None and not self._needs_no_look(tally, data)
-            )
+            or not (numbers.tally is None if tally is None else self._needs_no_look(tally, data))
         ):
             return False
         self._write(b"".join((data[: at - 4], choice.stamp, request.id, data[at - 4 :])))
         seconds = ctx.monotonic() - self.started
-        numbers.whole(seconds)
-        if tally is not None:
+        if tally is None:
+            numbers.whole(seconds)
+        else:
             tally.done((None if request.apart else request.key, seconds, len(request.body)))
             self._tally = None
         self._connection = None
@@ -356,20 +353,20 @@ class Relay:
         seconds = ctx.monotonic() - self.started
         numbers = choice.lane.numbers or ctx.numbers(choice)
         tally = self._tally
-        if complete and shape.status < 300:
-            numbers.whole(seconds)
-        else:
-            numbers.began(shape.status, seconds, complete)
-        if tally is None:
-            if (
-                numbers.tally is not None
-            ):  # the version it was assigned to has failed, but the one that answers is there
-                numbers.tally.came_back()
-        elif complete and shape.status < 400 and (tally.looks is None or self._needs_no_look(tally, data)):
+        well = complete and shape.status < 300
+        if tally is not None and well and self._needs_no_look(tally, data):
             tally.done((None if request.apart else request.key, seconds, len(request.body)))
             self._tally = None
         else:
-            self._note_answer(tally, shape, data, seconds, complete)
+            if well:
+                numbers.whole(seconds)
+            else:
+                numbers.began(shape.status, seconds, complete)
+            if tally is not None:
+                self._note_answer(tally, shape, data, seconds, complete)
+            elif numbers.tally is not None:
+                # the version it was assigned to has failed, but the one that answers is there
+                numbers.tally.came_back()
         if choice.slot.failures:
             ctx.manager.connection_worked(choice)
         if shape.stream or self._reading is not None:
@@ -392,11 +389,13 @@ class Relay:
             self._note = tail.append
 
     def _needs_no_look(self, tally: Tally, data: bytes) -> bool:
-        """Whether an answer that came whole is only to be counted, though versions are compared."""
+        """Whether an answer that came whole is only to be counted: most are, also where versions are compared."""
         looks = tally.looks
-        if looks is None or looks.left >= 1.0 or self._slow or tally.shadows:
+        if looks is None:
+            return True
+        if looks.left >= 1.0 or self._slow or tally.shadows:
             return False
-        return data.find(b'"abort"', -_FINISH_BYTES) < 0
+        return data.rfind(b'"abort"', -_FINISH_BYTES) < 0  # of both directions the one that costs a quarter
 
     def _note_answer(self, tally: Tally, shape: Shape, data: bytes, seconds: float, complete: bool) -> None:
         """Measure the answer's first byte, and see to it that the rest is looked at and copied where it shall be."""

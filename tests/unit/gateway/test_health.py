@@ -299,6 +299,48 @@ def test_histograms_have_the_bins_of_the_contract(seconds: list[float]) -> None:
     assert sample.first_ms["whole/1k"] == sample.total_ms
 
 
+_KEYS = st.sampled_from([b"", None, b"alice", b"bob", b"carol"])
+_ANSWERS = st.lists(st.tuples(_KEYS, st.floats(0.0, 4000.0), st.sampled_from([10, 1023, 1024, 5000, 90_000])))
+
+
+@given(st.lists(_ANSWERS, max_size=4))
+def test_answers_counted_many_at_once_are_those_counted_one_by_one(
+    digests: list[list[tuple[bytes | None, float, int]]],
+) -> None:
+    """A user's first answer counts, each one without a key does, and none that the split has not assigned."""
+    many, single = Rig(), Rig()
+    told: list[float] = []
+    for rig in (many, single):
+        rig.route(split("v1", 100.0, "a"))
+    many.tallies["v1"].whole = told.extend
+    for answers in digests:
+        for answer in answers:
+            many.tallies["v1"].begin(answer[0])
+            many.tallies["v1"].done(answer)
+            single.tallies["v1"].begin(answer[0])
+            single.tallies["v1"].done(answer)
+            single.collector.digest()
+        many.collector.digest()
+    assert many.take(60.0) == single.take(60.0)
+    assert sorted(told) == sorted(seconds for answers in digests for _, seconds, _ in answers)
+
+
+def test_a_users_first_answer_counts_by_the_size_of_its_prompt() -> None:
+    rig = Rig()
+    rig.route(split("v1", 100.0, "a"))
+    tally = rig.tallies["v1"]
+    for answer in ((b"alice", 0.1, 2000), (b"", 0.2, 10), (b"alice", 9.0, 10), (None, 9.0, 10), (b"", 0.2, 70_000)):
+        tally.begin(answer[0])
+        tally.done(answer)
+    (sample,) = rig.take(60.0)
+    assert sample.first_ms == {
+        "whole/4k": {bin_of(100): 1},
+        "whole/1k": {bin_of(200): 1},
+        "whole/more": {bin_of(200): 1},
+    }
+    assert sum(sample.total_ms.values()) == sample.requests == 5
+
+
 def test_what_is_slow_is_learned_from_the_bulk_of_the_traffic() -> None:
     rig = Rig()
     rig.route(V1, V2)

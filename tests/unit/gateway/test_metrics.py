@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from turnout.workers.gateway.metrics import FAILURES, Gauge, MetricsCollector
+from turnout.workers.gateway.metrics import BOUNDS_S, FAILURES, Gauge, Histogram, MetricsCollector
 from turnout.workers.gateway.settings import GatewaySettings, TimeLimits
 
 
@@ -36,6 +39,27 @@ def test_what_was_counted_is_rendered() -> None:
     assert read["turnout_gateway_request_seconds_bucket", "0.01", "chat", "v1"] == 0
     assert read["turnout_gateway_request_seconds_bucket", "0.025", "chat", "v1"] == 1
     assert read["turnout_gateway_request_seconds_bucket", "+Inf", "chat", "v1"] == 2
+
+
+@given(st.lists(st.floats(0.0, 400.0) | st.sampled_from(BOUNDS_S)))
+def test_many_at_once_are_counted_as_one_by_one(seconds: list[float]) -> None:
+    single, many = Histogram(), Histogram()
+    for one in seconds:
+        single.observe(one)
+    many.observe_sorted(sorted(seconds))
+    assert many.counts == single.counts
+    assert many.sum_s == pytest.approx(single.sum_s)
+
+
+def test_what_stands_on_lists_is_counted_before_anything_is_rendered() -> None:
+    metrics = MetricsCollector()
+    numbers = metrics.version("chat", "v1")
+    numbers.whole(0.2)
+    metrics.gather = lambda: numbers.add_whole([0.01, 0.02])
+    read = samples(metrics)
+    assert read["turnout_gateway_answers_total", "2xx", "chat", "v1"] == 3
+    assert read["turnout_gateway_first_byte_seconds_bucket", "0.025", "chat", "v1"] == 2
+    assert read["turnout_gateway_request_seconds_sum", "chat", "v1"] == pytest.approx(0.23)
 
 
 def test_kinds_of_failure_are_few_and_each_is_one() -> None:
