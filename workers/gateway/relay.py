@@ -40,8 +40,8 @@ _DEAD = (b"EngineCore encountered an issue", b"cannot schedule new futures after
 
 #: A body that asks for a stream; only looked for where there is no answer yet to tell.
 _ASKS_STREAM = re.compile(rb'"stream"\s*:\s*true')
-#: The finish reason of an answer stands in so many bytes at its end.
-_FINISH_BYTES = 512
+#: Where the end of an answer begins that holds its finish reason.
+_FINISH_FROM = -512
 #: Reads of a stream that are looked at when it has ended: the last events, [DONE] and the last chunk.
 TAIL_READS = 8
 
@@ -395,7 +395,7 @@ class Relay:
             return True
         if looks.left >= 1.0 or self._slow or tally.shadows:
             return False
-        return data.rfind(b'"abort"', -_FINISH_BYTES) < 0  # of both directions the one that costs a quarter
+        return data.rfind(b'"abort"', _FINISH_FROM) < 0  # of both directions the one that costs a quarter
 
     def _note_answer(self, tally: Tally, shape: Shape, data: bytes, seconds: float, complete: bool) -> None:
         """Measure the answer's first byte, and see to it that the rest is looked at and copied where it shall be."""
