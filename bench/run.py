@@ -15,6 +15,7 @@ import report
 BENCHES = {
     "gateway": "a gateway's latency and rate beside nginx, vllm-router and no proxy",
     "collection": "what collecting evidence costs a gateway",
+    "instructions": "instructions of a gateway's own code, with collecting evidence and without",
     "switches": "cutover and what clients notice of switches under load",
     "chaos": "switches under load while processes are killed",
     "fold": "events folded in a second",
@@ -38,7 +39,7 @@ def main() -> int:
         parser.error(f"there is no bench {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
     if options.list:
         for name, what in BENCHES.items():
-            print(f"{name:12} {what}")
+            print(f"{name:13} {what}")
         return 0
     broken: list[str] = []
     for name in options.names or BENCHES:

@@ -27,6 +27,11 @@ _TEXT = (
     "A turnout lets a train pass from one track to another while it is moving; "
     "the blades lie against one rail or the other, never between them. "
 )
+_MORE = (
+    "A motor or a hand lever throws both blades together through a rod, and a lock then holds the closed one until "
+    "the last wheel has passed. Signals show what was set: no driver may trust a road that has not been proven, so a "
+    "detector reports the gap on each side before any light turns green."
+)
 
 
 def _answer(body: str, status: str = "200 OK") -> bytes:
@@ -37,9 +42,9 @@ def _answer(body: str, status: str = "200 OK") -> bytes:
 
 
 _USAGE = '"usage":{"prompt_tokens":200,"completion_tokens":60,"total_tokens":260}'
-_CHAT = _answer(
+CHAT = _answer(
     '{"id":"chatcmpl-0123456789abcdef","object":"chat.completion","created":1893456000,"model":"chat","choices":'
-    '[{"index":0,"message":{"role":"assistant","content":"' + 3 * _TEXT + '"},"logprobs":null,'
+    '[{"index":0,"message":{"role":"assistant","content":"' + _TEXT + _MORE + '"},"logprobs":null,'
     '"finish_reason":"stop"}],' + _USAGE + "}"
 )
 _COMPLETION = _answer(
@@ -52,7 +57,7 @@ _MODELS = _answer(
 )
 _OK = _answer("{}")
 _MISSING = _answer('{"error":{"message":"no such path","type":"invalid_request_error"}}', "404 Not Found")
-_STREAM_HEAD = (
+STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nserver: bench\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
     b"transfer-encoding: chunked\r\n\r\n"
 )
@@ -60,7 +65,13 @@ _CHUNK = (
     'data: {{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1893456000,"model":"chat",'
     '"choices":[{{"index":0,"delta":{{"content":"t={}"}},"logprobs":null,"finish_reason":null}}]}}\n\n'
 )
-_DONE = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+DONE = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+
+
+def chunk() -> bytes:
+    """One chunk of a stream, with the time in it."""
+    text = _CHUNK.format(time.monotonic_ns())
+    return f"{len(text):x}\r\n{text}\r\n".encode()
 
 
 class _Connection(asyncio.Protocol):
@@ -95,10 +106,10 @@ class _Connection(asyncio.Protocol):
         if request.startswith(b"POST /v1/chat/completions"):
             if _STREAM.search(request, end):
                 chunks, pause_us = _MAX_TOKENS.search(request, end), _SEED.search(request, end)
-                self._transport.write(_STREAM_HEAD)
+                self._transport.write(STREAM_HEAD)
                 self._chunk(int(chunks[1]) if chunks else 16, (int(pause_us[1]) if pause_us else 0) / 1e6)
             else:
-                self._transport.write(_CHAT)
+                self._transport.write(CHAT)
         elif request.startswith(b"POST /v1/completions"):
             self._transport.write(_COMPLETION)
         elif request.startswith(b"GET /v1/models"):
@@ -110,10 +121,9 @@ class _Connection(asyncio.Protocol):
 
     def _chunk(self, left: int, pause_s: float) -> None:
         if left <= 0:
-            self._transport.write(_DONE)
+            self._transport.write(DONE)
             return
-        text = _CHUNK.format(time.monotonic_ns())
-        self._transport.write(f"{len(text):x}\r\n{text}\r\n".encode())
+        self._transport.write(chunk())
         self._timer = self._loop.call_later(pause_s, self._chunk, left - 1, pause_s)
 
 
