@@ -386,53 +386,48 @@ class Tally:
             self.whole(seconds)
 
     def _count_answers(self, keys: list[bytes | None], seconds: list[float], sizes: list[int]) -> None:
-        """Count the times of answers that came whole, by the size of their prompts."""
-        least, most = bisect_right(_SIZES, min(sizes)), bisect_right(_SIZES, max(sizes))
-        if least == most:
-            self._count_stratum(least, keys, seconds)
-            return
-        parts: list[tuple[list[bytes | None], list[float]]] = [([], []) for _ in range(most + 1)]
-        for key, one, size in zip(keys, seconds, sizes, strict=True):
-            own_keys, own_seconds = parts[bisect_right(_SIZES, size)]
-            own_keys.append(key)
-            own_seconds.append(one)
-        for stratum, (own_keys, own_seconds) in enumerate(parts):
-            if own_keys:
-                self._count_stratum(stratum, own_keys, own_seconds)
-
-    def _count_stratum(self, stratum: int, keys: list[bytes | None], seconds: list[float]) -> None:
-        """Count those that count: each without a key, the first ones of a user, none that was not assigned."""
+        """Count the times of answers that came whole: each without a key, and the first ones of a user."""
         distinct = set(keys)
-        if b"" in distinct:
-            _count_sorted(
-                self._first(stratum), sorted(one for key, one in zip(keys, seconds, strict=True) if key == b"")
-            )
-        owed = {key: many for key in distinct if key and (many := self._owed(stratum, key))}
-        if not owed:  # most users have had theirs
-            return
-        for key, one in zip(keys, seconds, strict=True):
+        compared = self.looks is not None
+        if not compared:
+            self._count_first(distinct, keys, seconds, sizes)
+        if compared or b"" in distinct:
+            for stratum, (own_keys, own_seconds) in enumerate(_by_size(keys, seconds, sizes)):
+                if b"" in distinct:
+                    plain = sorted(one for key, one in zip(own_keys, own_seconds, strict=True) if key == b"")
+                    if plain:
+                        _count_sorted(self._first(stratum), plain)
+                if compared:
+                    self._count_compared(_STRATA[stratum], own_keys, own_seconds)
+
+    def _count_first(
+        self, distinct: set[bytes | None], keys: list[bytes | None], seconds: list[float], sizes: list[int]
+    ) -> None:
+        """Count the first answer of each user who has had none; most have."""
+        marked, mask = self._users.marks("answer")
+        owed = {key for key in distinct if key and not (hash(key) in marked or hash(key) & mask)}
+        for key, one, size in zip(keys, seconds, sizes, strict=True) if owed else ():
             if key in owed:
-                self._count_users(stratum, key, bisect_right(_BOUNDS_S, one))
+                owed.remove(key)
+                marked.add(hash(key))
+                self._first(_stratum(size, stream=False))[bisect_right(_BOUNDS_S, one)] += 1
+                if not owed:
+                    return
+
+    def _count_compared(self, stratum: str, keys: list[bytes | None], seconds: list[float]) -> None:
+        """Count the answers of users whose cells have not had as many as count."""
+        had = self._answers.get(stratum, {})
+        owed = {
+            key: most for key in set(keys) if key and (most := ANSWERS_MOST - len(had.get(self._users.cell(key), ())))
+        }
+        for key, one in zip(keys, seconds, strict=True) if owed else ():
+            if key in owed:
+                self._answer(key, stratum, bisect_right(_BOUNDS_S, one))
                 owed[key] -= 1
                 if not owed[key]:
                     del owed[key]
                     if not owed:
                         return
-
-    def _owed(self, stratum: int, key: bytes) -> int:
-        """How many more answers of a user count."""
-        if self.looks is not None:
-            return ANSWERS_MOST - len(self._answers.get(_STRATA[stratum], {}).get(self._users.cell(key), ()))
-        marked, mask = self._users.marks("answer")
-        hashed = hash(key)
-        return 0 if hashed in marked or hashed & mask else 1
-
-    def _count_users(self, stratum: int, key: bytes, bin: int) -> None:
-        """A user's answer counts."""
-        if self.looks is not None:
-            self._answer(key, _STRATA[stratum], bin)
-        elif self._users.mark("answer", key):
-            self._first(stratum)[bin] += 1
 
     def open_outcomes(self) -> dict[str, int]:
         """Of the window that has not ended."""
@@ -785,6 +780,22 @@ def _add(totals: dict[str, int], counts: dict[str, int]) -> None:
 
 def _stratum(size: int, stream: bool) -> int:
     return bisect_right(_SIZES, size) + (len(_SIZE_NAMES) if stream else 0)
+
+
+def _by_size(
+    keys: list[bytes | None], seconds: list[float], sizes: list[int]
+) -> list[tuple[list[bytes | None], list[float]]]:
+    """Keys and seconds by the stratum of answers that came whole."""
+    found: list[tuple[list[bytes | None], list[float]]] = [([], []) for _ in _SIZE_NAMES]
+    least = bisect_right(_SIZES, min(sizes))
+    if least == bisect_right(_SIZES, max(sizes)):
+        found[least] = keys, seconds
+        return found
+    for key, one, size in zip(keys, seconds, sizes, strict=True):
+        own_keys, own_seconds = found[bisect_right(_SIZES, size)]
+        own_keys.append(key)
+        own_seconds.append(one)
+    return found
 
 
 def _count(histogram: Histogram, value: float) -> None:
