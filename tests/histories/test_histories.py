@@ -87,3 +87,17 @@ def test_a_switch_of_that_time_has_the_same_outcome_today() -> None:
     assert (route.revision, [(s.version, s.weight) for s in route.splits]) == (3, [("v2", 100.0)])
     assert world.running == set()
     assert world.live_gateways == set()
+
+
+def test_an_older_good_version_that_took_over_is_the_active_one_today() -> None:
+    world, views = World(), Views()
+    for one in history(next(file for file in FILES if "older-good-version-takes-over" in file.name)):
+        world.apply(one)
+        views.apply(one)
+
+    (switch,) = (view for view in views.switches.switches.values() if view.target == "v2")
+    assert (switch.phase, switch.source, switch.back_to) == ("rolled_back", "v1", "v0")
+    model = views.registry.view("chat")
+    assert model is not None
+    assert (model.active, model.last_outcome) == ("v0", "rolled_back")
+    assert not world.running
