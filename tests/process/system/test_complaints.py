@@ -15,11 +15,14 @@ from tests.process.system.traffic import Reply, ask, exchange, get
 from turnout.core.handling import StopSwitch, UndoModel
 from turnout.core.model import DeregisterVersion, SetServing
 from turnout.core.world import World
+from turnout.events import jsapi
+from turnout.events.alert import AlertRaised
 from turnout.events.gateway import RouteApplied, VersionDrained
 from turnout.events.instance import InstanceRequested
 from turnout.events.model import ActiveVersionChanged, DemandEnded, DemandSeen, Serving
 from turnout.events.route import RouteChanged
-from turnout.events.switch import BakeStarted, StepStarted
+from turnout.events.switch import BakeStarted, StepStarted, SwitchPaused, VerdictReached
+from turnout.workers import wiring
 from turnout.workers.client import CommandRejected
 from turnout.workers.inference.engines.fake_server import Draw
 from turnout.workers.load import Clients
@@ -162,6 +165,22 @@ async def test_complaint_5_exit_codes_states_and_live_version_tell_the_same(c: C
             assert [s.version for s in newest.splits if s.weight] == [event.version]
             gateways = {a.gateway for a in applied if a.model == event.model and a.revision == newest.revision}
             assert len(gateways) == 2
+
+
+@on_stage
+async def test_complaint_5_a_rollback_by_verdict_is_no_success_and_the_source_serves(c: Cluster) -> None:
+    source = c.world.models["chat"].active
+    await c.register("errs", "--error-rate=1", "--sound-first=1", "--error-says=no", *ARGS)
+    c.load(20)
+    words = ("--strategy", "canary", "--param", "steps=[{setWeight = 50}]", "--wait", "--json")
+    code, out, err = await c.command("switch", "chat", "errs", *words)
+    ended = json.loads(out.splitlines()[-1])
+    assert (code, ended["status"]) == (3, "rolled_back"), (out, err)
+    assert ended["verdict"]["decision"] == "fail"
+    assert (await c.switcher.get_switch_status(ended["switch"])).phase == "rolled_back"
+    await c.caught_up()
+    assert c.world.models["chat"].active == source
+    assert {(await ask(url, "chat", c.clock)).version for url in c.gateways.values() for _ in range(3)} == {source}
 
 
 @on_stage
@@ -326,6 +345,36 @@ async def test_complaint_11_back_and_forth_under_load_keeps_to_the_route_of_each
     assert not [s for s in c.seen[before:] if isinstance(s.recorded.event, InstanceRequested)]
     steps = [s.recorded.event for s in c.seen[before:] if isinstance(s.recorded.event, StepStarted)]
     assert [s.weight for s in steps] == [100.0] * 4
+
+
+def test_complaint_14_with_its_source_of_evidence_gone_a_rollout_is_held_with_an_alert_and_may_be_promoted() -> None:
+    alone(lambda: Cluster(gateways=2), _no_evidence)
+
+
+async def _no_evidence(c: Cluster) -> None:
+    await c.serving("v1", "v2", args=ARGS)
+    load = c.load(20)
+    await c.answered(load)
+    # given nobody takes the gateways' samples any more
+    async with wiring.control_plane(c.nats_url, "test") as plane:
+        await jsapi.api(plane.connection.nc, "STREAM.DELETE.HEALTH", None, 5.0)
+    judge = {"minRequests": 5, "minUsers": 1, "minSeconds": 1}
+    steps: dict[str, object] = {"steps": [{"setWeight": 20}], "stepDeadline": 3, "judge": judge}
+    operation = await c.switch("v2", strategy="canary", parameters=steps, bake_s=0.0)
+    # then it is neither promoted nor rolled back, somebody is told, and both versions serve on
+    paused = await c.event(SwitchPaused, switch=operation.id)
+    assert paused.cause == "inconclusive"
+    verdict = await c.event(VerdictReached, switch=operation.id)
+    assert (verdict.decision, verdict.target_requests) == ("inconclusive", 0)
+    await c.event(AlertRaised, alert="switch_held.chat")
+    await c.answered(load, 20)
+    assert [s.weight for s in c.world.routes["chat"].splits] == [80.0, 20.0]
+    # and whoever knows better takes it on
+    code, out, err = await c.command("promote", operation.id, "--step", "1", "--json")
+    assert code == 0, (out, err)
+    assert (await c.ended(operation)).phase == "completed"
+    await c.answered(load)
+    (await c.history()).clean()
 
 
 @on_stage
