@@ -1,12 +1,15 @@
-"""The scenarios ``warm``, ``spare`` and ``sleep``: how a version becomes ready, under load. Prints nothing.
+"""The scenarios ``warm``, ``spare``, ``lora`` and ``sleep``: how a version becomes ready, under load. Prints nothing.
 
 ``warm``: the target is in the cache still. ``spare``: it was never loaded, and is put into an engine that runs already.
-``sleep``: it was put to sleep to make room for another one, and is woken.
+``lora``: it is an adapter, and joins another one in the engine of their base. ``sleep``: it was put to sleep to make
+room for another one, and is woken.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -32,12 +35,17 @@ _ARGS = (f"--load-seconds={_LOAD_S:g}", "--tokens=20", "--token-ms=5")
 _SETTINGS = "[worker]\nquiet_s = 0.1\nspares = {spares}\ncapacity = {places}\n"
 _SERVES_S = 60.0
 _TOKENS = 20
+#: What is adapted, and by which matrices: as small as files can be that are looked at like any others.
+_MODULE = "model.layers.0.self_attn.q_proj"
+_BASE = {f"{_MODULE}.weight": (4, 4)}
+_ADAPTER = {f"base_model.model.{_MODULE}.lora_A.weight": (1, 4), f"base_model.model.{_MODULE}.lora_B.weight": (4, 1)}
 
 
 class TierScenario(msgspec.Struct, frozen=True):
     """One story. ``visits``: the versions that are switched to; the last one is what is looked at.
 
-    ``args``: further settings of their engines; ``places``: engines that the worker may run awake.
+    ``args``: further settings of their engines; ``places``: engines that the worker may run awake; ``adapters``: the
+    versions are adapters of one base.
     """
 
     name: str
@@ -47,6 +55,7 @@ class TierScenario(msgspec.Struct, frozen=True):
     tier: str
     args: tuple[str, ...] = ()
     places: int = 4
+    adapters: bool = False
 
 
 TIER_SCENARIOS = {
@@ -57,6 +66,14 @@ TIER_SCENARIOS = {
         ),
         TierScenario(
             "spare", "a version never loaded before is put into an engine that runs already", ("v1", "v2"), 1, "spare"
+        ),
+        TierScenario(
+            "lora",
+            "an adapter that was never loaded joins another one in the engine of their base",
+            ("v1", "v2"),
+            0,
+            "adapter",
+            adapters=True,
         ),
         TierScenario(
             "sleep",
@@ -82,8 +99,8 @@ class TierReport(msgspec.Struct, frozen=True):
         cold_s: what a new engine takes here, for comparison.
         failed, cut: requests by turnout's doing.
         requests: in all.
-        bytes_estimated: None, as the fake engine has no weights to read beforehand.
-        bytes_measured: of the target's engine.
+        bytes_estimated: what the target was admitted with, before it was loaded.
+        bytes_measured: of the target's engine; of an adapter, what it adds to the engine that it shares.
         struck: tiers that were tried and failed.
         as_planned: it ended so, by this tier, and no client noticed.
     """
@@ -96,7 +113,7 @@ class TierReport(msgspec.Struct, frozen=True):
     failed: int
     cut: int
     requests: int
-    bytes_estimated: int | None
+    bytes_estimated: int
     bytes_measured: int
     struck: tuple[str, ...]
     as_planned: bool
@@ -125,9 +142,10 @@ async def play(scenario: TierScenario, rate: float, folder: Path, progress: Prog
         await worker_joins(client)
         registry, switcher = DynamicModelRegistry(BaseRegistry(), client), ModelSwitcher(client)
         for version in sorted(set(scenario.visits)):
-            await registry.register_model(
-                MODEL, version, EngineSpec("fake", args=(*_ARGS, *scenario.args)), note=scenario.name
-            )
+            spec = EngineSpec("fake", args=(*_ARGS, *scenario.args))
+            if scenario.adapters:
+                spec = _adapted(spec, folder / "models", version)
+            await registry.register_model(MODEL, version, spec, note=scenario.name)
         load = Clients(gateway, MODEL, rate, client.clock, max_tokens=_TOKENS)
         id, outcome = "", ""
         try:
@@ -155,7 +173,8 @@ def _report(
     scenario: TierScenario, id: str, outcome: str, log: list[Recorded], failed: int, cut: int, requests: int
 ) -> TierReport:
     target = scenario.visits[-1]
-    of_target = {e.instance for r in log if isinstance(e := r.event, InstanceRequested) and e.version == target}
+    requested = [e for r in log if isinstance(e := r.event, InstanceRequested) and e.version == target]
+    of_target = {e.instance for e in requested}
     readies = [r.event for r in log if isinstance(r.event, InstanceReady)]
     proofs = [e for r in log if isinstance(e := r.event, InstanceReady | InstanceWoken) and e.instance in of_target]
     newest = proofs[-1]
@@ -170,8 +189,31 @@ def _report(
         failed=failed,
         cut=cut,
         requests=requests,
-        bytes_estimated=None,
+        bytes_estimated=requested[-1].bytes,
         bytes_measured=newest.bytes,
         struck=tuple(e.reason for r in log if isinstance(e := r.event, TierFailed)),
         as_planned=outcome == "completed" and tier == scenario.tier and not failed and not cut,
     )
+
+
+def _adapted(spec: EngineSpec, folder: Path, version: str) -> EngineSpec:
+    """A version of its own adapter, and of a base that all versions share."""
+    base, adapter = folder / "base", folder / version
+    for path in (base, adapter):
+        path.mkdir(parents=True, exist_ok=True)
+    (base / "config.json").write_text("{}")
+    _safetensors(base / "model.safetensors", _BASE)
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
+    _safetensors(adapter / "adapter_model.safetensors", _ADAPTER)
+    return msgspec.structs.replace(spec, path=str(base), adapter=str(adapter))
+
+
+def _safetensors(path: Path, tensors: dict[str, tuple[int, int]]) -> None:
+    """A file of these tensors, all zero: the fake engine reads none."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, shape in tensors.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))

@@ -33,6 +33,8 @@ def test_a_version_becomes_ready_by_the_tier_that_is_shown(up: Up, name: str) ->
     report = msgspec.json.decode(out, type=TierReport)
     assert (report.outcome, report.tier) == ("completed", TIER_SCENARIOS[name].tier), report
     assert (report.failed, report.cut, report.struck) == (0, 0, ()), report
+    assert report.bytes_estimated > 0, report
+    assert report.bytes_measured > 0, report
     assert demo.returncode == 0
 
 

@@ -38,7 +38,7 @@ SCENARIO_NAMES = (
     *("ab", "gradual", "shadow", "rules"),
 )
 #: Those of workers/tier_scenarios.py.
-TIER_SCENARIO_NAMES = ("warm", "spare", "sleep")
+TIER_SCENARIO_NAMES = ("warm", "spare", "lora", "sleep")
 
 
 #: Those of workers/memory_scenarios.py.

@@ -18,7 +18,7 @@ import structlog
 
 from turnout.core.fit import fit
 from turnout.events.worker import KeptEngine
-from turnout.workers.inference import client, control, courtesy, golden
+from turnout.workers.inference import client, control, courtesy, golden, shape
 from turnout.workers.inference.process import SHUT, EngineProcess, Record, memory_bytes
 from turnout.workers.inference.runner import Failure, Loaded
 from turnout.workers.inference.starting import LoadFailed, Running
@@ -303,6 +303,7 @@ class Spare:
         address, weights, patience = planned.launch.address, planned.launch.weights, self._starter.proof_timeout_s
         try:
             if planned.spec.path:
+                shape.prefetch(planned.spec.path)
                 read_weights(Path(planned.spec.path))
         except (OSError, Unusable) as e:
             raise LoadFailed("loading", str(e)) from e
