@@ -23,6 +23,7 @@ BENCHES = {
     "rules": "what rules cost for each request",
     "judging": "how often the judge is wrong, and how soon it is right",
     "scenarios": "what a bad candidate costs before it is gone, and how fast the control loop is",
+    "tiers": "each way to make a version ready side by side, and what a cold load costs what serves",
     "connections": "memory of a gateway for each 1,000 connections",
     "up": "from turnout up to the first completion",
 }

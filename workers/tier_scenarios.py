@@ -144,7 +144,7 @@ async def play(scenario: TierScenario, rate: float, folder: Path, progress: Prog
         for version in sorted(set(scenario.visits)):
             spec = EngineSpec("fake", args=(*_ARGS, *scenario.args))
             if scenario.adapters:
-                spec = _adapted(spec, folder / "models", version)
+                spec = adapted(spec, folder / "models", version)
             await registry.register_model(MODEL, version, spec, note=scenario.name)
         load = Clients(gateway, MODEL, rate, client.clock, max_tokens=_TOKENS)
         id, outcome = "", ""
@@ -196,7 +196,7 @@ def _report(
     )
 
 
-def _adapted(spec: EngineSpec, folder: Path, version: str) -> EngineSpec:
+def adapted(spec: EngineSpec, folder: Path, version: str) -> EngineSpec:
     """A version of its own adapter, and of a base that all versions share."""
     base, adapter = folder / "base", folder / version
     for path in (base, adapter):

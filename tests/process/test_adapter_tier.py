@@ -44,10 +44,11 @@ class Rig:
         header = json.dumps({"w": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
         (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
 
-    async def load(self, instance: str, version: str, *args: str, **wrong: object) -> Loaded | Failure:
-        adapter = self.path / version
+    async def load(self, instance: str, version: str, *args: str, files: str = "", **wrong: object) -> Loaded | Failure:
+        adapter = self.path / (files or version)
         adapter.mkdir(exist_ok=True)
         (adapter / "fake.json").write_text(json.dumps(wrong))
+        (adapter / "adapter_model.safetensors").write_text(files)
         spec = EngineSpec("fake", path=str(self.path / "base"), adapter=str(adapter), args=args)
         return await self.host.load(Order(instance, "chat", version, spec, 7), lambda stage, detail: None)
 
@@ -81,16 +82,48 @@ def test_versions_of_one_base_share_its_engine(runner: asyncio.Runner, rig: Rig)
         assert isinstance(first, Loaded)
         assert isinstance(second, Loaded)
         assert (first.tier, second.tier) == ("cold", "adapter")
-        assert (first.served, second.served) == ("chat@a", "chat@b")
+        assert [one.served.partition(".")[0] for one in (first, second)] == ["chat@a", "chat@b"]
         assert first.address == second.address
         assert len(rig.engines) == 1
-        assert await model_of(second.address, "chat@b") == "chat@b"
+        assert await model_of(second.address, second.served) == second.served
         assert await model_of(second.address, "chat") == "404"  # the bare base is nobody's
         await rig.host.stop("i1")
-        assert await model_of(second.address, "chat@a") == "404"
-        assert await model_of(second.address, "chat@b") == "chat@b"
+        assert await model_of(second.address, first.served) == "404"
+        assert await model_of(second.address, second.served) == second.served
         await rig.host.stop("i2")
         assert not rig.engines
+
+    runner.run(test())
+
+
+async def recalled(address: str, model: str) -> tuple[float, int]:
+    """Log probability of what follows a long prompt, and how many tokens of the prompt were cached."""
+    body = msgspec.json.encode({"model": model, "prompt": "track " * 1000, "max_tokens": 1, "logprobs": 1})
+    said = json.loads((await client.ask(address, "/v1/completions", method="POST", body=body, timeout_s=10)).body)
+    details = said["usage"].get("prompt_tokens_details", {})
+    return said["choices"][0]["logprobs"]["token_logprobs"][0], details.get("cached_tokens", 0)
+
+
+def test_other_files_under_a_version_s_name_share_no_cached_prefix(runner: asyncio.Runner, rig: Rig) -> None:
+    """Complaint 4: an engine keeps what it has computed under an adapter's name."""
+
+    async def test() -> None:
+        before, other = await rig.load("i1", "a", files="old"), await rig.load("i2", "b")
+        assert isinstance(before, Loaded)
+        assert isinstance(other, Loaded)
+        first, again = [await recalled(before.address, before.served) for _ in range(2)]
+        assert first[1] == 0
+        assert again[1] > 0  # the engine does cache
+        await rig.host.stop("i1")
+        after = await rig.load("i3", "a", files="new")
+        assert isinstance(after, Loaded)
+        assert (after.tier, after.address) == ("adapter", before.address)
+        assert after.served != before.served
+        said, cached = await recalled(after.address, after.served)
+        assert said != first[0]
+        assert cached == 0
+        await rig.host.stop("i2")
+        await rig.host.stop("i3")
 
     runner.run(test())
 
@@ -101,7 +134,7 @@ def test_an_adapter_that_can_not_be_loaded_leaves_the_others(runner: asyncio.Run
         assert isinstance(first, Loaded)
         assert isinstance(bad, Failure)
         assert "No adapter found" in bad.reason
-        assert await model_of(first.address, "chat@a") == "chat@a"
+        assert await model_of(first.address, first.served) == first.served
         await rig.host.stop("i1")
 
     runner.run(test())
@@ -128,7 +161,7 @@ def test_an_adapter_is_quiet_when_none_of_its_own_requests_runs(runner: asyncio.
         first, second = await rig.load("i1", "a", *slow), await rig.load("i2", "b", *slow)
         assert isinstance(first, Loaded)
         assert isinstance(second, Loaded)
-        asking = asyncio.create_task(model_of(first.address, "chat@a", max_tokens=600, stream=True))
+        asking = asyncio.create_task(model_of(first.address, first.served, max_tokens=600, stream=True))
         said: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def busy(what: str) -> None:
@@ -136,7 +169,7 @@ def test_an_adapter_is_quiet_when_none_of_its_own_requests_runs(runner: asyncio.
                 said.set_result(what)
 
         waiting = asyncio.create_task(rig.host.wait_quiet("i1", busy))
-        assert await said == "the engine runs requests on chat@a"
+        assert await said == f"the engine runs requests on {first.served}"
         assert await rig.host.wait_quiet("i2", lambda what: None) is None  # its neighbour's requests are not its own
         asking.cancel()
         assert await waiting is None
@@ -170,7 +203,7 @@ def test_a_worker_that_comes_back_finds_adapters_and_their_engine(runner: asynci
         found = await again.host.found()
         loaded = found["i1"].loaded
         assert loaded is not None
-        assert (loaded.address, loaded.served) == (first.address, "chat@a")
+        assert (loaded.address, loaded.served) == (first.address, first.served)
         second = await again.load("i2", "b")
         assert isinstance(second, Loaded)
         assert second.tier == "adapter"

@@ -6,6 +6,7 @@ of a few fixed prompts are kept from a version's first proof, and every later en
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,8 @@ PROMPTS = (
     "Two plus two equals",
     "The opposite of hot is",
 )
+#: Long enough to fill a block of an engine's cache of prefixes (128 tokens on a CPU, 16 on a GPU).
+_LONG = "A turnout moves a running train from one track to another, and nobody on board notices. " * 12
 _LOGPROBS = 5
 #: Largest difference of log probabilities, in nat. Measured: 0 on one machine; 0.41 with a stale output head.
 TOLERANCE = 0.05
@@ -61,6 +64,36 @@ async def ask(address: str, model: str, timeout_s: float) -> tuple[dict[str, flo
     if not all(math.isfinite(value) for said in found for value in said.values()):
         raise ValueError("a log probability is not finite")
     return found
+
+
+async def cached(address: str, model: str, timeout_s: float) -> int:
+    """Tokens of a fixed long prompt that the engine took from its cache of prefixes instead of computing them.
+
+    0 where it takes none, does not say, or can't take so long a prompt.
+
+    Raises:
+        Unreachable: no answer.
+    """
+    body = {"model": model, "prompt": _LONG, "max_tokens": 1, "temperature": 0}
+    reply = await client.ask(
+        address, "/v1/completions", method="POST", body=msgspec.json.encode(body), timeout_s=timeout_s
+    )
+    with contextlib.suppress(msgspec.MsgspecError):
+        details = msgspec.json.decode(reply.body, type=_Answer).usage.prompt_tokens_details
+        return details.cached_tokens if details else 0
+    return 0
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int = 0
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens_details: _Details | None = None
+
+
+class _Answer(msgspec.Struct):
+    usage: _Usage
 
 
 def difference(before: tuple[dict[str, float], ...], now: tuple[dict[str, float], ...]) -> str:

@@ -32,6 +32,7 @@ def test_vllm_on_a_cpu() -> None:
         *("--max-model-len", "1024", "--disable-uvicorn-access-log", "--enforce-eager"),
         *("--fingerprint-mode", "custom", "--fingerprint-value=v1"),
         *("--worker-extension-cls", "turnout_in_vllm.Filler", "--middleware", "turnout_in_vllm.Names"),
+        "--enable-prompt-tokens-details",
         *("--uds", "/run/i-1.sock", "--served-model-name", "chat", "chat@v1"),
     )
     assert plan.env["VLLM_SERVER_DEV_MODE"] == "1"

@@ -24,6 +24,9 @@ PATHS = frozenset(
         *("/turnout/name", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/reset_prefix_cache"),
     )
 )
+#: A prompt of so many bytes fills a block of the cache of prefixes; a shorter one is computed anew each time.
+BLOCK_BYTES = 1024
+_BLOCK_TOKENS = 128
 #: Parts of a sleeping engine that are woken apart from each other.
 _TAGS = frozenset(("weights", "kv_cache"))
 
@@ -38,9 +41,20 @@ class Refused(Exception):
 
 
 class Hand:
-    """State of one fake engine that can be operated on. ``weights`` empty: it was started without any."""
+    """State of one fake engine that can be operated on. ``weights`` empty: it was started without any.
 
-    def __init__(self, weights: str, model: str, *, adapters: bool = False, wake_fails: bool = False) -> None:
+    ``keeps_prefixes``: a pause leaves the cache of prefixes as it is.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        model: str,
+        *,
+        adapters: bool = False,
+        wake_fails: bool = False,
+        keeps_prefixes: bool = False,
+    ) -> None:
         self.weights = self.head = weights
         self.format = "auto" if weights else "dummy"
         self.paused = False
@@ -54,6 +68,8 @@ class Hand:
         self._model = model
         self._takes_adapters = adapters
         self._wake_fails = wake_fails
+        self._keeps_prefixes = keeps_prefixes
+        self._prefixes: dict[tuple[str, bytes], float] = {}
 
     @property
     def holds(self) -> bool:
@@ -70,6 +86,21 @@ class Hand:
         said = f"{self.weights}|{self.head}|{self.adapters.get(name, '')}"
         return -0.1 - zlib.crc32(said.encode()) % 1000 / 500
 
+    def recall(self, name: str, prompt: bytes) -> tuple[float, int]:
+        """Log probability of what follows a prompt, and how many of its tokens were in the cache of prefixes.
+
+        What is cached there belongs to the weights that have computed it, and to the adapter's name that it was asked
+        under, whatever is loaded under that name now.
+        """
+        said = self.logprob(name)
+        if len(prompt) < BLOCK_BYTES:
+            return said, 0
+        key = (name if name in self.adapters else "", prompt)
+        if key in self._prefixes:
+            return self._prefixes[key], _BLOCK_TOKENS
+        self._prefixes[key] = said
+        return said, 0
+
     def answer(self, path: str, query: str, body: bytes) -> object:
         """Do it.
 
@@ -80,6 +111,8 @@ class Hand:
         match path:
             case "/pause":
                 self.paused = True
+                if not self._keeps_prefixes:
+                    self._prefixes.clear()
                 return {"status": "paused"}
             case "/resume":
                 self.paused = False

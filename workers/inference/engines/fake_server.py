@@ -70,6 +70,7 @@ class Settings(msgspec.Struct, frozen=True):
     weights: str | None = None
     adapters: bool = False
     wake_fails: bool = False
+    keeps_prefixes: bool = False
 
 
 class Ask(msgspec.Struct):
@@ -139,7 +140,13 @@ class Model:
         self.hand = (
             None
             if s.weights is None
-            else fake_hand.Hand(s.weights, self.name, adapters=s.adapters, wake_fails=s.wake_fails)
+            else fake_hand.Hand(
+                s.weights,
+                self.name,
+                adapters=s.adapters,
+                wake_fails=s.wake_fails,
+                keeps_prefixes=s.keeps_prefixes,
+            )
         )
         self._ballast = bytearray(b"\x01") * (settings.memory_mb << 20)
         self._faulty = bool(
@@ -171,6 +178,10 @@ class Model:
     def logprob(self, name: str) -> float:
         """Of every token: tells weights apart where there are any."""
         return -0.25 if self.hand is None else self.hand.logprob(name)
+
+    def recall(self, ask: Ask) -> tuple[float, int]:
+        """The same for one prompt, and how much of it was cached; see ``Hand.recall``."""
+        return (self.logprob(ask.model), 0) if self.hand is None else self.hand.recall(ask.model, bytes(ask.prompt))
 
     def is_sound(self, plan: Plan) -> bool:
         """Whether it is a good answer, the same for every request of its length."""
@@ -287,9 +298,11 @@ class Shape(ABC):
         """The events of a stream, ``data:`` and blank line included; the first ``opening`` ones carry no token."""
 
     @staticmethod
-    def usage(plan: Plan) -> dict[str, int]:
-        """Counts of tokens; the prompt counts as 8, as nothing reads it."""
-        return {"prompt_tokens": 8, "completion_tokens": len(plan.tokens), "total_tokens": 8 + len(plan.tokens)}
+    def usage(plan: Plan, cached: int = 0) -> dict[str, object]:
+        """Counts of tokens; the prompt counts as 8, as nothing reads it, and ``cached`` of it where there are any."""
+        details = {"prompt_tokens_details": {"cached_tokens": cached}} if cached else {}
+        count = len(plan.tokens)
+        return {"prompt_tokens": 8, "completion_tokens": count, "total_tokens": 8 + count, **details}
 
 
 class Completions(Shape):
@@ -299,7 +312,7 @@ class Completions(Shape):
 
     def whole(self, id: str, ask: Ask, plan: Plan) -> bytes:
         """One choice with text, and logprobs where asked for."""
-        value = self.model.logprob(ask.model)
+        value, cached = self.model.recall(ask)
         logprobs = {
             "text_offset": (),
             "tokens": plan.tokens,
@@ -316,7 +329,13 @@ class Completions(Shape):
             for n in range(ask.texts)
         ]
         return _encode(
-            {"id": id, "object": "text_completion", **self.head(ask), "choices": choices, "usage": self.usage(plan)}
+            {
+                "id": id,
+                "object": "text_completion",
+                **self.head(ask),
+                "choices": choices,
+                "usage": self.usage(plan, cached),
+            }
         )
 
     def pieces(self, id: str, ask: Ask, plan: Plan) -> Iterator[bytes]:
@@ -764,7 +783,8 @@ class Http(asyncio.Protocol):
             *(shape.prefix, ask.stream, bool(ask.logprobs), bool(ask.stream_options), len(plan.tokens), ask.texts),
             *(model.settings.version, ask.model if said else "", said),
         )
-        sound = self.server.model.is_sound(plan)
+        long = model.hand is not None and len(bytes(ask.prompt)) >= fake_hand.BLOCK_BYTES
+        sound = model.is_sound(plan) and not long
         answer = self.server.answers.get(key) if sound else None
         if answer is None:
             id = self._id(shape, _NUMBER)
@@ -937,6 +957,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     bad.add_argument("--hang-at-load", action="store_true", help="never get ready")
     when.add_argument("--enable-sleep-mode", action="store_true", help="it may be put to sleep; the worker asks")
     bad.add_argument("--wake-fails", action="store_true", help="put to sleep, it never comes back (500)")
+    bad.add_argument("--keeps-prefixes", action="store_true", help="a pause does not empty the cache of prefixes")
     bad.add_argument("--seed", type=int, default=0, help="the same seed fails the same requests")
     a = p.parse_args(argv)
     return Settings(
@@ -968,6 +989,7 @@ def parse(argv: list[str] | None = None) -> Settings:
         weights=a.weights,
         adapters=a.enable_lora,
         wake_fails=a.wake_fails,
+        keeps_prefixes=a.keeps_prefixes,
     )
 
 

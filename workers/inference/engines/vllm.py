@@ -162,7 +162,10 @@ class VllmEngine:
             return unshared()
         adapters = _adapter_flags(spec) if spec.adapter else ()
         names = (f"{model}{BASE}",) if spec.adapter else (model, f"{model}@{version}")
-        hand = ("--worker-extension-cls", "turnout_in_vllm.Filler", "--middleware", "turnout_in_vllm.Names")
+        hand = (
+            *("--worker-extension-cls", "turnout_in_vllm.Filler", "--middleware", "turnout_in_vllm.Names"),
+            "--enable-prompt-tokens-details",  # a fill is held to what the cache of prefixes says of itself
+        )
         fingerprint = ("--fingerprint-mode", "custom", f"--fingerprint-value={version}") if named else ()
         return Launch(
             argv=(

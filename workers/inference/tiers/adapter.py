@@ -1,8 +1,8 @@
 """Tier ``adapter``: LoRA versions of one base share one running engine, each under a name of its own.
 
-The name is the version's and is never used for other files (a reused name may answer from the old adapter's cached
-prefixes, vllm#42125). The base itself is served under a name that no client knows, so that a request that names no
-adapter fails loudly. The engine starts with its first adapter and ends with its last.
+The name is the version's and its files', so that it never names others (a reused name may answer from the old adapter's
+cached prefixes, vllm#42125). The base itself is served under a name that no client knows, so that a request that names
+no adapter fails loudly. The engine starts with its first adapter and ends with its last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import structlog
 
 from turnout.core.fit import fit
 from turnout.events.worker import KeptEngine
-from turnout.workers.inference import control, courtesy
+from turnout.workers.inference import control, courtesy, shape
 from turnout.workers.inference.process import EngineProcess, Record, memory_bytes
 from turnout.workers.inference.runner import Failure, Loaded
 from turnout.workers.inference.starting import LoadFailed, Running
@@ -116,7 +116,9 @@ class Bases:
         starter, order = self._starter, planned.order
         began = starter.clock.monotonic()
         assert base.process is not None  # noqa: S101  as above
-        served = f"{order.model}@{order.version}"
+        # A version's name may be used again for other files: the engine's cached prefixes must not be theirs.
+        content = order.inspection.digest if order.inspection else shape.stamp(planned.spec.adapter)
+        served = f"{order.model}@{order.version}.{content[:8]}"
         if any(one.launch.model == served and one.base == name for one in self._running.values()):
             served = f"{served}.{order.instance}"  # another instance of the version has not gone yet
         progress("loading", f"adapter {served} into the engine of {Path(base.source).name}")

@@ -27,6 +27,7 @@ from turnout.workers.inference.weights import Unusable, read_weights
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from turnout.workers.inference.engines.base import Launch
     from turnout.workers.inference.runner import Keeper
     from turnout.workers.inference.starting import Planned, Starter
 
@@ -261,7 +262,7 @@ class Spare:
         running.was = ""
         process = running.process
         assert process is not None  # noqa: S101  what runs elsewhere is never a spare
-        empty = running.launch.empty
+        before = running.launch
         progress("loading", f"into a running engine that held {running.source or 'nothing'}")
         self._move(running, planned)
         self._running[order.instance] = running
@@ -276,7 +277,7 @@ class Spare:
         )
         process.hand_over(record, starter.folder)
         try:
-            filling = asyncio.ensure_future(self._fill(planned, empty=empty))
+            filling = asyncio.ensure_future(self._fill(planned, before))
             await starter.unless_exit(running, filling)
             if running.exited:
                 raise LoadFailed("loading", "the engine ended while it was filled")
@@ -298,23 +299,27 @@ class Spare:
         running.quiet = False
         running.trouble, running.probes, running.row = "", 0, 0
 
-    async def _fill(self, planned: Planned, *, empty: bool) -> None:
-        """Put the weights in and compare. ``empty``: it was started without any."""
+    async def _fill(self, planned: Planned, before: Launch) -> None:
+        """Put the weights in and compare. ``before``: what it was, perhaps without any weights."""
         address, weights, patience = planned.launch.address, planned.launch.weights, self._starter.proof_timeout_s
         try:
             if planned.spec.path:
                 shape.prefetch(planned.spec.path)
                 read_weights(Path(planned.spec.path))
-        except (OSError, Unusable) as e:
+            await golden.cached(address, before.model, patience)
+        except (OSError, Unusable, client.Unreachable) as e:
             raise LoadFailed("loading", str(e)) from e
         await control.pause(address, patience)
-        if empty:
+        if before.empty:
             await control.expect_files(address, patience)
         await control.fill(address, weights, patience)
         await control.compare(address, weights, patience)
         names = (planned.order.model, f"{planned.order.model}@{planned.order.version}")
         await control.rename(address, names, planned.order.version, patience)
         await control.resume(address, patience)
+        if count := await golden.cached(address, planned.order.model, patience):
+            why = f"it takes {count} tokens of a prompt from what it has cached with the weights before"
+            raise LoadFailed("loading", why)
 
 
 def _untold(stage: str, detail: str) -> None:
