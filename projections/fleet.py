@@ -21,6 +21,7 @@ from turnout.events.instance import (
     InstanceStopped,
     InstanceWakeRequested,
     InstanceWoken,
+    TierFailed,
 )
 from turnout.events.model import (
     UNSEEN,
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Views of gateways that are gone which are kept, the newest: each gateway process has an id of its own.
 GONE_MOST = 100
+#: Failed ways that are remembered of one version on one worker.
+STRUCK_MOST = 16
 
 
 class InstanceView(msgspec.Struct):
@@ -56,6 +59,8 @@ class InstanceView(msgspec.Struct):
         bytes: host memory as measured, until then as estimated; ``estimate``: what it was admitted with.
         into: the engine of its worker that it is expected to be put into, or to share; empty for a new one.
         base: the engine of its worker that it shares.
+        struck: ways to make its version ready that have failed on this worker before: tier and source, as in the event
+            ``TierFailed``, the newest last.
     """
 
     instance: str
@@ -83,6 +88,7 @@ class InstanceView(msgspec.Struct):
     inspection: Inspection | None = None
     into: str = ""
     base: str = ""
+    struck: tuple[tuple[str, str], ...] = ()
 
 
 class CheckView(msgspec.Struct, frozen=True):
@@ -160,6 +166,7 @@ class Workers(Fold):
                 InstanceDraining: self._instance_draining,
                 InstanceStopped: self._instance_ended,
                 InstanceFailed: self._instance_ended,
+                TierFailed: self._tier_failed,
                 WorkerJoined: self._worker_joined,
                 WorkerLost: self._worker_lost,
                 WorkerLeft: self._worker_left,
@@ -178,6 +185,8 @@ class Workers(Fold):
         #: Rejected for want of somebody who sees the files: a worker that joins looks again.
         self._unseen: dict[str, CheckView] = {}
         self._inspections: dict[str, Inspection] = {}
+        #: ``model@version`` → worker → as in ``InstanceView.struck``.
+        self._struck: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {}
 
     def view(self, id: str) -> WorkerView | None:
         """The view of one worker."""
@@ -197,6 +206,7 @@ class Workers(Fold):
             device_bytes=event.device_bytes,
             priority=event.priority,
             cause=event.cause,
+            struck=self._struck.get(_name(event.model, event.version), {}).get(event.worker, ()),
             into=event.into,
         )
 
@@ -265,6 +275,13 @@ class Workers(Fold):
         view.reason = event.reason
         view.forced_by = event.forced_by
 
+    def _tier_failed(self, event: TierFailed, recorded: Recorded) -> None:
+        view, worker = self._instance(event.instance), self._home.get(event.instance, "")
+        failed = (event.tier, event.source)
+        if failed not in view.struck:
+            view.struck = (*view.struck, failed)[-STRUCK_MOST:]
+            self._struck.setdefault(_name(view.model, view.version), {})[worker] = view.struck
+
     def _instance_ended(self, event: InstanceStopped | InstanceFailed, recorded: Recorded) -> None:
         self._worker(self._home.pop(event.instance, "")).instances.pop(event.instance, None)
 
@@ -327,6 +344,7 @@ class Workers(Fold):
         self._worker(event.worker).inspect.pop(_name(event.model, event.version), None)
 
     def _version_deregistered(self, event: VersionDeregistered, recorded: Recorded) -> None:
+        self._struck.pop(_name(event.model, event.version), None)
         self._inspections.pop(_name(event.model, event.version), None)
         self._checked(event.model, event.version)
 

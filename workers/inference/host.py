@@ -126,7 +126,6 @@ class HostRunner:
             AdapterCold(self._starter, self._bases),
             self._cold,
         )
-        self._struck: set[tuple[str, str, str]] = set()
         self._memory = MemoryManager(settings.memory, settings.devices, settings.device_memory)
         self._sleepers = Sleepers(self._starter, self._running, self._memory)
         self._probed: Probed | None = None
@@ -214,7 +213,7 @@ class HostRunner:
             await host_process.wait_gone(record.pid, self._clock)
 
     async def load(self, order: Order, progress: Callable[[str, str], None]) -> Loaded | Failure:
-        """By the fastest tier that applies and has not failed for this pair before. See the port."""
+        """By the fastest tier that applies and has not failed for this pair before, by the order. See the port."""
         planned = self._starter.plan(order)
         running = self._running.get(order.instance)
         if running is not None:  # an earlier worker has begun it
@@ -230,8 +229,7 @@ class HostRunner:
         for tier in self._tiers:
             why = tier.unfit(planned)
             source = tier.source(planned)
-            pair = (tier.name, source, f"{order.model} {order.version}")
-            if why or pair in self._struck:
+            if why or (tier.name, source) in order.struck:
                 log.debug("tier_skipped", instance=order.instance, tier=tier.name, why=why or "it has failed before")
                 continue
             if tier.name == "cold":  # what it was admitted with is the room of that spare
@@ -241,7 +239,6 @@ class HostRunner:
             if isinstance(result, Loaded):
                 break
             if tier.name != "cold":
-                self._struck.add(pair)
                 struck.append(Struck(tier.name, source, result.reason))
                 log.warning("tier_failed", instance=order.instance, tier=tier.name, source=source, reason=result.reason)
         self._keeping.changed()

@@ -26,7 +26,7 @@ class Order(msgspec.Struct, frozen=True):
     they were looked at; None where it has none. ``bytes``: host memory that it was admitted with, 0 where nothing was
     known. ``device``: the accelerator that it is to run on, empty for the host's choice. ``slept``: how often it was
     asked to sleep. ``into``: the engine that it is expected to be put into, or to share, on which its admission rests;
-    empty for a new one.
+    empty for a new one. ``struck``: ways that have failed here before, as tier and source: they are not tried again.
     """
 
     instance: str
@@ -39,6 +39,7 @@ class Order(msgspec.Struct, frozen=True):
     device: str = ""
     slept: int = 0
     into: str = ""
+    struck: tuple[tuple[str, str], ...] = ()
 
 
 class HostMemory(msgspec.Struct, frozen=True):

@@ -728,6 +728,7 @@ def _order(life: _Life) -> Order:
         view.device,
         view.slept,
         view.into,
+        view.struck,
     )
 
 

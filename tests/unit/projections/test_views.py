@@ -15,6 +15,7 @@ from turnout.events.instance import (
     InstanceReady,
     InstanceRequested,
     InstanceStopped,
+    TierFailed,
 )
 from turnout.events.model import (
     ActiveVersionChanged,
@@ -186,6 +187,24 @@ def test_a_worker_is_told_what_it_shall_run_until_it_has_ended() -> None:
     assert (one.phase, one.reason, one.forced_by) == ("draining", "idle", "bob")
     for end in (InstanceStopped("i1", 1.0), InstanceFailed("i1", "serving", "x")):
         assert folded(*ready, end).workers.workers["w1"].instances == {}
+
+
+def test_a_worker_is_told_which_ways_have_failed_for_a_version_until_it_is_registered_anew() -> None:
+    views = folded(
+        WorkerJoined("w1", "h", ("fake",), ("cpu",), 2),
+        InstanceRequested("i1", "chat", "v2", "w1", FAKE, "s"),
+        TierFailed("i1", "spare", "chat v1", "x"),
+        TierFailed("i1", "spare", "chat v1", "x"),
+        InstanceRequested("i2", "chat", "v2", "w1", FAKE, "s"),
+        InstanceRequested("i3", "chat", "v2", "w2", FAKE, "s"),
+        InstanceRequested("i4", "chat", "v3", "w1", FAKE, "s"),
+        VersionDeregistered("chat", "v2"),
+        InstanceRequested("i5", "chat", "v2", "w1", FAKE, "s"),
+    )
+    workers = views.workers.workers
+    struck = {i: one.struck for worker in workers.values() for i, one in worker.instances.items()}
+    failed = (("spare", "chat v1"),)
+    assert struck == {"i1": failed, "i2": failed, "i3": (), "i4": (), "i5": ()}
 
 
 def test_workers_and_gateways_come_and_go() -> None:
