@@ -90,7 +90,7 @@ class Kind(msgspec.Struct, frozen=True):
         }
 
 
-KINDS = (Kind("fake", 20.0, 20, 5.0, 100), Kind("vllm", 2.0, 8, 20.0, 20))
+KINDS = (Kind("fake", 20.0, 20, 5.0, 50), Kind("vllm", 1.0, 8, 20.0, 20))
 
 
 class Load(msgspec.Struct):

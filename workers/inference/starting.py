@@ -289,12 +289,14 @@ class Starter:
             async with asyncio.timeout(seconds):
                 await running.process.wait()
 
-    async def proven(self, running: Running, verdict: probe.Verdict, load_s: float, probe_s: float) -> Loaded:
-        """Give it its full priority, and keep that it has passed."""
-        size = 0
+    async def proven(
+        self, running: Running, verdict: probe.Verdict, load_s: float, probe_s: float, *, size: int = 0
+    ) -> Loaded:
+        """Give it its full priority, and keep that it has passed. ``size``: bytes that it holds, 0 to measure them."""
         if running.process is not None:
             courtesy.restore(running.process.pid)
-            size = running.bytes = await asyncio.to_thread(host_process.memory_bytes, running.process.pid)
+            size = size or await asyncio.to_thread(host_process.memory_bytes, running.process.pid)
+            running.bytes = size
             running.process.record = msgspec.structs.replace(
                 running.process.record,
                 launch=running.launch,
