@@ -189,18 +189,16 @@ async def _without_spares(stage: Stage, rounds: int) -> None:
 
 async def _with_spares(stage: Stage, rounds: int) -> None:
     """Fills of engines that were started ahead, and of evicted ones."""
-    now, then = "v3", "v2"
     for n in range(rounds):
         await stage.spare()
         if n:
-            await stage.evict(CHAT, then)  # its engine ends: there is a spare
+            await stage.evict(CHAT, "v2")  # its engine ends: there is a spare
             await asyncio.sleep(1.0)
-        await stage.preload(CHAT, now)
-        await stage.switch(CHAT, "spare, started ahead", (now, "v1"), 2)
-        await stage.evict(CHAT, now)
-        await stage.preload(CHAT, then)
-        await stage.switch(CHAT, "spare, evicted", (then, "v1"), 2)
-        now, then = then, now
+        await stage.preload(CHAT, "v3")
+        await stage.switch(CHAT, "spare, started ahead", ("v3", "v1"), 2)
+        await stage.evict(CHAT, "v3")
+        await stage.preload(CHAT, "v2")
+        await stage.switch(CHAT, "spare, evicted", ("v2", "v1"), 2)
 
 
 class Stage:

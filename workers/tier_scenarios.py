@@ -35,10 +35,13 @@ _ARGS = (f"--load-seconds={_LOAD_S:g}", "--tokens=20", "--token-ms=5")
 _SETTINGS = "[worker]\nquiet_s = 0.1\nspares = {spares}\ncapacity = {places}\n"
 _SERVES_S = 60.0
 _TOKENS = 20
-#: What is adapted, and by which matrices: as small as files can be that are looked at like any others.
-_MODULE = "model.layers.0.self_attn.q_proj"
-_BASE = {f"{_MODULE}.weight": (4, 4)}
-_ADAPTER = {f"base_model.model.{_MODULE}.lora_A.weight": (1, 4), f"base_model.model.{_MODULE}.lora_B.weight": (4, 1)}
+#: What is adapted, and by which matrices: small files that are looked at like any others.
+_MODULE, _WIDTH, _RANK = "model.layers.0.self_attn.q_proj", 512, 8
+_BASE = {f"{_MODULE}.weight": (_WIDTH, _WIDTH)}
+_ADAPTER = {
+    f"base_model.model.{_MODULE}.lora_A.weight": (_RANK, _WIDTH),
+    f"base_model.model.{_MODULE}.lora_B.weight": (_WIDTH, _RANK),
+}
 
 
 class TierScenario(msgspec.Struct, frozen=True):
@@ -203,7 +206,7 @@ def adapted(spec: EngineSpec, folder: Path, version: str) -> EngineSpec:
         path.mkdir(parents=True, exist_ok=True)
     (base / "config.json").write_text("{}")
     _safetensors(base / "model.safetensors", _BASE)
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": _RANK}))
     _safetensors(adapter / "adapter_model.safetensors", _ADAPTER)
     return msgspec.structs.replace(spec, path=str(base), adapter=str(adapter))
 

@@ -16,7 +16,7 @@ import pytest
 
 from turnout.events.model import EngineSpec
 from turnout.workers.clock import SystemClock
-from turnout.workers.inference import client, control
+from turnout.workers.inference import client, control, golden
 from turnout.workers.inference.engines.vllm import VllmEngine, find_vllm
 from turnout.workers.inference.host import HostRunner
 from turnout.workers.inference.policy import WorkerPolicy
@@ -36,13 +36,19 @@ PATIENCE_S = 300.0
 
 
 class Seen(msgspec.Struct):
-    """What the story has shown. ``stale``: what a fill without packing again was found to be."""
+    """What the story has shown.
+
+    Attributes:
+        stale: what a fill without packing again was found to be.
+        cached: tokens of a long prompt from v1's cache of prefixes, asked for the first time and the second.
+    """
 
     loaded: dict[str, Loaded]
     texts: dict[str, str]
     served: int
     stale: str = ""
     repaired: bool = False
+    cached: tuple[int, int] = (0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,8 @@ async def play(folder: Path) -> Seen:
 
     try:
         first = await load("v1")
+        tokens = [await golden.cached(first, "chat", PATIENCE_S) for _ in range(2)]
+        seen.cached = (tokens[0], tokens[1])
         asking = asyncio.create_task(keep_asking(first, seen))
         address = await load("v3")  # waits for the engine that is started ahead
         asking.cancel()
@@ -135,6 +143,13 @@ def test_an_evicted_engine_takes_the_next_version(seen: Seen) -> None:
     assert seen.loaded["v2"].tier == "spare"
     assert seen.texts["v2"] == "v2: Version two here. Ahoy!"
     assert seen.texts["v1"] != seen.texts["v2"]
+
+
+def test_an_engine_says_what_it_takes_from_its_cache_of_prefixes(seen: Seen) -> None:
+    """Else a filled engine would not be seen to have kept the prefixes of the weights before."""
+    first, again = seen.cached
+    assert first == 0
+    assert again > 0
 
 
 def test_filling_is_much_faster_than_a_start(seen: Seen) -> None:
