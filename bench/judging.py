@@ -36,7 +36,7 @@ LOOK = 100  # canary requests between two looks of the rivals
 SIGMA = 0.7  # of the logarithm of the time to the first byte
 RULES = ("judge", "fixed threshold", "Mann-Whitney")
 _POOL = 50_021
-_ROUNDS = 100
+_TOLD_EVERY = 500  # runs
 
 
 class Scenario(msgspec.Struct, frozen=True):
@@ -430,24 +430,18 @@ def simulate(task: tuple[Scenario, int]) -> Run:
 
 
 def study(runs: dict[Scenario, int], minutes: float = math.inf) -> dict[str, list[Run]]:
-    """So many runs of each scenario, on all cores, in rounds of a hundredth of them.
-
-    After so many minutes no round begins: what is finished counts.
-    """
+    """So many runs of each scenario, on all cores, in turns. After so many minutes what is finished counts."""
+    tasks = [(scenario, seed) for scenario, count in runs.items() for seed in range(count)]
+    tasks.sort(key=lambda task: (task[1] + 0.5) / runs[task[0]])
     found: dict[str, list[Run]] = {scenario.name: [] for scenario in runs}
     began = time.monotonic()
     with get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-        for number in range(_ROUNDS):
-            tasks = [
-                (scenario, seed)
-                for scenario, count in runs.items()
-                for seed in range(number * count // _ROUNDS, (number + 1) * count // _ROUNDS)
-            ]
-            for (scenario, _), run in zip(tasks, pool.map(simulate, tasks, chunksize=1), strict=True):
-                found[scenario.name].append(run)
-            alarms = sum(_alarms(found[scenario.name], 0) for scenario in SAME if scenario in runs)
+        for done, (task, run) in enumerate(zip(tasks, pool.imap(simulate, tasks), strict=True), start=1):
+            found[task[0].name].append(run)
             minute = (time.monotonic() - began) / 60.0
-            print(f"{minute:.1f} min: {number + 1} of {_ROUNDS} rounds, {alarms} false alarms", file=sys.stderr)
+            if done % _TOLD_EVERY == 0:
+                alarms = {one.name: _alarms(found[one.name], 0) for one in SAME if one in runs}
+                print(f"{minute:.1f} min: {done:,} of {len(tasks):,} runs, false alarms {alarms}", file=sys.stderr)
             if minute > minutes:
                 break
     return found

@@ -131,7 +131,7 @@ class Comparison:
         sample = counted.sample
         if self._errors_most is not None:
             forgiven = counted.forgiven if self._beside else 0
-            self._errors_most.add(sample.errors - forgiven, max(0, counted.requests - sample.errors), forgiven)
+            self._errors_most.add(counted.errors - forgiven, max(0, counted.requests - counted.errors), forgiven)
         if self._slow_most is not None and self._warm >= WARM_UP:
             slow, fast = _beyond(sample.total_ms, self._slow_ms)
             weight = self._independent if self._beside else 1.0
@@ -141,7 +141,7 @@ class Comparison:
         """What the source does itself."""
         sample, requests = counted.sample, counted.requests
         if self._errors_most is not None:
-            self._errors_most.learn(sample.errors, max(0, requests - sample.errors))
+            self._errors_most.learn(counted.errors, max(0, requests - counted.errors))
         if self._slow_most is not None:
             self._slow_most.learn(*_beyond(sample.total_ms, self._slow_ms))
         for name, ceiling in self._sign_ceilings.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from datetime import datetime  # noqa: TC003  part of public signatures
 
 import msgspec
@@ -73,6 +72,7 @@ class Arm:
 
     def take(self, sample: HealthSampled) -> Counted:
         """Count one window."""
+        errors = sample.errors
         requests = sample.requests - sum([sample.outcomes.get(outcome, 0) for outcome in NOT_JUDGED])
         forgiven = 0
         for user, count in sample.bad_users.items():
@@ -83,7 +83,7 @@ class Arm:
         unit_errors = max(0, sample.unit_errors - again.get("error", 0))
         unit_signs = {sign: max(0, count - again.get(sign, 0)) for sign, count in sample.unit_signs.items()}
         self.requests += requests
-        self.errors += sample.errors
+        self.errors += errors
         self.units += sample.assigned
         self.unit_errors += unit_errors
         self.anonymous += sample.assigned - sample.users
@@ -93,7 +93,7 @@ class Arm:
         _add(self.signs, sample.signs)
         for bin, count in sample.total_ms.items():
             self.total_ms[bin] = self.total_ms.get(bin, 0) + count
-        return Counted(sample, requests, unit_errors, unit_signs, min(forgiven, sample.errors))
+        return Counted(sample, requests, errors, unit_errors, unit_signs, min(forgiven, errors))
 
     def take_copies(self, sample: ShadowSampled) -> int:
         """Count one window of copies; returns how many failed."""
@@ -112,6 +112,7 @@ class Counted(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         sample: as it came.
         requests: that say something about the version.
+        errors: of them.
         unit_errors: units whose first error of the step this is.
         unit_signs: sign → units that show it for the first time in the step.
         forgiven: errors of users that had their share of them already.
@@ -119,6 +120,7 @@ class Counted(msgspec.Struct, frozen=True, gc=False):
 
     sample: HealthSampled
     requests: int
+    errors: int
     unit_errors: int
     unit_signs: dict[str, int]
     forgiven: int
@@ -226,8 +228,6 @@ def unreadable(event: HealthEvent) -> str:
         return _odd_counts((*counts, *alone), event.signs) or _odd_histograms((event.copy_ms, event.primary_ms))
     if not (math.isfinite(event.share) and 0.0 <= event.share <= 1.0):
         return f"its share is {event.share}"
-    if any(not bins for answers in event.answers.values() for bins in answers.values()):
-        return "a user has no answer"
     single = (event.requests, event.assigned, event.unit_errors, event.users, event.run)
     tables = (event.outcomes, event.signs, event.unit_signs, event.bad_users)
     if odd := _odd_counts(single, *tables):
@@ -236,13 +236,24 @@ def unreadable(event: HealthEvent) -> str:
         return f"{event.users} of {event.assigned} units are users"
     if sum(event.outcomes.values()) > event.requests:
         return f"{sum(event.outcomes.values())} of {event.requests} requests have ended"
-    answers = [Counter(bins) for answers in event.answers.values() for bins in answers.values()]
-    return _odd_histograms((*event.first_ms.values(), *answers, event.token_ms, event.total_ms, event.tokens))
+    for answers in event.answers.values():
+        if odd := _odd_answers(answers):
+            return odd
+    return _odd_histograms((*event.first_ms.values(), event.token_ms, event.total_ms, event.tokens))
 
 
 def _odd_counts(single: tuple[int, ...], *tables: dict[str, int]) -> str:
     if min(single) < 0 or any(min(table.values()) < 0 for table in tables if table):
         return "a count is negative"
+    return ""
+
+
+def _odd_answers(answers: dict[int, list[int]]) -> str:
+    for bins in answers.values():
+        if not bins:
+            return "a user has no answer"
+        if min(bins) < 0 or max(bins) > _BIN_MOST:
+            return "a user has an answer in a bin that can't be"
     return ""
 
 

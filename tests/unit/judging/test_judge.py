@@ -458,7 +458,15 @@ def test_a_split_that_is_not_the_routes_is_invalid_and_ceilings_still_count() ->
 
 @pytest.mark.parametrize(
     "odd",
-    [{"share": math.nan}, {"share": 1.5}, {"requests": -3}, {"total_ms": {-4: 1}}, {"first_ms": {"a": {5: -1}}}],
+    [
+        {"share": math.nan},
+        {"share": 1.5},
+        {"requests": -3},
+        {"total_ms": {-4: 1}},
+        {"first_ms": {"a": {5: -1}}},
+        {"answers": {"a": {7: []}}},
+        {"answers": {"a": {7: [999]}}},
+    ],
 )
 def test_samples_that_cant_be_meant_are_no_evidence_and_four_in_a_row_are_an_error(odd: dict[str, object]) -> None:
     gateway = Gateway()
