@@ -85,11 +85,13 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         warm: what is loaded ahead where there is room: ``recent`` (what was used last) and ``predicted`` (what the
             switches so far let expect).
         schedule: what is loaded ahead at certain minutes.
+        version_ttl_seconds: a version that nobody has used for so long is deregistered; 0 for never.
     """
 
     policy: Policy = "lru"
     warm: tuple[str, ...] = ()
     schedule: tuple[Scheduled, ...] = ()
+    version_ttl_seconds: float = 0.0
 
     def problems(self) -> tuple[str, ...]:
         """What can't be meant, one sentence each, naming the field."""
@@ -98,6 +100,8 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             for name in self.warm
             if name not in WARM
         ]
+        if not 0 <= self.version_ttl_seconds < 1e10:
+            found.append(f"version_ttl_seconds is {self.version_ttl_seconds}: give a number of seconds, 0 for never")
         for number, one in enumerate(self.schedule, 1):
             found.extend(
                 f"schedule number {number}: {key} is empty: give its name"

@@ -12,7 +12,7 @@ from turnout.core.placement import Ledger, why_kept
 from turnout.core.sagas import placement
 
 if TYPE_CHECKING:
-    from turnout.core.cache import Policy
+    from turnout.core.cache import Idle, Policy
     from turnout.core.config import CacheConfig, ModelSwitchingConfig
     from turnout.core.instance import InstanceState
     from turnout.core.worker import WorkerState
@@ -109,8 +109,9 @@ def holdings(world: World, config: ModelSwitchingConfig, cache: CacheConfig) -> 
         kept = tuple(_held(world, one, turns.get(one.instance, 0), cache.policy) for one in here)
         engines = tuple(_engine(state, engine, here, turns.get(engine.name, 0)) for engine in ledger.kept(id))
         workers.append(WorkerHoldings(id, held.places, state.capacity, held.bytes, state.memory_bytes, kept, engines))
+    full = _full(world, idle, config.max_cached_models)
     waiting = [
-        Waiting(name, version, wish.priority, wish.reason, _waits_for(world, ledger, name, version, wish.priority))
+        Waiting(name, version, wish.priority, wish.reason, _waits_for(world, ledger, full, name, version))
         for name, model in sorted(world.models.items())
         for version, wish in model.residence.wishes.items()
     ]
@@ -163,10 +164,23 @@ def _held(world: World, one: InstanceState, turn: int, policy: Policy) -> Held:
     )
 
 
-def _waits_for(world: World, ledger: Ledger, model: str, version: str, priority: int) -> str:
+def _full(world: World, idle: tuple[Idle, ...], most: int) -> dict[str, str]:
+    """Workers that may keep no further idle instance, with the reason."""
+    awake = {id: [one for one in idle if one.worker == id and not one.asleep] for id in world.workers}
+    return {
+        id: f"keeps {len(ours)} idle instances, {sum(one.pinned for one in ours)} of them pinned (max_cached_models)"
+        for id, ours in awake.items()
+        if len(ours) >= most
+    }
+
+
+def _waits_for(world: World, ledger: Ledger, full: dict[str, str], model: str, version: str) -> str:
     if world.instances_of(model, version, "requested", "loading", "waking"):
         return "its load"
+    priority = world.models[model].residence.wishes[version].priority
     offers = ledger.offers(model, version, priority)
     if not offers:
         return "a worker"
-    return "; ".join(f"{offer.worker}: {offer.why}" for offer in offers)
+    return "; ".join(
+        f"{offer.worker}: {offer.why}" + (f", {full[offer.worker]}" if offer.worker in full else "") for offer in offers
+    )

@@ -226,10 +226,11 @@ class NoteUnseen(msgspec.Struct, frozen=True):
 
 
 class DeregisterVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Take a version away that nothing uses."""
+    """Take a version away that nothing uses. ``reason``: why, for the log."""
 
     model: str
     version: str
+    reason: str = ""
 
 
 class AdmitSwitch(msgspec.Struct, frozen=True):
@@ -320,8 +321,8 @@ def decide(state: ModelState, command: ModelCommand) -> tuple[ModelEvent, ...] |
             return _inspected(state, command)
         case NoteUnseen():
             return _unseen(state, command)
-        case DeregisterVersion(_, version):
-            return _deregister(state, version)
+        case DeregisterVersion(_, version, reason):
+            return _deregister(state, version, reason)
         case AdmitSwitch():
             return _admit(state, command)
         case CloseSwitch():
@@ -497,7 +498,7 @@ def _engine_problem(engine: EngineSpec) -> Rejected | None:
             return None
 
 
-def _deregister(state: ModelState, version: str) -> tuple[ModelEvent, ...] | Rejected:
+def _deregister(state: ModelState, version: str, reason: str) -> tuple[ModelEvent, ...] | Rejected:
     if version not in state.versions:
         return ()
     if version == state.active:
@@ -524,7 +525,7 @@ def _deregister(state: ModelState, version: str) -> tuple[ModelEvent, ...] | Rej
             f"switch {state.switch} runs on {state.model}",
             f"wait for it or abort it: turnout abort {state.switch}",
         )
-    return (VersionDeregistered(state.model, version),)
+    return (VersionDeregistered(state.model, version, reason),)
 
 
 def _admit(state: ModelState, command: AdmitSwitch) -> tuple[ModelEvent, ...] | Rejected:

@@ -32,7 +32,7 @@ from turnout.events.instance import (
     InstanceStopped,
     InstanceWoken,
 )
-from turnout.events.model import ActiveVersionChanged, VersionDeregistered
+from turnout.events.model import ActiveVersionChanged, VersionDeregistered, VersionRegistered
 from turnout.events.worker import WorkerKeeps
 
 if TYPE_CHECKING:
@@ -171,6 +171,8 @@ class World:
         self.uses: dict[tuple[str, str], int] = {}
         #: Model → its newest changes of the active version, oldest first.
         self.turns: dict[str, tuple[Turn, ...]] = {}
+        #: (model, version) → when it was registered last (UTC).
+        self.registered: dict[tuple[str, str], datetime] = {}
         #: (model, version) → when it left its route last (UTC), and when its newest instance ended.
         self.used: dict[tuple[str, str], datetime] = {}
         self.gone: dict[tuple[str, str], datetime] = {}
@@ -346,6 +348,12 @@ class World:
         """Proven instances of a version that were not asked to stop, oldest id first."""
         return self.instances_of(model, version, "ready")
 
+    def last_used(self, model: str, version: str) -> datetime | None:
+        """When a version was registered, left its route, or lost its newest instance: the newest of these (UTC)."""
+        key = (model, version)
+        times = [time for book in (self.registered, self.used, self.gone) if (time := book.get(key)) is not None]
+        return max(times, default=None)
+
     def ready_at(self, instance: str) -> datetime | None:
         """When the instance was proven first, or woken last (UTC)."""
         return self._ready_at.get(instance)
@@ -381,6 +389,7 @@ class World:
         if type(recorded.event) is VersionDeregistered:
             key = (id, recorded.event.version)
             self.failures.pop(key, None)
+            self.registered.pop(key, None)
             self.loads.pop(key, None)
             self.uses.pop(key, None)
             self.used.pop(key, None)
@@ -390,6 +399,8 @@ class World:
             for worker in self.workers:
                 self.sizes.pop((worker, *key), None)
                 self.rests.pop((worker, *key), None)
+        elif type(recorded.event) is VersionRegistered:
+            self.registered[id, recorded.event.version] = recorded.envelope.time
         elif type(recorded.event) is ActiveVersionChanged:
             key = (id, after.active)
             self.uses[key] = self.uses.get(key, 0) + 1

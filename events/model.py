@@ -171,10 +171,11 @@ class VersionUnseen(msgspec.Struct, frozen=True):
 
 
 class VersionDeregistered(msgspec.Struct, frozen=True, gc=False):
-    """A version may not be used any more."""
+    """A version may not be used any more. ``reason``: why, where somebody said it."""
 
     model: str
     version: str
+    reason: str = ""
 
 
 class SwitchAdmitted(msgspec.Struct, frozen=True, gc=False):

@@ -310,8 +310,8 @@ def _say_model(event: object, actor: str, names: Mapping[str, str]) -> str:
             return f"{model} {version} can't be served{_because(reason)}"
         case VersionUnseen(model, version, worker, _, reason):
             return f"{worker} can't look at {model} {version}{_because(reason)}"
-        case VersionDeregistered(model, version):
-            return f"{actor} deregistered {model} {version}"
+        case VersionDeregistered(model, version, reason):
+            return f"{actor} deregistered {model} {version}{_because(reason)}"
         case SwitchAdmitted(model, switch, target):
             return f"{model} is reserved for switch {switch} to {target}"
         case SwitchClosed(model, switch, outcome):

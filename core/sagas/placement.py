@@ -182,6 +182,8 @@ def no_room(world: World, model: str, version: str, cache: CacheConfig = CACHE) 
         return None
     kind = world.models[model].versions[version].kind
     start = f"start a worker that may run {kind} engines (turnout worker), or raise its capacity"
+    if any(state.residence.pinned for state in world.models.values()):
+        start += "; or let something go that is pinned (turnout unpin MODEL VERSION)"
     if not planned:
         return Rejected("no_capacity", f"{model} {version} can't be loaded: no worker is live", start)
     offers = [planned[-1], *(o for o in ledger.offers(model, version) if o.worker != planned[-1].worker)]

@@ -51,6 +51,12 @@ def cache(io: Terminal) -> None:
         for one in held.workers:
             memory = f"{size(one.bytes)} of {size(one.memory_bytes)}" if one.memory_bytes else size(one.bytes)
             io.say(f"{one.worker}: {one.places} of {one.capacity} places, {memory} of memory taken", "dim")
+            if one.memory_bytes and one.bytes > one.memory_bytes:
+                io.say(
+                    f"{one.worker} holds more than its memory: what is idle leaves, what is pinned or in use stays. "
+                    "Unpin something, or give it more ([worker] memory)",
+                    "yellow",
+                )
         for wish in held.waiting:
             io.say(
                 f"to be preloaded: {wish.model} {wish.version} (priority {wish.priority}), waits for {wish.waits_for}"

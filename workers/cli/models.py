@@ -167,12 +167,13 @@ def register(
 @click.command()
 @click.argument("model")
 @click.argument("version")
+@click.option("--reason", default="", help="Why, for the log.")
 @common
-def deregister(io: Terminal, model: str, version: str) -> None:
+def deregister(io: Terminal, model: str, version: str, reason: str) -> None:
     """Take VERSION of MODEL away. It must not serve."""
 
     async def work(client: Client) -> int:
-        answer = await client.send("version.deregister", DeregisterVersion(model, version))
+        answer = await client.send("version.deregister", DeregisterVersion(model, version, reason))
         gone = isinstance(answer, Accepted) and bool(answer.events)
         if io.json:
             io.emit({"status": "accepted", "model": model, "version": version, "new": gone})

@@ -13,7 +13,7 @@ import structlog
 
 from turnout.core.config import CACHE, CacheConfig, ModelSwitchingConfig
 from turnout.core.instance import RequestInstance, WakeInstance
-from turnout.core.sagas import alerts, demand, placement, switch, warming
+from turnout.core.sagas import alerts, demand, placement, retention, switch, warming
 from turnout.core.sagas.owed import Agenda, Owed, merge
 from turnout.events.store import StoreFull, Unavailable
 from turnout.workers.controller.commands import Deposed
@@ -90,12 +90,13 @@ class SagaRunner:
         self._moved.set()
 
     def agenda(self) -> Agenda:
-        """All that is owed now: switches, what goes to zero, placement, warming, losses, then who must be told."""
+        """All that is owed now: switches, what goes to zero, placement, warming, old versions, losses, then alerts."""
         world, now = self._log.world, self._clock.now()
         agendas = [switch.agenda(world, id, now, self.health.judgement(id)) for id in sorted(world.running)]
         agendas.append(demand.agenda(world, self._activity.uses(world), now))
         agendas.append(placement.agenda(world, self._config, now, self._cache))
         agendas.append(warming.agenda(world, self._config, now, self._cache))
+        agendas.append(retention.agenda(world, self._config, now, self._cache))
         agendas.append(Agenda(self._liveness.owed(world)))
         agendas.append(alerts.agenda(world, self.health.findings(), now))
         return merge(tuple(agendas))

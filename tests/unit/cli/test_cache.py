@@ -59,6 +59,14 @@ def test_spares_and_bases_are_shown_and_counted(turnout: Turnout, tell: Tell) ->
 
 
 @pytest.mark.usefixtures("chat")
+def test_a_worker_that_holds_more_than_its_memory_is_named_with_what_to_do(turnout: Turnout, tell: Tell) -> None:
+    assert "holds more" not in turnout("cache").stdout
+    tell("worker", "worker.kept", {"worker": "w1", "kept": [{"name": "b", "role": "spare", "bytes": 500 * MIB}]})
+    assert "w1 holds more than its memory" in turnout("cache").stdout
+    assert "Unpin something" in " ".join(turnout("cache").stdout.split())
+
+
+@pytest.mark.usefixtures("chat")
 def test_a_place_is_explained_with_the_numbers(turnout: Turnout) -> None:
     placing = said(turnout("place", "chat", "v1", "--dry-run", "--json"))
     assert (placing["missing"], placing["chosen"]) == (1, ["w1"])

@@ -7,6 +7,7 @@ from tests.unit.core.story import Story, registered
 from turnout.core import instance, memory
 from turnout.core.config import CACHE, ModelSwitchingConfig
 from turnout.core.decider import Rejected
+from turnout.core.holdings import holdings
 from turnout.core.memory import FAKE_BYTES, Need, estimate
 from turnout.core.placement import Ledger
 from turnout.core.sagas import placement
@@ -28,6 +29,7 @@ from turnout.events.model import (
     ReplicasChanged,
     VersionPinned,
     VersionRegistered,
+    VersionUnpinned,
     VersionValidated,
 )
 from turnout.events.route import Endpoint, RouteChanged, Split
@@ -211,6 +213,55 @@ def test_a_lowered_bound_lets_idle_instances_go_but_not_what_is_pinned() -> None
     loaded(loaded(made, "i2", "b", 200), "i3", "c", 200).happens(VersionPinned("chat", "b"))
     made.happens(joined("w1", 400))
     assert drained(made.carry_placement()) == [InstanceDraining("i3", "w1 holds more than its memory")]
+
+
+def test_a_bound_below_what_is_pinned_and_used_lets_nothing_of_that_go_and_refuses_the_next_load() -> None:
+    made = serving(loaded(story(a=300, b=200, c=10), "i1", "a", 300), "a", "i1")
+    loaded(made, "i2", "b", 200).happens(VersionPinned("chat", "b")).happens(joined("w1", 100))
+    assert not drained(made.carry_placement())
+    full = placement.no_room(made.world, "chat", "c")
+    assert full is not None
+    assert full.code == "no_memory"
+    assert "chat b (i2) 200 MiB, pinned" in full.reason
+    made.happens(VersionUnpinned("chat", "b"))
+    assert drained(made.carry_placement()) == [InstanceDraining("i2", "w1 holds more than its memory")]
+
+
+def test_a_limit_below_what_is_pinned_keeps_the_pinned_ones_alone_and_wishes_are_told_so() -> None:
+    made = serving(loaded(story(a=10, b=10, c=10, d=10, e=10), "i1", "a", 10), "a", "i1")
+    loaded(loaded(loaded(made, "i2", "b", 10), "i3", "c", 10), "i4", "d", 10)
+    made.happens(VersionPinned("chat", "b"), VersionPinned("chat", "c"))
+    one = ModelSwitchingConfig(max_cached_models=1)
+    (gone,) = drained(made.carry_placement(one))
+    assert (gone.instance, gone.reason) == ("i4", "least recently used of more than 1 (max_cached_models)")
+    made.happens(InstanceStopped("i4", 0.1), PreloadRequested("chat", "e", 0, made.now))
+    assert made.carry_placement(one) == [], "it waits: nothing that is pinned makes room"
+    (waits,) = holdings(made.world, one, CACHE).waiting
+    assert "keeps 2 idle instances, 2 of them pinned (max_cached_models)" in waits.waits_for
+
+
+def test_where_everything_is_pinned_a_load_is_refused_and_the_hint_says_unpin() -> None:
+    made = serving(loaded(story(joined("w1", 0, capacity=2), a=10, b=10, c=10), "i1", "a", 10), "a", "i1")
+    loaded(made, "i2", "b", 10).happens(VersionPinned("chat", "a"), VersionPinned("chat", "b"))
+    full = placement.no_room(made.world, "chat", "c")
+    assert full is not None
+    assert (full.code, "turnout unpin" in full.hint) == ("no_capacity", True)
+    assert "chat b (i2) 10 MiB, pinned" in full.reason
+
+
+def test_three_wishes_of_which_only_one_fits_settle_and_the_others_say_what_they_wait_for() -> None:
+    made = story(joined("w1", 300), a=200, b=200, c=200)
+    made.happens(*(PreloadRequested("chat", v, n, made.now) for n, v in enumerate(("a", "b", "c"))))
+    for _ in range(9):
+        for event in made.carry_placement():
+            if isinstance(event, InstanceRequested):
+                loaded_event = InstanceReady(event.instance, f"unix:/{event.instance}", 1.0, 0.1, 222 * MIB, "")
+                made.happens(loaded_event)
+    here = {made.world.instances[id].version for id in made.world.alive}
+    assert here == {"c"}, "the highest priority, and nothing goes round"
+    waiting = holdings(made.world, ModelSwitchingConfig(), CACHE).waiting
+    assert {one.version for one in waiting} == {"a", "b"}
+    assert all("free 78 MiB of 300 MiB" in one.waits_for for one in waiting)
 
 
 # --- where -------------------------------------------------------------------------------------------------------

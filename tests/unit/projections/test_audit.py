@@ -58,6 +58,7 @@ SENTENCES: list[tuple[str, msgspec.Struct, str]] = [
         "w2 can't look at chat v1: nothing is there",
     ),
     ("model", model.VersionDeregistered("chat", "v1"), "alice deregistered chat v1"),
+    ("model", model.VersionDeregistered("chat", "v1", "old"), "alice deregistered chat v1: old"),
     ("model", model.SwitchAdmitted("chat", "sw-1", "v2"), "chat is reserved for switch sw-1 to v2"),
     (
         "model",
