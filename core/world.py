@@ -224,6 +224,11 @@ class World:
         known = self._last.get(subject)
         return "" if known is None else known.newest.envelope.id
 
+    def changed_at(self, subject: str) -> datetime | None:
+        """When the subject's newest event was written (UTC), None where it has none (or it is over and forgotten)."""
+        known = self._last.get(subject)
+        return None if known is None else known.newest.envelope.time
+
     def done(self, command: str) -> Done | None:
         """What the command has written, None where it has not taken effect (or long ago, and was no operator's)."""
         if command == self._writing.command:

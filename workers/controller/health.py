@@ -21,6 +21,7 @@ from turnout.core.model import unknown_model
 from turnout.core.strategies import STRATEGIES
 from turnout.core.strategies.base import judged_steps
 from turnout.core.switch import ENDED, SwitchState, unknown_switch
+from turnout.events import subjects
 from turnout.events.health import ProbeFailed, ProbePassed
 
 if TYPE_CHECKING:
@@ -203,14 +204,14 @@ class HealthMonitor:
     def monitor_switch_impact(self, switch: str) -> health.SwitchImpact | None:
         """What clients noticed of a switch, as far as samples are kept.
 
-        None where it is not known: of switches that have ended, only the newest of a model is.
+        None where it is not known: no sample is kept of the time of a switch that has ended.
         """
         state = self._switch(switch)
-        newest = self._world.ended.get(state.model)
-        ended = newest.envelope.time if newest is not None and newest.subject.endswith(f".{switch}") else None
-        if state.requested_at is None or (state.phase in ENDED and ended is None):
+        if state.requested_at is None:
             return None
-        return health.monitor_switch_impact(
+        # nothing is written to a switch after its end
+        ended = self._world.changed_at(subjects.event("switch", switch)) if state.phase in ENDED else None
+        made = health.monitor_switch_impact(
             self._recent.get(state.model, ()),
             switch=switch,
             model=state.model,
@@ -218,6 +219,8 @@ class HealthMonitor:
             ended=ended,
             now=self._clock.now(),
         )
+        measured = made.before.requests + made.during.requests + made.after.requests
+        return made if measured or ended is None else None
 
     def findings(self) -> tuple[health.Finding, ...]:
         """What is over a ceiling, or can't be judged; looked at once a second, as it reads minutes of samples."""

@@ -116,7 +116,11 @@ def test_what_came_after_a_switch_is_told_apart_from_what_came_while_it_ran() ->
     story.happens(SwitchRequested("sw-2", "chat", "v2", "v1", "immediate", {}, False, "", story.now, 1, 1, story.now))
     story.happens(SwitchAborted("sw-2", "no"))
     assert monitor.monitor_switch_impact("sw-2") is not None
-    assert monitor.monitor_switch_impact("sw-1") is None, "nobody knows when it ended"
+    assert monitor.monitor_switch_impact("sw-1") == impact, "a newer switch does not take it away"
+    late = story.later(7200.0).now
+    story.happens(SwitchRequested("sw-3", "chat", "v2", "v1", "immediate", {}, False, "", late, 1, 1, late))
+    story.happens(SwitchAborted("sw-3", "no"))
+    assert monitor.monitor_switch_impact("sw-3") is None, "no sample is of that time"
 
 
 def test_questions_are_answered_or_refused_with_a_hint() -> None:
