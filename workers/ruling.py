@@ -57,7 +57,10 @@ class Ruling:
         route = self._route(rule.model or self._model)
         if rule.candidate:
             return True
-        return route is not None and any(s.endpoints for s in route.splits if rule.version in ("", s.version))
+        if route is None:
+            return False
+        waits = bool(rule.model) and route.hold is not None  # the request waits for it
+        return waits or any(s.endpoints for s in route.splits if rule.version in ("", s.version))
 
     def _route(self, model: str) -> RouteView | None:
         return self._routes.get(subjects.view_key("route", model))

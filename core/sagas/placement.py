@@ -43,13 +43,17 @@ def agenda(world: World, config: ModelSwitchingConfig, now: datetime, cache: Cac
     owed: list[Owed] = []
     wakes: list[datetime] = []
     models = sorted(world.models, key=lambda name: _turn(world, name))
-    lacking = [(model, version) for model in models for version in needed(world, model)]
-    for model, version in sorted(lacking, key=lambda one: one[1] != world.models[one[0]].active):  # what serves first
-        again = _restore(world, model, version, now)
+    wanted = [(model, version) for model in models for version in needed(world, model)]
+    first: list[tuple[str, str]] = []
+    for model, version in sorted(wanted, key=lambda one: one[1] != world.models[one[0]].active):
+        again = _restore(world, model, version, now, tuple(first))
         if isinstance(again, Owed):
             owed.append(again)
-        elif again is not None:
+            continue
+        if again is not None:
             wakes.append(again)
+        if version == world.models[model].active and missing(world, model, version) and loadable(world, model, version):
+            first.append((model, version))  # what serves gets its room back before a rule's version takes it
     owed.extend(repair for model in models if (repair := _repair(world, model)))
     owed.extend(rejected for model in models for rejected in _reject_unseen(world, model))
     let_go, short = _let_go(world, config, cache, now)
@@ -94,12 +98,24 @@ def _turn(world: World, model: str) -> tuple[float, str]:
     return 0.0 if wanted_at is None else wanted_at.timestamp(), model
 
 
-def request(world: World, model: str, version: str, *, cause: str, attempt: int = 1, count: int = 1) -> Writes | None:
+def request(
+    world: World,
+    model: str,
+    version: str,
+    *,
+    cause: str,
+    attempt: int = 1,
+    count: int = 1,
+    first: tuple[tuple[str, str], ...] = (),
+) -> Writes | None:
     """Ask the best fitting workers for so many instances, all or none; None where there is no room for all now.
 
-    Sleeping ones are woken before others are loaded.
+    Sleeping ones are woken before others are loaded. ``first``: (model, version) whose room must be left.
     """
-    planned = plan(world, Ledger(world, ()), model, version, count)
+    ledger = Ledger(world, ())
+    for other, theirs in first:
+        plan(world, ledger, other, theirs, missing(world, other, theirs))
+    planned = plan(world, ledger, model, version, count)
     if any(offer.verdict != FITS for offer in planned) or len(planned) < count:
         return None
     woken = [_request(world, offer, model, version, cause=cause) for offer in planned if offer.wake]
@@ -284,7 +300,9 @@ def needed(world: World, model: str) -> tuple[str, ...]:
     return tuple(v for v in found if v in state.versions)  # only what is registered can be loaded
 
 
-def _restore(world: World, model: str, version: str, now: datetime) -> Owed | datetime | None:
+def _restore(
+    world: World, model: str, version: str, now: datetime, first: tuple[tuple[str, str], ...]
+) -> Owed | datetime | None:
     """Replace a needed version's lost instance; a time where the back-off has to pass first."""
     state = world.models[model]
     switch = world.state("switch", state.switch) if state.switch else None
@@ -300,7 +318,7 @@ def _restore(world: World, model: str, version: str, now: datetime) -> Owed | da
         due = failures.last + timedelta(seconds=min(BACK_OFF_S_MAX, 2.0 ** (failures.count - 1)))
         if now < due:
             return due
-    writes = request(world, model, version, cause="restore", attempt=attempt)
+    writes = request(world, model, version, cause="restore", attempt=attempt, first=first)
     if writes is None:
         return None
     first = world.instances.get(writes[0].id)

@@ -474,11 +474,14 @@ class Flight:
         "streaming",
         "timer",
         "tried",
+        "wanted",
     )
 
     def __init__(self, gateway: SimPlane, model: str, duration_s: float, number: int) -> None:
         self.gateway = gateway
         self.model = model
+        #: The model whose instance it waits for: its own, or one that a rule has sent it to.
+        self.wanted = model
         self.number = number
         self.duration_s = duration_s
         self.began = gateway.loop.time()
@@ -507,8 +510,9 @@ class Flight:
             chosen = manager.handle_request_routing(self.model, key, now)
         gateway.fleet.on_chosen(gateway, self.model, facts, chosen)
         if isinstance(chosen, NoRoute):
-            if gateway.holding.waits(self.model):
-                refusal = gateway.holding.wait(self.model, self, gateway.process.monotonic())
+            self.wanted = chosen.model or self.model
+            if gateway.holding.waits(self.wanted):
+                refusal = gateway.holding.wait(self.wanted, self, gateway.process.monotonic())
                 gateway.fleet.counts["held"] += 1
                 if refusal is not None:
                     self.give_up(refusal)
@@ -528,12 +532,12 @@ class Flight:
 
     def go_on(self) -> None:
         """Its model has an instance."""
-        self.gateway.holding.leave(self.model, self, self.gateway.process.monotonic())
+        self.gateway.holding.leave(self.wanted, self, self.gateway.process.monotonic())
         self.begin(self.key, self.facts)
 
     def give_up(self, refusal: Refusal) -> None:
         """It has waited in vain."""
-        self.gateway.holding.leave(self.model, self, self.gateway.process.monotonic())
+        self.gateway.holding.leave(self.wanted, self, self.gateway.process.monotonic())
         self._fail(refusal.code)
 
     def still_waits(self, seconds: float) -> None:

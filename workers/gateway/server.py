@@ -317,16 +317,16 @@ class ClientConnection(asyncio.Protocol):
 
     def _hold(self, request: Request, model: str, why: NoRoute) -> None:
         """Let a request wait that finds no instance, if its model's route allows that; else refuse it."""
-        holding = self._ctx.holding
-        if not holding.waits(model):
-            self._refuse(self._no_route(why, model, request.pin), request)
+        holding, wanted = self._ctx.holding, why.model or model
+        if not holding.waits(wanted):
+            self._refuse(self._no_route(why, wanted, request.pin), request)
             return
         self.deadline = _NEVER
         monotonic = self._ctx.monotonic
         waiting = self.relay = Waiting(
-            holding, self, request, model, monotonic=monotonic, count=self._ctx.metrics.refuse
+            holding, self, request, model, wanted, monotonic=monotonic, count=self._ctx.metrics.refuse
         )
-        refusal = holding.wait(model, waiting, monotonic())
+        refusal = holding.wait(wanted, waiting, monotonic())
         if refusal is not None:
             self.refuse(refusal)
 

@@ -117,9 +117,13 @@ class Choice:
 
 
 class NoRoute(msgspec.Struct, frozen=True):
-    """Why a request goes nowhere. ``code``: model_not_found, version_not_found or no_ready_instance."""
+    """Why a request goes nowhere. ``code``: model_not_found, version_not_found or no_ready_instance.
+
+    ``model``: the one that a rule has sent it to, for whose instance it may wait; empty for its own.
+    """
 
     code: str
+    model: str = ""
 
 
 UNKNOWN_MODEL = NoRoute("model_not_found")
@@ -349,7 +353,7 @@ class TransitionManager:
         """Choose for a model that has rules; else as ``handle_request_routing``.
 
         A rule's model is looked up in its own table and its own rules are not asked. A rule whose target has no
-        instance now does not apply.
+        instance now does not apply, but where requests wait for its model.
 
         Args:
             model: the served name; one that ``ruled`` has.
@@ -373,8 +377,10 @@ class TransitionManager:
             return self._any(table, (), now) if isinstance(choice, NoRoute) else choice, False
         else:
             choice = self.handle_request_routing(model, key, now, prefix=prefix)
-        if rule is None or isinstance(choice, NoRoute):
-            return choice, rule is None
+        if rule is None:
+            return choice, True
+        if isinstance(choice, NoRoute):
+            return NoRoute(choice.code, rule.model), False
         return table.by_rule(choice, rule.name), rule.candidate
 
     def rule_counts(self) -> Iterator[tuple[str, str, str, int]]:
@@ -480,11 +486,13 @@ class TransitionManager:
         self.ruled[route.model] = old
 
     def _takes(self, table: _Table, rule: Rule) -> bool:
-        """Whether a rule's target has an instance."""
+        """Whether a rule's target has an instance, or is a model that requests wait for."""
         if rule.version:
             return bool(table.choices.get(rule.version))
         other = self._tables.get(rule.model) if rule.model else table
-        return other is not None and any(other.choices[split.version] for split in other.view.splits)
+        if other is None:
+            return False
+        return any(other.choices[split.version] for split in other.view.splits) or bool(rule.model and other.view.hold)
 
     def _let_go(self, route: RouteView, old: _Table | None, here: set[str], now: float) -> tuple[Drained, ...]:
         """Start to drain what the revision does not name; report what has nothing in flight."""

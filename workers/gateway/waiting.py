@@ -66,17 +66,28 @@ class Waiting:
         connection: Connection,
         request: Request,
         model: str,
+        wanted: str,
         *,
         monotonic: Callable[[], float],
         count: Callable[[int], None],
     ) -> None:
-        """``model``: whose instance it waits for. ``count``: an error that the gateway gives itself, by its status."""
+        """Make it.
+
+        Args:
+            holding: where it waits.
+            connection: its client's.
+            request: what is to be sent.
+            model: the one that the client named; its rules are asked again once the wait is over.
+            wanted: whose instance it waits for: that model, or one that a rule has sent it to.
+            monotonic: seconds.
+            count: an error that the gateway gives itself, by its status.
+        """
         self.request = request
         self.size = len(request.body)
         self._holding = holding
         self._monotonic, self._count = monotonic, count
         self._connection = connection
-        self._model = model
+        self._model, self._wanted = model, wanted
         self._streams = asks_stream(request)
         self._begun = False
         self._engine: _Engine | None = None
@@ -108,7 +119,7 @@ class Waiting:
                 b"transfer-encoding: chunked\r\nx-request-id: %b\r\n%b\r\n"
                 % (self.request.id, b"" if self.request.keep_alive else b"connection: close\r\n")
             )
-        self._event(b": loading %b, %.0f s\n\n" % (_comment(self._model), seconds))
+        self._event(b": loading %b, %.0f s\n\n" % (_comment(self._wanted), seconds))
 
     def client_gone(self) -> None:
         """The client left: so does its request."""
@@ -172,7 +183,7 @@ class Waiting:
         return _DONE if self.request.head.path in _WITH_DONE else b""
 
     def _leave(self) -> None:
-        self._holding.leave(self._model, self, self._monotonic())
+        self._holding.leave(self._wanted, self, self._monotonic())
 
 
 class _Engine:

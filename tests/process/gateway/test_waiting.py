@@ -7,7 +7,8 @@ import json
 import pytest
 from tests.process.gateway.stage import BODY, OK, Peer, Stage, on_stage
 
-from turnout.events.route import Hold
+from turnout.events.route import Hold, Rule
+from turnout.projections.routing import RouteView
 
 pytestmark = pytest.mark.process
 
@@ -159,3 +160,32 @@ async def test_what_a_gateway_says_of_a_model_on_demand_counts_from_the_last_byt
     await s.wait(lambda: s.plane.uses()["chat"].idle_s < 0.2)
     use = s.plane.uses()["chat"]
     assert (use.in_flight, use.held, use.revision) == (0, 0, 2)
+
+
+@on_stage()
+async def test_a_request_that_a_rule_sends_to_a_model_at_zero_wakes_it_and_waits(s: Stage) -> None:
+    # given chat serves, and its rule for tools goes to a model that is not loaded
+    asked: list[tuple[str, int]] = []
+    s.plane.on_waiting(lambda model, revision: asked.append((model, revision)))
+    s.route(model="tools", hold=HOLD)
+    rule = Rule("tools", "tools", model="tools")
+    split = s.split("v1", await s.engine("a"))
+    s.plane.apply(RouteView("chat", 7, (split,), "s", 30.0, rules=(rule,)))
+    client, other = await s.client(), await s.client()
+    wants_tools = PLAIN[:-1] + b',"tools":[{"type":"function","function":{"name":"f"}}]}'
+    # when one request needs it and another does not
+    await client.post(wants_tools)
+    await s.wait(lambda: held(s) == 1)
+    assert (await other.ask(PLAIN)).headers["x-turnout-version"] == "v1"
+    # then the model is asked for, and the first goes to it by its name once it is there
+    assert asked[0] == ("tools", 1)
+    engine = await s.engine("b")
+    s.route(s.split("w1", engine), model="tools")
+    answer = await client.answer()
+    assert (answer.status, answer.headers["x-turnout-version"], answer.headers["x-turnout-rule"]) == (
+        200,
+        "w1",
+        "tools",
+    )
+    assert engine.asked[0].body == wants_tools.replace(b'"model":"chat"', b'"model":"tools"')
+    assert held(s) == 0

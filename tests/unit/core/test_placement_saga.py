@@ -409,8 +409,10 @@ def test_it_keeps_its_weights_in_host_memory_only_where_that_has_room_beside_wha
 def test_what_serves_is_restored_before_what_only_a_rule_names() -> None:
     story = serving("v1", "v2", capacity=1)
     story.happens(RulesChanged("chat", (Rule("r", version="v2", when="stream"),)))
+    story.happens(InstanceFailed("i1", "serving", "crashed")).later(0.5)
+    assert not of(story.carry_placement(), InstanceRequested), "chat v1 waits for its turn, and its place is kept"
     story.happens(VersionRegistered("embed", "v1", FAKE, ""), ActiveVersionChanged("embed", "v1", "", "sw-0"))
-    story.happens(InstanceFailed("i1", "serving", "crashed")).later(2.0)
+    story.later(1.5)
     commands = [write.command for owed in story.placement().owed for write in owed.writes]
     asked = [(one.model, one.version) for one in commands if isinstance(one, RequestInstance)]
     assert asked == [("chat", "v1"), ("embed", "v1"), ("chat", "v2")]
