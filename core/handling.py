@@ -168,8 +168,8 @@ class Plan(msgspec.Struct, frozen=True, tag="plan", tag_field="status"):
         judging: how each of them is judged, with the configured ceilings where the parameters name none.
         deadline_s: seconds until the target must carry all its traffic.
         policy: name of the policy that it follows, empty for none; ``parameters`` are the strategy's own.
-        holds: there is no place for both versions: requests wait, about ``pause_s`` seconds and until the old version
-            has finished what it has; None where that was never measured.
+        holds: there is no place for both versions: requests wait, about ``pause_s`` seconds: until the old version has
+            finished what it has and has left, and the new one is ready; None where that was never measured.
     """
 
     model: str
@@ -496,13 +496,14 @@ def _plan(world: World, body: StartSwitch, context: Context) -> Plan | Rejected:
     if holds and opened.hold is not None:
         steps = [
             Step(f"let new requests wait, at most {opened.hold.queue} in each gateway", opened.hold.wait_s),
-            Step(f"drain {opened.source} and stop it", world.stops.get((body.model, opened.source))),
+            Step(f"let {opened.source} finish what it has", world.drains.get(body.model)),
+            Step(f"stop {opened.source}, or let it sleep", saga.leaving_s(world, body.model, opened.source) or None),
             steps[0],
             Step(f"give {body.version} all traffic, and the requests that waited"),
         ]
         notes = (
             f"there is no place for both: until {body.version} is ready nobody can take over; where it fails, "
-            f"{opened.source} is loaded again",
+            f"{opened.source} comes back",
         )
     elif opened.source:
         stages, lines = strategy.stages(opened.parameters), strategy.describe(opened.parameters)

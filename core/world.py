@@ -28,11 +28,13 @@ from turnout.events.instance import (
     InstanceFailed,
     InstanceMeasured,
     InstanceReady,
+    InstanceSleepRequested,
     InstanceSlept,
     InstanceStopped,
     InstanceWoken,
 )
 from turnout.events.model import ActiveVersionChanged, VersionDeregistered, VersionRegistered
+from turnout.events.switch import SwitchCompleted
 from turnout.events.worker import WorkerKeeps
 
 if TYPE_CHECKING:
@@ -178,8 +180,10 @@ class World:
         self.gone: dict[tuple[str, str], datetime] = {}
         #: Instances that have been in a route, of those that have not ended.
         self.served: set[str] = set()
-        #: (model, version) → seconds that its newest instance took to stop, from its last request on.
+        #: (model, version) → seconds that its newest instance took to stop or to fall asleep, from its last request on.
         self.stops: dict[tuple[str, str], float] = {}
+        #: Model → seconds that the requests took to end which ran when a version left its route last.
+        self.drains: dict[str, float] = {}
         #: Model → the event that ended its newest switch.
         self.ended: dict[str, Recorded] = {}
         #: (``gateway`` or ``worker``, id) → the event that it was lost by, of the newest LOST_MOST that are lost still.
@@ -191,6 +195,8 @@ class World:
         self.raised: set[str] = set()
         self.requested_instances = 0
         self._ready_at: dict[str, datetime] = {}
+        #: Instance → when it was asked to sleep last (UTC).
+        self._to_sleep: dict[str, datetime] = {}
         self._last: dict[str, _Subject] = {}
         #: Operators' commands; others', of this generation and the one before.
         self._writing = _Writing()
@@ -420,6 +426,8 @@ class World:
             self._end(recorded)
         else:
             self.running.add(id)
+        if type(recorded.event) is SwitchCompleted and after.source and not after.alone:
+            self.drains[after.model] = recorded.event.drain_s
 
     def _index_gateway(
         self, id: str, before: gateway.GatewayState, after: gateway.GatewayState, recorded: Recorded
@@ -477,9 +485,14 @@ class World:
         key = (after.model, after.version)
         if before.phase == "unknown":
             self.requested_instances += 1
+        if before.phase == "ready" and after.phase in ("draining", "sleeping"):
+            held = self.state("switch", self.state("model", after.model).switch)
+            if held.phase == "holding" and held.source == after.version and (since := self.idle_since.get(id)):
+                self.drains[after.model] = (time - since).total_seconds()
         if after.phase in instance.ENDED:
             self.alive.discard(id)
             self.served.discard(id)
+            self._to_sleep.pop(id, None)
             self.idle_since.pop(id, None)
             self.gone[key] = time
             self._end(recorded)
@@ -501,7 +514,10 @@ class World:
                     self.idle_since[id] = time
                 if size:
                     self.sizes[after.worker, after.model, after.version] = Size(size, device_size)
+            case InstanceSleepRequested():
+                self._to_sleep[id] = time
             case InstanceSlept(_, _, _, size, device_size):
+                self.stops[key] = (time - self._to_sleep.get(id, time)).total_seconds()
                 self.rests[after.worker, after.model, after.version] = Size(size, device_size)
             case InstanceMeasured(_, size, device_size):
                 self.sizes[after.worker, after.model, after.version] = Size(size, device_size)

@@ -321,8 +321,8 @@ def _restore(
     writes = request(world, model, version, cause="restore", attempt=attempt, first=first)
     if writes is None:
         return None
-    first = world.instances.get(writes[0].id)
-    which = f"{writes[0].id}.{first.slept}" if first is not None else writes[0].id  # one instance is woken often
+    known = world.instances.get(writes[0].id)
+    which = f"{writes[0].id}.{known.slept}" if known is not None else writes[0].id  # one instance is woken often
     return Owed(f"restore.{which}", writes, model)
 
 

@@ -305,9 +305,28 @@ def _start_hold(world: World, state: SwitchState, now: datetime) -> Owed:
 
 
 def pause_s(world: World, model: str, source: str, target: str) -> float | None:
-    """Seconds between the source's last answer and the target's first, as measured; None where it was never loaded."""
+    """Seconds for which requests will wait, as measured; None where the target was never loaded.
+
+    What the source has runs to its end, it leaves, and the target becomes ready. What was never measured of the first
+    two counts for nothing.
+    """
     load = world.loads.get((model, target))
-    return None if load is None else round(load.seconds + world.stops.get((model, source), 0.0), 3)
+    if load is None:
+        return None
+    asleep = world.instances_of(model, target, "asleep")
+    ready_s = world.took.get((model, target, "wake"), load.seconds) if asleep else load.seconds
+    return round(world.drains.get(model, 0.0) + leaving_s(world, model, source) + ready_s, 3)
+
+
+def leaving_s(world: World, model: str, version: str) -> float:
+    """Seconds that the version's instance takes to leave: as before, else as the slowest of its engine's kind."""
+    kind = world.models[model].versions[version].kind
+    alike = [
+        seconds
+        for (name, other), seconds in world.stops.items()
+        if name in world.models and (spec := world.models[name].versions.get(other)) is not None and spec.kind == kind
+    ]
+    return world.stops.get((model, version), max(alike, default=0.0))
 
 
 def _swap(world: World, state: SwitchState, now: datetime) -> Agenda:

@@ -57,7 +57,7 @@ async def show_plan(io: Terminal, client: Client, plan: Plan) -> None:
         io.say(f"memory of {plan.target}: {size(plan.bytes)}")
     if plan.holds:
         long = "of a length that was never measured" if plan.pause_s is None else f"of about {seconds(plan.pause_s)}"
-        io.say(f"requests wait through a pause {long}, and for what {plan.source} has to finish", "yellow")
+        io.say(f"requests wait through a pause {long}", "yellow")
     for note in plan.notes:
         io.say(note)
     io.say(f"{plan.target} must carry all traffic within {seconds(plan.deadline_s)}")

@@ -515,7 +515,7 @@ def test_where_one_version_has_room_a_switch_is_refused_unless_it_may_hold_and_t
     assert (full.code, "--hold" in full.hint) == ("no_capacity", True)
     plan = handled(story, "ops", "switch.plan", StartSwitch("chat", "v2", hold=True))
     assert (plan.holds, plan.pause_s) == (True, None)
-    assert [s.what.split()[0] for s in plan.steps] == ["let", "drain", "load", "give"]
+    assert [s.what.split()[0] for s in plan.steps] == ["let", "let", "stop", "load", "give"]
     story.happens(InstanceStopped("i1", 0.25)).instance("i2", "v2")
     story.happens(InstanceStopped("i2", 0.5)).instance("i3", "v1")
     assert handled(story, "ops", "switch.plan", StartSwitch("chat", "v2", hold=True)).pause_s == 1.25

@@ -112,7 +112,11 @@ def test_a_pause_is_foretold_from_what_was_measured() -> None:
     story = held()
     story.carry()
     story.ready("i2")
-    assert pause_s(story.world, "chat", "v1", "v2") == 1.3
+    drained_s = story.world.drains["chat"]
+    assert drained_s > 0, "what ran when v1 left its route"
+    assert pause_s(story.world, "chat", "v1", "v2") == drained_s + 0.3 + 1.0
+    # and where v2 never left, as long as v1 took; where v1 sleeps, as long as its wake took
+    assert pause_s(story.world, "chat", "v2", "v1") == drained_s + 0.3 + 1.0
 
 
 def test_there_is_nothing_to_hold_where_both_have_a_place() -> None:
@@ -148,3 +152,17 @@ def test_a_source_that_can_sleep_sleeps_and_a_failed_load_wakes_it_for_the_reque
     assert of(story.carry_placement(), InstanceWakeRequested) == [InstanceWakeRequested("i1", "restore", 1000)]
     story.happens(InstanceWoken("i1", 0.2, 0.1, 1000, 0, "unix:/run/i1.c")).carry_placement()
     assert story.world.routes["chat"].names("i1")
+
+
+def test_a_pause_is_foretold_by_the_wake_where_the_target_sleeps() -> None:
+    story = held_asleep()
+    story.carry()
+    story.ready("i2").carry()
+    story.applied().carry()
+    story.carry()
+    story.happens(
+        InstanceWakeRequested("i1", "x"), InstanceWoken("i1", 0.2, 0.1, 9), InstanceSleepRequested("i1", 1, "")
+    )
+    story.happens(InstanceSlept("i1", 1, 0.3, 10))
+    world = story.world
+    assert pause_s(world, "chat", "v2", "v1") == round(world.drains["chat"] + world.stops["chat", "v1"] + 0.2, 3)
