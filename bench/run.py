@@ -24,6 +24,7 @@ BENCHES = {
     "judging": "how often the judge is wrong, and how soon it is right",
     "scenarios": "what a bad candidate costs before it is gone, and how fast the control loop is",
     "tiers": "each way to make a version ready side by side, and what a cold load costs what serves",
+    "waiting": "what a load on demand and a switch on one place cost who waits for it",
     "connections": "memory of a gateway for each 1,000 connections",
     "up": "from turnout up to the first completion",
 }

@@ -28,7 +28,7 @@ _KEYS = ("canary_requests_until_rollback", "seconds", "control_loop_s", "failed"
 
 def run(quick: bool, runs: int) -> report.Outcome:
     """So many runs of each scenario; where it is quick, one."""
-    found = {name: [_play(name) for _ in range(1 if quick else runs)] for name in SCENARIOS}
+    found = {name: [play(name) for _ in range(1 if quick else runs)] for name in SCENARIOS}
     everything = [one for made in found.values() for one in made]
     loops = [float(one["control_loop_s"]) for one in everything if one["control_loop_s"] is not None]
     broken = sum(one["failed"] + one["cut"] for one in everything)
@@ -68,7 +68,8 @@ def run(quick: bool, runs: int) -> report.Outcome:
     )
 
 
-def _play(name: str) -> dict[str, Any]:
+def play(name: str) -> dict[str, Any]:
+    """What ``turnout demo --scenario NAME --json`` prints at its end."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         argv = [sys.executable, "-m", "turnout.workers.cli", "demo", "--scenario", name, "--json"]
         made = subprocess.run(
