@@ -13,10 +13,12 @@ import msgspec
 from tests.sim.network import SimHealth, SimNews
 
 from turnout.core.decider import Failed
+from turnout.core.fit import fit
 from turnout.core.memory import FAKE_BYTES
 from turnout.core.rules import Facts
 from turnout.events.health import ERRORS, OUTCOMES, HealthSampled
 from turnout.events.store import Unavailable
+from turnout.events.worker import KeptEngine
 from turnout.workers.gateway.agent import GatewayAgent
 from turnout.workers.gateway.holding import Holding
 from turnout.workers.gateway.transition import Choice, NoRoute, RequestTracker, Slot, TransitionManager
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
     from turnout.core.decider import Answer
     from turnout.events.health import HealthEvent
     from turnout.events.model import EngineSpec
-    from turnout.events.worker import KeptEngine
     from turnout.projections.routing import RouteView
     from turnout.workers.gateway.errors import Refusal
     from turnout.workers.gateway.plane import DataPlane
     from turnout.workers.gateway.transition import Drained, Transition
+    from turnout.workers.inference.runner import Keeper
     from turnout.workers.ports import Beats, Bus, ViewReader
 
 #: A request of which rules can't tell anything.
@@ -46,6 +48,9 @@ QUIET_S = 0.3
 #: How long a gateway waits for a first byte, and a worker for a sign of life from an engine.
 FIRST_BYTE_S = 1.5
 HANG_S = 3.0
+#: To put weights into a spare, and to end one; and the share of spares that turn out not to fit after all.
+FILL_S, END_S = 0.3, 0.1
+UNFIT = 0.2
 #: What falling asleep and waking take.
 SLEEP_S = 0.3
 WAKE_S = 0.2
@@ -147,6 +152,9 @@ class Host:
         self.engines: dict[str, SimEngine] = {}
         #: What engines may hold together; 0 for no bound.
         self.memory_bytes = 0
+        #: Engines without a version, by name, with the instance that each was of; and how many may be kept.
+        self.spares: dict[str, tuple[SimEngine, str]] = {}
+        self.spares_most = 0
         #: Called when an engine changes by itself.
         self.moved: Callable[[], None] = lambda: None
 
@@ -174,6 +182,9 @@ class Fleet:
             "slept": 0,
             "woken": 0,
             "not_woken": 0,
+            "kept": 0,
+            "filled": 0,
+            "given_up": 0,
         }
         self.on_stop: Callable[[SimEngine], None] = lambda _: None
         #: Before it is put to sleep, before it is woken, and when it takes memory: it starts, or begins to wake.
@@ -205,6 +216,9 @@ class SimRunner:
         self._process = process
         self._host = host
         self._changed = asyncio.Event()
+        self._asked: KeptEngine | None = None
+        #: Who is told of the spares.
+        self.keeper: Keeper | None = None
 
     @property
     def memory(self) -> HostMemory:
@@ -233,9 +247,12 @@ class SimRunner:
 
     async def load(self, order: Order, progress: Callable[[str, str], None]) -> Loaded | Failure:
         """Start or go on, then prove."""
-        engine = self._host.engines.get(order.instance)
+        engine, tier = self._host.engines.get(order.instance), "cold"
         if engine is None:
+            filled = await self._take_spare(order)
             engine = self._host.engines[order.instance] = SimEngine(self._host, order)
+            if filled:
+                engine.up_at, tier = engine.started_at + FILL_S, "spare"
             self._host.fleet.engines[engine.address] = engine
             self._host.fleet.on_grown(engine)
         progress("starting", "")
@@ -252,7 +269,55 @@ class SimRunner:
             return Failure("loading" if fails == 1 else "proving", "the weights are damaged", ("engine's last words",))
         engine.proven = True
         engine.load_s = round(loop.time() - engine.started_at, 3)
-        return self._loaded(engine) or Failure("proving", "not proven")
+        loaded = self._loaded(engine)
+        if loaded is None:
+            return Failure("proving", "not proven")
+        self._process.spawn(self._start_ahead(order))
+        return msgspec.structs.replace(loaded, tier=tier)
+
+    async def _take_spare(self, order: Order) -> bool:
+        """Whether a spare's process becomes the instance's; one that it was admitted into ends, where it does not."""
+        spares, fleet = self._host.spares, self._host.fleet
+        wanted = fit(order.engine, None)
+        fitting = [name for name, (one, _) in sorted(spares.items()) if fit(one.spec, None) == wanted]
+        name = order.into if order.into in fitting else next(iter(fitting), "")
+        filled = bool(name) and self._process.jitter() > UNFIT
+        if not filled and order.into in spares:
+            await asyncio.sleep(END_S)
+        gone = name if filled else order.into
+        if spares.pop(gone, None) is not None:
+            fleet.counts["filled" if filled else "given_up"] += 1
+            self._tell()
+        return filled
+
+    async def _start_ahead(self, order: Order) -> None:
+        """Start another one like it, where somebody who knows of all memory allows it."""
+        host, name = self._host, f"spare-{order.instance}-ahead"
+        if len(host.spares) >= host.spares_most or self._asked is not None or self.keeper is None:
+            return
+        one = SimEngine(host, msgspec.structs.replace(order, instance=name))
+        one.state = "up"
+        self._asked = self._kept(name, one, "")
+        try:
+            refused = await self.keeper.may_start(self._asked)
+            if not refused and len(host.spares) < host.spares_most:
+                self._keep(name, one, "")
+        finally:
+            self._asked = None
+            self._tell()
+
+    def _keep(self, name: str, one: SimEngine, was: str) -> None:
+        self._host.spares[name] = (one, was)
+        self._host.fleet.counts["kept"] += 1
+        self._host.fleet.on_grown(one)
+
+    @staticmethod
+    def _kept(name: str, one: SimEngine, was: str) -> KeptEngine:
+        return KeptEngine(name, "spare", fit(one.spec, None), f"{one.model} {one.version}", one.bytes, instance=was)
+
+    def _tell(self) -> None:
+        if self.keeper is not None:
+            self.keeper.changed()
 
     async def watch(self, instance: str) -> Failure:
         """Until it has died or hangs."""
@@ -291,9 +356,17 @@ class SimRunner:
         if not self._process.alive:
             return
         engine = self._host.engines.pop(instance, None)
-        if engine is not None and engine.lives:
-            self._host.fleet.on_stop(engine)
-            engine.die("stopped")
+        if engine is None or not engine.lives:
+            return
+        self._host.fleet.on_stop(engine)
+        quiet = engine.state == "up" and engine.shut and engine.proven
+        engine.die("stopped")
+        if quiet and len(self._host.spares) < self._host.spares_most:
+            spare = SimEngine(self._host, Order(instance, engine.model, engine.version, engine.spec))
+            spare.state = "up"
+            self._keep(f"spare-{instance}", spare, instance)
+            if self.keeper is not None:
+                await self.keeper.told()
 
     async def prove(self, instance: str) -> str:
         """Ask a running engine once more."""
@@ -357,16 +430,23 @@ class SimRunner:
 
     @property
     def kept(self) -> tuple[KeptEngine, ...]:
-        return ()
+        """The spares, also one that is about to be started."""
+        found = [self._kept(name, one, was) for name, (one, was) in self._host.spares.items()]
+        asked = [] if self._asked is None or self._asked.name in self._host.spares else [self._asked]
+        return tuple(sorted((*found, *asked), key=lambda engine: engine.name))
 
     async def measure_kept(self) -> None:
-        """There are none."""
+        """They hold what they held."""
 
     async def release_spare(self, name: str) -> None:
-        """There are none."""
+        """It ends, and takes a moment for that."""
+        await asyncio.sleep(END_S)
+        if self._host.spares.pop(name, None) is not None:
+            self._host.fleet.counts["given_up"] += 1
+        self._tell()
 
     async def end_spares(self) -> None:
-        """There are none."""
+        """No worker stops with its engines here."""
 
     def release(self) -> None:
         """They run on."""

@@ -234,6 +234,7 @@ class Checker:
         """Whatever the log says: what the host's engines really hold, awake and asleep, is within its bound."""
         host = engine.host
         held = sum(one.bytes for one in host.engines.values() if one.lives)
+        held += sum(spare.bytes for spare, _ in host.spares.values())
         if host.memory_bytes and held > host.memory_bytes:
             self.violation(4, f"with {engine.instance} the engines of {host.name} hold {held} bytes")
 

@@ -81,6 +81,7 @@ class Simulation:
         config: ModelSwitchingConfig | None = None,
         cache: CacheConfig = CACHE,
         memory_mib: int = 0,
+        spares: int = 0,
         skew_s: float = 0.0,
         holds: bool = True,
         fresh: bool = True,
@@ -104,6 +105,7 @@ class Simulation:
         self.hosts = {f"w{n + 1}": Host(self.net, f"h{n + 1}", self.fleet) for n in range(workers)}
         for host in self.hosts.values():
             host.memory_bytes = memory_mib << 20
+            host.spares_most = spares
         self.ops = Process(self.net, "ops", "ops")
         self._sizes = (controllers, gateways)
         self._generations: dict[str, int] = {}
@@ -157,13 +159,14 @@ class Simulation:
     def start_worker(self, name: str) -> Process:
         """A new worker process on its host, whose engines may still run."""
         process = self._process(name, "worker")
-        worker = InferenceWorker(
+        runner = SimRunner(process, self.hosts[name])
+        runner.keeper = worker = InferenceWorker(
             WorkerSettings(id=name, capacity=self.capacity),
             bus=SimBus(process),
             beats=SimBeats(process),
             views=SimViews(process),
             clock=process,
-            runner=SimRunner(process, self.hosts[name]),
+            runner=runner,
         )
         self.workers[name] = worker
         process.spawn(worker.run())
@@ -277,6 +280,7 @@ class Simulation:
         for instance in sorted(host.engines):
             self.crash_engine(instance)
         host.engines.clear()
+        host.spares.clear()
 
     # the end
 
@@ -409,6 +413,7 @@ def run_seed(seed: int, *, trace: bool = False) -> Simulation:
         workers=rng.choice((1, 2, 2)),
         capacity=rng.choice((2, 3, 4)),
         memory_mib=rng.choice((0, 700, 1000)),
+        spares=random.Random(f"spares {seed}").choice((0, 0, 1, 2)),
         config=config,
         cache=CacheConfig(warm=WARM, schedule=SCHEDULE) if seed % 3 == 0 else CACHE,
         skew_s=rng.choice((0.0, 0.05, 1.0)),
