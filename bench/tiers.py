@@ -54,7 +54,7 @@ _LIMIT_S = 600.0
 _CONFIGURATION = """
 [worker]
 quiet_s = 0.2
-spares = {spares}
+spares = 1
 capacity = 5
 vllm_python = "{python}"
 [worker.policy]
@@ -140,65 +140,59 @@ class Found(msgspec.Struct):
 def run(quick: bool, rounds: int, only: str) -> report.Outcome:
     """So many rounds; one where it is quick."""
     found: dict[str, Found] = {}
-    for kind in KINDS:
-        if only not in ("", kind.name):
-            continue
+    for kind in (kind for kind in KINDS if only in ("", kind.name)):
         if kind.name == "vllm" and not (PYTHON.exists() and (MODELS / "smollm2-lora-land").exists()):
             print("real vLLM is left out: `make setup-vllm` installs it")
             continue
-        found[kind.name] = asyncio.run(_measure(kind, 1 if quick else rounds))
+        found[kind.name] = Found([], [], {}, 0, 0, 0)
+        try:
+            asyncio.run(_measure(kind, 1 if quick else rounds, found[kind.name]))
+        except KeyboardInterrupt:
+            print("interrupted: what was measured until now is told")
     return _outcome(found)
 
 
-async def _measure(kind: Kind, rounds: int) -> Found:
-    found = Found([], [], {}, 0, 0, 0)
-    for spares, story in ((0, _without_spares), (1, _with_spares)):
-        with tempfile.TemporaryDirectory(prefix="bench-") as name:
-            folder = Path(name) / "turnout"
-            settings = _CONFIGURATION.format(spares=spares, python=PYTHON, models=MODELS)
-            with system.Turnout(folder, settings) as turnout:
-                async with asyncio.timeout(_LIMIT_S * (rounds + 1)), connect(turnout.nats, actor="bench") as client:
-                    stage = Stage(kind, client, folder, f"http://127.0.0.1:{turnout.port}", found)
-                    await stage.register(CHAT, kind.versions(folder / "models"))
-                    await stage.serve()
-                    try:
-                        await story(stage, rounds)
-                    finally:
-                        await stage.end()
-    return found
+async def _measure(kind: Kind, rounds: int, found: Found) -> None:
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name) / "turnout"
+        settings = _CONFIGURATION.format(python=PYTHON, models=MODELS)
+        with system.Turnout(folder, settings) as turnout:
+            async with connect(turnout.nats, actor="bench") as client:
+                stage = Stage(kind, client, folder, f"http://127.0.0.1:{turnout.port}", found)
+                await stage.register(CHAT, kind.versions(folder / "models"))
+                await stage.register(TUNED, kind.adapters(folder / "models"))
+                await stage.serve()
+                try:
+                    for n in range(rounds):
+                        await stage.spare()
+                        await _round(stage, last=n + 1 == rounds)
+                finally:
+                    await stage.end()
 
 
-async def _without_spares(stage: Stage, rounds: int) -> None:
-    """Cold loads with their cost, warm switches, adapters."""
-    for n in range(rounds):
-        await asyncio.sleep(stage.kind.calm_s)
-        load = await stage.preload(CHAT, "v2")
-        stage.costs(load)
-        if n + 1 < rounds:
-            await stage.evict(CHAT, "v2")
-    await stage.switch(CHAT, "warm", ("v2", "v1"), stage.kind.switches)
-    await stage.evict(CHAT, "v2")
-    await stage.register(TUNED, stage.kind.adapters(stage.folder / "models"))
-    await stage.preload(TUNED, "a1")
-    await stage.switch(TUNED, "", ("a1",), 1)
-    for _ in range(max(rounds, 3)):
-        await stage.preload(TUNED, "a2")
-        await stage.switch(TUNED, "adapter", ("a2", "a1"), 2)
+async def _round(stage: Stage, *, last: bool) -> None:
+    """All tiers once: a spare has been started ahead, v1 serves, and nothing else is loaded."""
+    await asyncio.sleep(stage.kind.calm_s)
+    stage.costs(await stage.preload(TUNED, "a1"))  # its base is a new engine
+    await stage.preload(TUNED, "a2")
+    await stage.evict(TUNED, "a2")
+    await stage.preload(TUNED, "a2")
+    if last:
+        await stage.switch(TUNED, "", ("a1",), 1)
+        await stage.switch(TUNED, "adapter", ("a2", "a1"), 4)
+    else:
         await stage.evict(TUNED, "a2")
-
-
-async def _with_spares(stage: Stage, rounds: int) -> None:
-    """Fills of engines that were started ahead, and of evicted ones."""
-    for n in range(rounds):
+        await stage.evict(TUNED, "a1")
+    await stage.preload(CHAT, "v3")
+    await stage.switch(CHAT, "spare, started ahead", ("v3", "v1"), 2)
+    await stage.evict(CHAT, "v3")
+    await stage.preload(CHAT, "v2")
+    await stage.switch(CHAT, "spare, evicted", ("v2", "v1"), 2)
+    if last:
+        await stage.switch(CHAT, "warm", ("v2", "v1"), stage.kind.switches)
+    else:
         await stage.spare()
-        if n:
-            await stage.evict(CHAT, "v2")  # its engine ends: there is a spare
-            await asyncio.sleep(1.0)
-        await stage.preload(CHAT, "v3")
-        await stage.switch(CHAT, "spare, started ahead", ("v3", "v1"), 2)
-        await stage.evict(CHAT, "v3")
-        await stage.preload(CHAT, "v2")
-        await stage.switch(CHAT, "spare, evicted", ("v2", "v1"), 2)
+        await stage.evict(CHAT, "v2")  # its engine ends: a spare is there
 
 
 class Stage:
@@ -394,7 +388,7 @@ def _row(tier: str, found: Found) -> list[str]:
         f"{max(load.ready_s for load in loads):.2f}" if loads else "",
         f"{report.percentile(cutovers, 50):.1f}" if cutovers else "",
         f"{max(cutovers):.1f}" if cutovers else "",
-        _size(round(report.median(load.bytes for load in loads))) if loads else "as loaded",
+        _size(max(load.bytes for load in loads)) if loads else "as loaded",
     ]
 
 

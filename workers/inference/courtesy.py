@@ -1,7 +1,7 @@
 """Loading without harm: a starting engine gets what the others leave, until it is proven. Linux; knows no engine.
 
-Only what can be taken back is done: a process without the right to raise its priority again keeps the usual one, and
-reads its files last.
+An engine leads a session of its own, so that what is set for its session is its own. Only what can be taken back is
+done: a process without the right to raise its priority again keeps the usual one, and reads its files last.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ def _may_raise() -> bool:
 
 
 def _set(leader: int, nice: int, io: int) -> None:
+    if os.geteuid() == 0:  # others may write it once in 0.1 s only, and might not get it back
+        # Where the kernel groups processes by session (sched(7), autogroup), nice counts inside a session alone.
+        with contextlib.suppress(OSError):
+            (Path("/proc") / str(leader) / "autogroup").write_text(str(nice))
     for member in process.members(leader):
         try:
             threads = [int(name) for name in os.listdir(Path("/proc") / str(member.pid) / "task")]
