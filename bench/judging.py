@@ -5,7 +5,7 @@ ended early by each error, in one stream of samples that the real Judge folds, w
 every window. Nothing is vectorised or left out, so there is nothing to cross-check. The two rivals look at the same
 requests. Each run has a seed of its own (scenario and number) and no time passes: no figure depends on the machine.
 
-    python bench/judging.py [--quick] [--runs 10000] [--minutes 60]
+    python bench/judging.py [--quick] [--runs 10000] [--minutes 60] [--kept FILE, to go on from]
     python bench/judging.py --only "first byte" --runs 100
 """
 
@@ -21,6 +21,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
 from multiprocessing import get_context
+from pathlib import Path
 
 import msgspec
 import report
@@ -82,6 +83,13 @@ class Run(msgspec.Struct, frozen=True):
     metric: str
     passed: int
     invalid: bool
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    """A line of a study that goes on later; the runs of a scenario are in the order of their seeds."""
+
+    scenario: str
+    run: Run
 
 
 SAME = (
@@ -429,29 +437,47 @@ def simulate(task: tuple[Scenario, int]) -> Run:
     return _World(*task).run()
 
 
-def study(runs: dict[Scenario, int], minutes: float = math.inf) -> dict[str, list[Run]]:
-    """So many runs of each scenario, on all cores, in turns. After so many minutes what is finished counts."""
-    tasks = [(scenario, seed) for scenario, count in runs.items() for seed in range(count)]
-    tasks.sort(key=lambda task: (task[1] + 0.5) / runs[task[0]])
+def study(runs: dict[Scenario, int], minutes: float = math.inf, kept: Path | None = None) -> dict[str, list[Run]]:
+    """So many runs of each scenario, on all cores, in turns; those of faults in the first fifth.
+
+    Args:
+        runs: scenario → how many.
+        minutes: after so many what is finished counts.
+        kept: where finished runs are written to, and read from when the study goes on.
+    """
     found: dict[str, list[Run]] = {scenario.name: [] for scenario in runs}
+    for line in kept.read_bytes().splitlines() if kept is not None and kept.exists() else ():
+        one = msgspec.json.decode(line, type=_Kept)
+        found[one.scenario].append(one.run)
+    tasks = [
+        ((seed + 0.5) / count / (5.0 if scenario in FAULTS else 1.0), n, seed)
+        for n, (scenario, count) in enumerate(runs.items())
+        for seed in range(len(found[scenario.name]), count)
+    ]
+    scenarios = list(runs)
+    asked = [(scenarios[n], seed) for _, n, seed in sorted(tasks)]
     began = time.monotonic()
-    with get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-        for done, (task, run) in enumerate(zip(tasks, pool.imap(simulate, tasks), strict=True), start=1):
-            found[task[0].name].append(run)
+    with (
+        get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool,
+        (kept or Path(os.devnull)).open("ab", buffering=0) as file,
+    ):
+        for done, ((scenario, _), run) in enumerate(zip(asked, pool.imap(simulate, asked), strict=True), start=1):
+            found[scenario.name].append(run)
+            file.write(msgspec.json.encode(_Kept(scenario.name, run)) + b"\n")
             minute = (time.monotonic() - began) / 60.0
             if done % _TOLD_EVERY == 0:
                 alarms = {one.name: _alarms(found[one.name], 0) for one in SAME if one in runs}
-                print(f"{minute:.1f} min: {done:,} of {len(tasks):,} runs, false alarms {alarms}", file=sys.stderr)
+                print(f"{minute:.1f} min: {done:,} of {len(asked):,} runs, false alarms {alarms}", file=sys.stderr)
             if minute > minutes:
                 break
     return found
 
 
-def run(quick: bool, runs: int, minutes: float) -> report.Outcome:
+def run(quick: bool, runs: int, minutes: float, kept: Path | None) -> report.Outcome:
     """So many runs of each scenario with nothing wrong, and of each fault three hundredths of them."""
     runs = 40 if quick else runs
     of_each = dict.fromkeys(SAME, runs) | dict.fromkeys(FAULTS, max(40, runs * 3 // 100))
-    found = study(of_each, minutes)
+    found = study(of_each, minutes, kept)
     alike, faulty = ({one.name: found[one.name] for one in scenarios} for scenarios in (SAME, FAULTS))
     goals = [_false_alarm_goal(alike)]
     for name, (what, goal, most) in GOALS.items():
@@ -550,7 +576,8 @@ def _option(name: str, otherwise: str) -> str:
 
 if __name__ == "__main__":
     wanted, minutes = int(_option("--runs", "10000")), float(_option("--minutes", "inf"))
+    kept = Path(name) if (name := _option("--kept", "")) else None
     if "--only" in sys.argv:
         some(sys.argv[sys.argv.index("--only") + 1], wanted)
         raise SystemExit(0)
-    raise SystemExit(report.main("judging", lambda quick: run(quick, wanted, minutes)))
+    raise SystemExit(report.main("judging", lambda quick: run(quick, wanted, minutes, kept)))

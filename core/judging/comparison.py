@@ -184,7 +184,7 @@ class Comparison:
         scored = self._warm >= WARM_UP
         self._first_byte.add(share, mine.first_ms, other.first_ms, scored)
         self._first_byte_p95.add(share, mine.first_ms, other.first_ms, scored)
-        my_firsts, other_firsts = (self._users.first_answers(sample, scored) for sample in (mine, other))
+        my_firsts, other_firsts = (self._users.first_answers(sample) for sample in (mine, other))
         self._first_byte.add_users(share, my_firsts, other_firsts, scored)
         self._first_byte_p95.add(share, my_firsts, other_firsts, scored)
         newest = windows[0].sample

@@ -62,12 +62,8 @@ class Users:
         self._showed: dict[str, set[int]] = {}
         self._waiting: dict[str, deque[tuple[datetime, Answered]]] = {}  # gateway → in the order of first answers
 
-    def first_answers(self, sample: HealthSampled, scored: bool = True) -> dict[str, Histogram]:
+    def first_answers(self, sample: HealthSampled) -> dict[str, Histogram]:
         """Read one window.
-
-        Args:
-            sample: the window.
-            scored: false where its answers are only learned from: those users count no more.
 
         Returns:
             Stratum → first bytes of the users that were not seen before in this step, the first one of each.
@@ -80,8 +76,7 @@ class Users:
                 if user is None:
                     user = self._answered[cell] = Answered(stratum, is_target)
                     self.of_target += is_target
-                    if scored:
-                        self._waiting.setdefault(sample.gateway, deque()).append((sample.ended + WHILE, user))
+                    self._waiting.setdefault(sample.gateway, deque()).append((sample.ended + WHILE, user))
                     first = found.setdefault(stratum, {})
                     first[bins[0]] = first.get(bins[0], 0) + 1
                 if user.stratum == stratum:
