@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from turnout.core.switch import TWICE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +57,11 @@ def held(up: Up) -> tuple[CompletedProcess[str], dict[str, Any]]:
     return done, said
 
 
+def moment_at(moment: dict[str, Any]) -> datetime:
+    """When it happened (UTC)."""
+    return datetime.fromisoformat(moment["at"])
+
+
 def active(up: Up) -> str:
     """The version that the log says chat serves."""
     return str(up.json("get", "chat")["model"]["active"])
@@ -90,6 +98,25 @@ def test_a_canary_is_promoted_step_by_step_and_its_outcome_is_what_serves(served
     assert promoted[1].endswith("a hotfix")
     assert served("report", id, "--html", "report.html").returncode == 0
     assert "</html>" in (served.folder / "report.html").read_text()
+
+
+def test_a_promotion_and_an_undo_that_are_typed_twice_count_once(served: Up, eventually: Eventually) -> None:
+    _, said = held(served)
+    id = said["switch"]
+    # when nobody names the step, and the line is given again
+    assert served("promote", "chat").returncode == 0
+    twice = served("promote", "chat", "--json")
+    # then it is taken for the same one, unless the two are far apart (on a machine that slow nobody has typed twice)
+    eventually(lambda: served.json("status", id)["paused"] == "pause" or served.json("status", id)["step"] > 2)
+    at = [moment_at(moment) for moment in served.json("report", id)["moments"] if moment["type"] == "SwitchPromoted"]
+    assert len(at) == 1 or (at[1] - at[0]).total_seconds() >= TWICE_S
+    if twice.returncode:
+        assert json.loads(twice.stdout)["code"] == "step_unseen"
+    # and an undo that is typed twice goes back to v1, and no further
+    assert served("undo", "chat").returncode == 0
+    eventually(lambda: served.json("status", id)["phase"] == "rolled_back")
+    assert served("undo", "chat").returncode == 1
+    assert active(served) == served.version() == "v1"
 
 
 def test_an_abort_goes_back_and_says_so_and_a_retry_is_a_new_try(served: Up, eventually: Eventually) -> None:
