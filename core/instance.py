@@ -106,7 +106,7 @@ def evolve(state: InstanceState, event: InstanceEvent) -> InstanceState:
                 address=event.address,
                 bytes=event.bytes or state.bytes,
                 tier=event.tier,
-                device_bytes=event.device_bytes or state.device_bytes,
+                device_bytes=event.device_bytes or (0 if event.base else state.device_bytes),
                 served=event.served,
                 sleeps=event.sleeps,
                 base=event.base,

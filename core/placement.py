@@ -228,10 +228,11 @@ class Ledger:
         free = self._free(state, engine.device)
         if (free - _room(engine)).enough:
             return ""
-        return (
-            f"it needs {size(engine.bytes)}, {size(free.bytes)} are free, and {self.held(worker).places} of "
-            f"{state.capacity} places are taken"
-        )
+        taken = f"{self.held(worker).places} of {state.capacity} places are taken"
+        on_device = ""
+        if engine.device:
+            on_device = f"{size(engine.device_bytes)} of {engine.device} ({size(free.device_bytes)} are free), "
+        return f"it needs {size(engine.bytes)}, {size(free.bytes)} are free, {on_device}and {taken}"
 
     def over(self, worker: str) -> dict[str, Leave]:
         """What must go, as a worker holds more than it may: its bound was lowered, or engines grew."""
@@ -267,8 +268,10 @@ class Ledger:
         wanted = Room(1, need.bytes, need.device_bytes)
         ways = [_Way(COLD, device, need, wanted) for device in worker.device_bytes or ("",)]
         fits = fit(spec, self._world.models[model].validated.get(version))
+        struck = self._world.struck.get((worker.worker, model, version), frozenset())
         for engine in self._usable.get(worker.worker, ()):
-            if fits and engine.fit == fits and (engine.role == "base") == bool(spec.adapter):
+            known_bad = (ADAPTER if spec.adapter else SPARE, engine.holds) in struck
+            if fits and engine.fit == fits and (engine.role == "base") == bool(spec.adapter) and not known_bad:
                 if spec.adapter:
                     little = adapter_need(self._world, model, version)
                     room = Room(0, little.bytes, little.device_bytes)

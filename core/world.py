@@ -32,6 +32,7 @@ from turnout.events.instance import (
     InstanceSlept,
     InstanceStopped,
     InstanceWoken,
+    TierFailed,
 )
 from turnout.events.model import ActiveVersionChanged, VersionDeregistered, VersionRegistered
 from turnout.events.switch import SwitchCompleted
@@ -167,6 +168,8 @@ class World:
         self.sizes: dict[tuple[str, str, str], Size] = {}
         #: (worker, model, version) → memory that its newest instance there held still when it slept.
         self.rests: dict[tuple[str, str, str], Size] = {}
+        #: (worker, model, version) → tier and source of ways that have failed for it there: they are not tried again.
+        self.struck: dict[tuple[str, str, str], frozenset[tuple[str, str]]] = {}
         #: (worker, fit) → memory that a base of such adapters was measured to hold there.
         self.bases: dict[tuple[str, str], Size] = {}
         #: (model, version) → how often it became the active one.
@@ -409,6 +412,7 @@ class World:
                 self.took.pop((*key, tier), None)
             for worker in self.workers:
                 self.sizes.pop((worker, *key), None)
+                self.struck.pop((worker, *key), None)
                 self.rests.pop((worker, *key), None)
         elif type(recorded.event) is VersionRegistered:
             self.registered[id, recorded.event.version] = recorded.envelope.time
@@ -523,6 +527,9 @@ class World:
                 self.sizes[after.worker, after.model, after.version] = Size(size, device_size)
             case InstanceFailed(_, stage) if stage in instance.SLUMBER:
                 self._ready_at.pop(id, None)  # it says nothing of a load
+            case TierFailed(_, tier, source):
+                home = (after.worker, *key)
+                self.struck[home] = self.struck.get(home, frozenset()) | {(tier, source)}
             case InstanceFailed() as failed:
                 ready = self._ready_at.pop(id, None)
                 sound = ready is not None and (time - ready).total_seconds() >= SOUND_S

@@ -223,7 +223,7 @@ class Workers(Fold):
         view.address = event.address
         view.load_s = event.load_s
         view.bytes = event.bytes or view.bytes
-        view.device_bytes = event.device_bytes or view.device_bytes
+        view.device_bytes = event.device_bytes or (0 if event.base else view.device_bytes)
         view.tier = event.tier
         view.served = event.served
         view.base = event.base

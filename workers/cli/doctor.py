@@ -18,6 +18,7 @@ from turnout.workers import running
 from turnout.workers.cli.terminal import DONE, FAILED, Terminal, common, rows, table
 from turnout.workers.embedded import EmbeddedServerError, binary_version, dotted, find_binary
 from turnout.workers.inference.engines.vllm import find_vllm
+from turnout.workers.inference.memory import accelerators
 from turnout.workers.registry import find_engines
 from turnout.workers.settings import Settings, SettingsError, load
 
@@ -119,7 +120,12 @@ def _devices() -> Check:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     host = f"{cores} cores, {size(memory)}"
     if gpus := nvidia_gpus():
-        return Check("devices", "ok", f"{gpus} NVIDIA GPUs, {host}")
+        known = accelerators()
+        if known is None:
+            hint = """their memory does not count: pip install 'turnout[gpu]', and [worker] devices = ["cuda:0"]"""
+            return Check("devices", "note", f"{gpus} NVIDIA GPUs whose memory can't be read, {host}", hint)
+        each = ", ".join(f"{name} {size(total)}" for name, total in known.sizes().items())
+        return Check("devices", "ok", f"{each}, {host}")
     if Path("/dev/kfd").exists():
         return Check("devices", "ok", f"AMD GPU, {host}")
     return Check("devices", "note", f"no GPU, {host}", "engines run on the CPU")

@@ -242,10 +242,15 @@ class HostRunner:
                 struck.append(Struck(tier.name, source, result.reason))
                 log.warning("tier_failed", instance=order.instance, tier=tier.name, source=source, reason=result.reason)
         self._keeping.changed()
+        if isinstance(result, Loaded) and result.base and result.tier == "cold":
+            await self.measure_kept()
+            await self._keeping.told()  # once the instance is ready, its base is charged by itself
+        elif isinstance(result, Loaded) and order.device and (used := await self.usage(order.instance)) is not None:
+            result = msgspec.structs.replace(result, device_bytes=used.device_bytes)
         if isinstance(result, Loaded):
             log.info("tier_took", instance=order.instance, tier=result.tier, seconds=round(result.load_s, 2))
             if not planned.spec.adapter:
-                self._spares.start_ahead(planned, result.bytes)
+                self._spares.start_ahead(planned, result.bytes, result.device_bytes)
         return msgspec.structs.replace(result, struck=tuple(struck))
 
     async def _within_memory(self, order: Order, work: Awaitable[Loaded | Failure]) -> Loaded | Failure:
@@ -289,7 +294,9 @@ class HostRunner:
         running = self._running.get(instance)
         if running is None or running.process is None or running.base:
             return None
-        return await asyncio.to_thread(self._memory.usage, running.process.pid)
+        used = await asyncio.to_thread(self._memory.usage, running.process.pid)
+        running.bytes, running.device_bytes = used.bytes, used.device_bytes
+        return used
 
     async def measure_kept(self) -> None:
         """See the port."""

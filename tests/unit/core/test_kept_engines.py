@@ -15,7 +15,7 @@ from turnout.core.memory import FAKE_BYTES
 from turnout.core.placement import Ledger, Offer
 from turnout.core.sagas import placement
 from turnout.core.testing import given
-from turnout.events.instance import InstanceDraining, InstanceReady, InstanceRequested, InstanceStopped
+from turnout.events.instance import InstanceDraining, InstanceReady, InstanceRequested, InstanceStopped, TierFailed
 from turnout.events.model import (
     ActiveVersionChanged,
     EngineSpec,
@@ -144,6 +144,17 @@ def test_a_base_is_charged_by_itself_and_adapters_take_no_place() -> None:
     assert held(made) == 295, "the base stays with its last adapter"
 
 
+def test_on_a_device_an_adapter_holds_nothing_of_its_own_once_its_base_is_charged() -> None:
+    made = with_adapters(story(WorkerJoined("w1", "h", ("fake",), ("cuda:0",), 8, 0, {"cuda:0": 900 * MIB})), "x")
+    asked = InstanceRequested("i1", "chat", "x", "w1", lora("x"), "sw", 1, 0, 500 * MIB, "cuda:0")
+    made.happens(asked)
+    shared = KeptEngine("base-1", "base", LORA, "/base", 0, "cuda:0", 480 * MIB, "i1")
+    made.happens(WorkerKeeps("w1", (shared,)), InstanceReady("i1", "unix:/1", 1.0, 0.1, 5 * MIB, "", base="base-1"))
+    ledger = Ledger(made.world, ())
+    assert ledger.lacks("w1", KeptEngine("s", "spare", device="cuda:0", device_bytes=420 * MIB)) == ""
+    assert ledger.lacks("w1", KeptEngine("s", "spare", device="cuda:0", device_bytes=421 * MIB))
+
+
 # --- making room -------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +237,15 @@ def test_the_worker_with_a_fitting_spare_is_taken_and_the_spare_named() -> None:
     made.asked("a", source="")
     (asked,) = requested(list(made.carry()))
     assert (asked.worker, asked.into, asked.bytes) == ("w2", "spare-1", FAKE_BYTES + 250 * MIB)
+
+
+def test_a_way_that_has_failed_for_the_version_there_is_not_counted_on() -> None:
+    made = story(joined("w1", 900, spare(280, fit(spec(250), None))), a=250)
+    made.happens(InstanceRequested("i1", "chat", "a", "w1", spec(250), "sw", into="spare-1"))
+    made.happens(TierFailed("i1", "spare", "chat a", "a stale head"), InstanceStopped("i1", 0.1))
+    assert offers(made, "a")[0].tier == "cold"
+    made.happens(WorkerKeeps("w1", (msgspec.structs.replace(spare(280, fit(spec(250), None)), holds="chat b"),)))
+    assert offers(made, "a")[0].tier == "spare", "it failed from another source"
 
 
 def test_a_fitting_spare_needs_no_memory_and_no_place_beside_its_own() -> None:

@@ -159,9 +159,6 @@ class Bases:
             base.bytes = await asyncio.to_thread(memory_bytes, base.process.pid)
             base.process.record = msgspec.structs.replace(base.process.record, bytes=base.bytes)
             starter.folder.write(base.process.record)
-            await (
-                self._keeper.told()
-            )  # from the moment on at which the instance is ready, the base is charged by itself
         handle.record = msgspec.structs.replace(record, proven=True, load_s=load_s, probe_s=probe_s, bytes=size)
         starter.folder.write(handle.record)
         return Loaded(launch.address, load_s, probe_s, size, verdict.fingerprint, tier, served=served, base=name)

@@ -135,8 +135,11 @@ class Spares:
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
-    def start_ahead(self, planned: Planned, size: int) -> None:
-        """Start another engine of this shape without weights, where there is none and ``size`` bytes are free."""
+    def start_ahead(self, planned: Planned, size: int, device_size: int) -> None:
+        """Start another engine of this shape without weights, where there is none and ``size`` bytes are free.
+
+        ``device_size``: what one holds on its accelerator.
+        """
         if not planned.shape or len(self._kept) >= self._most or self.find(planned.shape):
             return
         if self._starting is not None and not self._starting.done():
@@ -145,9 +148,9 @@ class Spares:
             log.info("no_spare_started", reason="too little memory is free", needed=int(_ROOM * size))
             return
         self._ahead_shape = planned.shape
-        self._starting = asyncio.create_task(self._ask_and_start(planned, size))
+        self._starting = asyncio.create_task(self._ask_and_start(planned, size, device_size))
 
-    async def _ask_and_start(self, model: Planned, size: int) -> None:
+    async def _ask_and_start(self, model: Planned, size: int, device_size: int) -> None:
         name = f"{_AHEAD}-{self._starter.clock.id()[:8]}"
         order = msgspec.structs.replace(model.order, instance=name, bytes=size)
         planned = self._starter.plan(order, weights=False)
@@ -155,7 +158,7 @@ class Spares:
             log.warning("no_spare_started", reason=planned.reason)
             return
         fits = fit(order.engine, order.inspection)
-        self._planned = KeptEngine(name, "spare", fits, bytes=size, device=order.device)
+        self._planned = KeptEngine(name, "spare", fits, bytes=size, device=order.device, device_bytes=device_size)
         try:
             if reason := await self._keeper.may_start(self._planned):
                 log.info("no_spare_started", reason=reason, needed=size)
