@@ -129,13 +129,15 @@ class Reading:
 def _texts(raw: bytes, fields: tuple[bytes, ...]) -> bytes:
     """The JSON strings in some fields, one after the other, their escapes as they are."""
     parts: list[bytes] = []
-    for field in fields:
-        for start in (b'"%b":"' % field, b'"%b": "' % field):
-            for part in raw.split(start)[1:]:
+    for gap in (b"", b" "):  # an engine leaves a blank behind every colon or behind none
+        for field in fields:
+            for part in raw.split(b'"%b":%b"' % (field, gap))[1:]:
                 end = part.find(b'"')
                 while end > 0 and part[end - 1] == 0x5C:  # an escaped quote
                     end = part.find(b'"', end + 1)
                 parts.append(part[:end])
+        if parts:
+            break
     return b"".join(parts)
 
 
