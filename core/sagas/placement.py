@@ -73,7 +73,9 @@ def _reject_unseen(world: World, model: str) -> list[Owed]:
     state = world.models[model]
     owed: list[Owed] = []
     for version, said in state.unseen.items():
-        spec = state.versions[version]
+        spec = state.versions.get(version)
+        if spec is None:
+            continue
         able = [w.worker for w in world.workers.values() if w.live and spec.kind in w.engines]
         if not able or not said.keys() >= set(able):
             continue
