@@ -33,13 +33,15 @@ def _kill_after(sim: Simulation, events: int) -> None:
     sim.net.log.appended = appended
 
 
-def _hold(kill_after: int, *, fails: int = 0) -> Simulation:
-    """v1 makes room for v2 under load, the controller is killed after some events."""
+def _hold(kill_after: int, *, fails: int = 0, sleeps: int = 0) -> Simulation:
+    """v1 makes room for v2 under load, asleep where it ``sleeps``; the controller is killed after some events."""
     sim = Simulation(21, workers=1, capacity=1)
 
     async def scenario() -> None:
         await sim.ready()
-        await sim.serve("chat", "v1")
+        await sim.register("chat", "v1", sleeps=sleeps)
+        await sim.switch("chat", "v1")
+        await sim.until(lambda: sim.world.state("model", "chat").active == "v1")
         await sim.register("chat", "v2", load_s=2.0, fails=fails)
         sim.clients("chat", every_s=0.1, longest_s=0.5)
         checked = sim.net.log.appended
@@ -61,12 +63,39 @@ def test_invariant_4_is_waived_while_requests_are_held_and_none_of_them_fails() 
     assert sim.fleet.counts["excused"] == 0
 
 
+@pytest.mark.parametrize("sleeps", [0, 1])
 @pytest.mark.parametrize(("fails", "serves"), [(0, "v2"), (1, "v1")])
-def test_invariant_7_a_switch_that_holds_goes_on_after_a_kill_at_any_event(fails: int, serves: str) -> None:
+def test_invariant_7_a_switch_that_holds_goes_on_after_a_kill_at_any_event(
+    fails: int, serves: str, sleeps: int
+) -> None:
     for events in range(1, 26, 3):
-        sim = _hold(events, fails=fails)
+        sim = _hold(events, fails=fails, sleeps=sleeps)
         assert sim.world.state("model", "chat").active == serves
         assert sim.fleet.counts["excused"] == 0
+        assert (sim.fleet.counts["slept"], sim.fleet.counts["woken"]) == (sleeps, sleeps * fails)
+
+
+def test_models_on_demand_on_one_place_sleep_and_wake_in_turns_and_no_request_fails() -> None:
+    sim = Simulation(23, workers=1, capacity=1)
+    serving = Serving(on_demand=True, keep_alive_s=3.0, residency_s=5.0)
+
+    async def scenario() -> None:
+        await sim.ready()
+        for model in ("a", "b"):
+            await sim.register(model, "v1", load_s=0.5, sleeps=1)
+            await sim.command("model.serving", SetServing(model, serving))
+        await sim.until(lambda: all(m in sim.world.routes for m in ("a", "b")))
+        for model in ("a", "b"):
+            sim.clients(model, every_s=0.5, longest_s=0.2)
+        await sim.pause(20.0)
+        sim.processes["w1"].crash()
+        sim.restart("w1")
+        await sim.pause(20.0)
+
+    sim.run(scenario())
+    assert sim.fleet.counts["woken"] >= 2
+    assert sim.fleet.counts["excused"] == 0
+    assert sim.fleet.counts["answered"] > 80
 
 
 def test_two_models_on_one_place_are_served_in_turns_and_no_request_fails() -> None:
