@@ -45,10 +45,14 @@ async def held(c: Cluster, gateway: str) -> int:
 @on_stage
 async def test_requests_that_a_cut_off_gateway_holds_wait_on_and_are_answered_when_it_is_back(c: Cluster) -> None:
     # given a switch that holds, and requests that wait in both gateways while the new version is loaded
-    await c.register("v2", "--tokens=5", "--load-seconds=6")
+    await c.register("v2", "--tokens=5", "--load-seconds=15")
     before = len(c.seen)
     operation = await c.switch("v2", hold=True)
-    await c.event(HoldStarted, before)
+    begun = await c.event(HoldStarted, before)
+    await c.until(
+        lambda: all(c.world.gateways[g].applied.get("chat", 0) >= begun.revision for g in c.world.live_gateways),
+        "every gateway lets new requests wait",
+    )
     urls = {name: c.load(0.01, gateways=(name,)) for name in ("g1", "g2")}
     for traffic in urls.values():
         traffic.send_now(HELD, tokens=5)
