@@ -447,7 +447,9 @@ class World:
         self._index_loss("worker", id, after, recorded)
         if type(recorded.event) is WorkerKeeps:
             for engine in after.kept:
-                if engine.role == "base" and engine.fit and engine.bytes:
+                of = self.instances.get(engine.instance)  # one that is being started has not grown to its size yet
+                grown = engine.is_charged("" if of is None else of.phase, claimed=False)
+                if engine.role == "base" and engine.fit and engine.bytes and grown:
                     self.bases[id, engine.fit] = Size(engine.bytes, engine.device_bytes)
 
     def _index_alert(self, id: str, before: Any, after: alert.AlertState, recorded: Recorded) -> None:

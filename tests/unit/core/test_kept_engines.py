@@ -285,6 +285,9 @@ def test_a_base_that_is_leaving_is_offered_to_nobody() -> None:
 def test_a_bases_measured_memory_corrects_the_estimate_of_the_next_one() -> None:
     made = with_adapters(story(joined("w1", 900)), "x", "y")
     assert offers(made, "y")[0].need.bytes == FAKE_BYTES
+    made.happens(InstanceRequested("i1", "chat", "x", "w1", lora("x"), "sw", bytes=300 * MIB))
+    made.happens(WorkerKeeps("w1", (base(7, was="i1"),)), InstanceStopped("i1", 0.1))
+    assert offers(made, "y")[0].need.bytes == FAKE_BYTES, "it had only begun to grow"
     made.happens(WorkerKeeps("w1", (base(240),)), WorkerKeeps("w1", ()))
     need = offers(made, "y")[0].need
     assert (need.bytes, need.source) == (245 * MIB, "its base was measured on w1")

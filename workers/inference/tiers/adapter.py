@@ -44,6 +44,7 @@ class Bases:
         self._keeper = keeper
         self._running = running
         self._bases: dict[str, Running] = {}
+        self._starting: set[str] = set()
 
     @property
     def kept(self) -> tuple[KeptEngine, ...]:
@@ -52,8 +53,8 @@ class Bases:
 
     @property
     def running(self) -> dict[str, Running]:
-        """All of them by name."""
-        return self._bases
+        """Those that have grown to their size, by name: what one that starts holds yet tells nothing."""
+        return {name: one for name, one in self._bases.items() if name not in self._starting}
 
     def find(self, shape: str) -> tuple[str, Running] | None:
         """A running base of this shape, with its name."""
@@ -98,12 +99,14 @@ class Bases:
         )
         self._starter.folder.write(started.process.record)
         self._bases[name] = started
+        self._starting.add(name)
         self._keeper.changed()
         progress("starting", "")
         try:
             await self._starter.wait_listening(started, progress)
         except LoadFailed as e:
             del self._bases[name]
+            self._starting.discard(name)
             self._keeper.changed()
             return await self._starter.fail(name, started, e.stage, e.reason)
         courtesy.restore(started.process.pid)
@@ -154,6 +157,7 @@ class Bases:
             await self.detach(order.instance, running)
             return failure
         probe_s = starter.clock.monotonic() - began - load_s
+        self._starting.discard(name)
         size = _bytes(planned.spec.adapter)
         if tier == "cold":
             base.bytes = await asyncio.to_thread(memory_bytes, base.process.pid)
@@ -180,6 +184,7 @@ class Bases:
     async def end(self, name: str) -> None:
         """End a base, with whatever runs on it."""
         base = self._bases.pop(name, None)
+        self._starting.discard(name)
         if base is not None and base.process is not None:
             await base.process.end(base.launch.grace_s, self._starter.clock)
             self._starter.folder.forget(name)
