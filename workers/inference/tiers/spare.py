@@ -311,7 +311,8 @@ class Spare:
             if planned.spec.path:
                 shape.prefetch(planned.spec.path)
                 read_weights(Path(planned.spec.path))
-            await golden.cached(address, before.model, patience)
+            if not before.empty:  # else nobody has asked it anything yet
+                await golden.cached(address, before.model, patience)
         except (OSError, Unusable, client.Unreachable) as e:
             raise LoadFailed("loading", str(e)) from e
         await control.pause(address, patience)
@@ -322,7 +323,7 @@ class Spare:
         names = (planned.order.model, f"{planned.order.model}@{planned.order.version}")
         await control.rename(address, names, planned.order.version, patience)
         await control.resume(address, patience)
-        if count := await golden.cached(address, planned.order.model, patience):
+        if not before.empty and (count := await golden.cached(address, planned.order.model, patience)):
             why = f"it takes {count} tokens of a prompt from what it has cached with the weights before"
             raise LoadFailed("loading", why)
 
