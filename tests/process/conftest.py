@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import msgspec
 import pytest
 
+from turnout.workers.inference import client
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -34,6 +36,12 @@ class Played(Protocol):
 
 
 R = TypeVar("R", bound=Played)
+
+
+class Recalled(Protocol):
+    """Asks an engine a long prompt: log probability of what follows it, and how many of its tokens were cached."""
+
+    async def __call__(self, address: str, model: str) -> tuple[float, int]: ...
 
 
 class Up:
@@ -198,3 +206,16 @@ def eventually() -> Callable[[Callable[[], object]], None]:
             pause.wait(0.02)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def recalled() -> Recalled:
+    """As the protocol says."""
+
+    async def ask(address: str, model: str) -> tuple[float, int]:
+        body = msgspec.json.encode({"model": model, "prompt": "track " * 1000, "max_tokens": 1, "logprobs": 1})
+        said = json.loads((await client.ask(address, "/v1/completions", method="POST", body=body, timeout_s=10)).body)
+        details = said["usage"].get("prompt_tokens_details", {})
+        return said["choices"][0]["logprobs"]["token_logprobs"][0], details.get("cached_tokens", 0)
+
+    return ask

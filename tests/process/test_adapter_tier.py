@@ -24,6 +24,8 @@ from turnout.workers.inference.settings import WorkerSettings
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.process.conftest import Recalled
+
 pytestmark = pytest.mark.process
 
 
@@ -96,15 +98,9 @@ def test_versions_of_one_base_share_its_engine(runner: asyncio.Runner, rig: Rig)
     runner.run(test())
 
 
-async def recalled(address: str, model: str) -> tuple[float, int]:
-    """Log probability of what follows a long prompt, and how many tokens of the prompt were cached."""
-    body = msgspec.json.encode({"model": model, "prompt": "track " * 1000, "max_tokens": 1, "logprobs": 1})
-    said = json.loads((await client.ask(address, "/v1/completions", method="POST", body=body, timeout_s=10)).body)
-    details = said["usage"].get("prompt_tokens_details", {})
-    return said["choices"][0]["logprobs"]["token_logprobs"][0], details.get("cached_tokens", 0)
-
-
-def test_other_files_under_a_version_s_name_share_no_cached_prefix(runner: asyncio.Runner, rig: Rig) -> None:
+def test_other_files_under_a_version_s_name_share_no_cached_prefix(
+    runner: asyncio.Runner, rig: Rig, recalled: Recalled
+) -> None:
     """Complaint 4: an engine keeps what it has computed under an adapter's name."""
 
     async def test() -> None:

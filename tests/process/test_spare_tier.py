@@ -24,6 +24,8 @@ from turnout.workers.inference.settings import WorkerSettings
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.process.conftest import Recalled
+
 pytestmark = pytest.mark.process
 
 
@@ -171,35 +173,27 @@ def test_a_spare_that_fails_is_killed_and_the_version_starts_cold(
     runner.run(test())
 
 
-async def recalled(address: str) -> tuple[float, int]:
-    """Log probability of what follows a long prompt, and how many tokens of the prompt were cached."""
-    body = msgspec.json.encode({"model": "chat", "prompt": "track " * 1000, "max_tokens": 1, "logprobs": 1})
-    said = json.loads((await client.ask(address, "/v1/completions", method="POST", body=body, timeout_s=10)).body)
-    details = said["usage"].get("prompt_tokens_details", {})
-    return said["choices"][0]["logprobs"]["token_logprobs"][0], details.get("cached_tokens", 0)
-
-
 @pytest.mark.usefixtures("evicted_only")
 def test_a_filled_engine_answers_as_a_cold_one_and_takes_nothing_from_prefixes_of_before(
-    runner: asyncio.Runner, path: Path
+    runner: asyncio.Runner, path: Path, recalled: Recalled
 ) -> None:
     """Complaint 3: prefixes that were cached with the weights before."""
 
     async def test() -> None:
         rig = Rig(path, spares=1)
         cold = await rig.load(rig.order("i1", "v2"))
-        meant, _ = await recalled(cold.address)
+        meant, _ = await recalled(cold.address, "chat")
         await rig.host.stop("i1")
         await rig.host.end_spares()
         rig = Rig(path, spares=1)
         before = await rig.load(rig.order("i2", "v1"))
-        first, again = [await recalled(before.address) for _ in range(2)]
+        first, again = [await recalled(before.address, "chat") for _ in range(2)]
         assert (first[1], first[0] != meant) == (0, True)
         assert again[1] > 0  # the engine does cache
         await rig.evict("i2")
         filled = await rig.load(rig.order("i3", "v2"))
         assert filled.tier == "spare"
-        assert await recalled(filled.address) == (meant, 0)
+        assert await recalled(filled.address, "chat") == (meant, 0)
         await rig.host.stop("i3")
         await rig.host.end_spares()
 
