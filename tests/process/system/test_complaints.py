@@ -43,7 +43,7 @@ capacity = 1
 [gateway]
 shutdown_s = 2.0
 """
-RESIDENCY_S = 3.0
+RESIDENCY_S = 5.0
 
 
 @pytest.fixture(scope="module")
