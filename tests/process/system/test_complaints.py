@@ -205,7 +205,7 @@ async def test_complaint_6_random_commands_never_leave_the_routed_version_withou
     for version in ("r1", "r2", "r3"):
         await c.register(version, *ARGS)
     rejected = accepted = 0
-    for _ in range(60):
+    while accepted <= 15 or rejected <= 5:  # a slow machine refuses more of them: a switch runs longer
         version = ("v1", "v2", "r1", "r2", "r3")[int(draw() * 5)]
         kind = int(draw() * 6)
         try:
@@ -226,8 +226,6 @@ async def test_complaint_6_random_commands_never_leave_the_routed_version_withou
             rejected += 1
         except TimeoutError:
             pass
-    assert accepted > 15, (accepted, rejected)
-    assert rejected > 5, (accepted, rejected)
     if running := c.world.models["chat"].switch:
         with contextlib.suppress(CommandRejected):  # it is an undo already, or has just ended
             await c.client.send("model.undo", UndoModel("chat"))
