@@ -398,10 +398,11 @@ def _size(size: int) -> str:
 
 def _memory_note(found: Found) -> str:
     first = next(load for load in found.loads if load.first)
-    worst = max((_off(load) for load in found.loads if not load.first and load.tier != "adapter"), default=0.0)
+    worst = max((abs(_off(load)) for load in found.loads if load.tier.startswith("spare")), default=0.0)
     return (
         f"Memory of v1: {_size(first.estimated)} estimated from its files, {_size(first.bytes)} measured "
-        f"({100 * _off(first):+.1f} %); later estimates, from what was measured: at most {100 * abs(worst):.1f} % off."
+        f"({100 * _off(first):+.1f} %); estimates of spares, from what was measured: at most {100 * worst:.1f} % off. "
+        "Switches run while another engine is started ahead."
     )
 
 
