@@ -211,6 +211,8 @@ def _load_trouble(world: World, state: SwitchState, late: bool, limit: float) ->
             why += f"; no worker has said yet what is in the files of {state.target}"
         elif not loading and (full := placement.no_room(world, state.model, state.target)):
             why += "; " + full.reason
+        elif not loading and _first(world, state):
+            why += f"; its room is left for {state.source}, which has no ready instance and is loaded first"
         command = FailSwitch(state.switch, stage, why)
     else:
         return None
@@ -284,11 +286,24 @@ def _make_ready(world: World, state: SwitchState, now: datetime) -> Agenda:
         return wait  # a worker looks at its files
     if not again and _may_hold(world, state):
         return Agenda((_start_hold(world, state, now),))
-    requests = placement.request(world, state.model, state.target, cause=state.switch, count=lacking)
+    first = _first(world, state)
+    requests = placement.request(world, state.model, state.target, cause=state.switch, count=lacking, first=first)
     if requests is None:
         return wait  # no room yet: placement makes some, or the deadline ends it
     record = RecordInstancesRequested(state.switch, (*under_way, *(one.id for one in requests)))
     return Agenda((_owe(state, _load_of(state), Write("switch", state.switch, record), *requests),))
+
+
+def _first(world: World, state: SwitchState) -> tuple[tuple[str, str], ...]:
+    """(model, version) of a lost source whose room the target must leave: it shares the traffic, and is the way back.
+
+    A target that gets everything at once may take it: that is the way out where the source can't come back.
+    """
+    shared = any(stage.weight < 100 for stage in STRATEGIES[state.strategy].stages(state.parameters))
+    if not shared or not state.source or world.ready(state.model, state.source):
+        return ()
+    lost = placement.loadable(world, state.model, state.source)
+    return ((state.model, state.source),) if lost else ()
 
 
 def _may_hold(world: World, state: SwitchState) -> bool:

@@ -163,6 +163,21 @@ def test_without_a_place_it_waits_for_one_until_the_deadline() -> None:
     assert "1 of 1 places taken" in failed.reason
 
 
+@pytest.mark.parametrize("strategy", ["immediate", "canary"])
+def test_a_target_takes_a_lost_sources_room_only_where_it_gets_everything_at_once(strategy: str) -> None:
+    story = serving(capacity=1).happens(InstanceFailed("i1", "serving", "it crashed"))
+    story.asked("v2", strategy=strategy, deadline_s=10.0)
+    if strategy == "immediate":
+        assert names(story.carry()) == ["InstancesRequested", "InstanceRequested"], (
+            "the way out of a source that is gone"
+        )
+        return
+    assert not story.owes().owed, "it shares the traffic with the source, which must have room to come back"
+    failed = story.later(10.0).carry()[-1]
+    assert isinstance(failed, SwitchFailed)
+    assert "its room is left for v1, which has no ready instance" in failed.reason
+
+
 def test_a_load_that_fails_fails_the_switch_with_the_engines_own_words_and_no_revision() -> None:
     story = loading()
     story.happens(InstanceFailed("i2", "loading", "exit code 1", ("out of memory",), 1))
