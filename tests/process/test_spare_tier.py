@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from tests.process.conftest import Recalled
 
+    from turnout.events.worker import KeptEngine
+
 pytestmark = pytest.mark.process
 
 
@@ -122,6 +124,46 @@ def test_one_is_started_ahead_without_weights_and_filled(runner: asyncio.Runner,
         assert await answer(loaded.address) == ("v2 says:", "v2")
         for instance in ("i1", "i2"):
             await rig.host.stop(instance)
+        await rig.host.end_spares()
+
+    runner.run(test())
+
+
+class Strict:
+    """A keeper that allows no engine more, and looks at what is said to be kept while it is asked."""
+
+    def __init__(self, host: HostRunner) -> None:
+        self.host = host
+        self.asked: list[str] = []
+        self.kept_then: list[tuple[KeptEngine, ...]] = []
+        self.done = asyncio.Event()
+
+    def changed(self) -> None:
+        """It is over: what was asked for is not started."""
+        if self.asked:
+            self.done.set()
+
+    async def told(self) -> None:
+        """Nobody else must know."""
+
+    async def may_start(self, engine: KeptEngine) -> str:
+        """No."""
+        self.asked.append(engine.name)
+        self.kept_then.append(self.host.kept)
+        return "no room"
+
+
+def test_a_spare_that_is_only_asked_for_is_not_among_those_that_are_kept(runner: asyncio.Runner, path: Path) -> None:
+    async def test() -> None:
+        rig = Rig(path, spares=1)
+        keeper = Strict(rig.host)
+        rig.host.on_kept(keeper)
+        await rig.load(rig.order("i1", "v1"))
+        await keeper.done.wait()
+        assert len(keeper.asked) == 1
+        assert keeper.kept_then == [()], "who is told of it would count it without having allowed it"
+        assert rig.host.kept == ()
+        await rig.host.stop("i1")
         await rig.host.end_spares()
 
     runner.run(test())

@@ -216,7 +216,7 @@ class SimRunner:
         self._process = process
         self._host = host
         self._changed = asyncio.Event()
-        self._asked: KeptEngine | None = None
+        self._asked = ""  # the spare that it would like to start
         #: Who is told of the spares.
         self.keeper: Keeper | None = None
 
@@ -293,17 +293,17 @@ class SimRunner:
     async def _start_ahead(self, order: Order) -> None:
         """Start another one like it, where somebody who knows of all memory allows it."""
         host, name = self._host, f"spare-{order.instance}-ahead"
-        if len(host.spares) >= host.spares_most or self._asked is not None or self.keeper is None:
+        if len(host.spares) >= host.spares_most or self._asked or self.keeper is None:
             return
         one = SimEngine(host, msgspec.structs.replace(order, instance=name))
         one.state = "up"
-        self._asked = self._kept(name, one, "")
+        self._asked = name
         try:
-            refused = await self.keeper.may_start(self._asked)
-            if not refused and len(host.spares) < host.spares_most:
+            refused = await self.keeper.may_start(self._kept(name, one, ""))
+            if not refused and self._asked and len(host.spares) < host.spares_most:
                 self._keep(name, one, "")
         finally:
-            self._asked = None
+            self._asked = ""
             self._tell()
 
     def _keep(self, name: str, one: SimEngine, was: str) -> None:
@@ -430,10 +430,9 @@ class SimRunner:
 
     @property
     def kept(self) -> tuple[KeptEngine, ...]:
-        """The spares, also one that is about to be started."""
-        found = [self._kept(name, one, was) for name, (one, was) in self._host.spares.items()]
-        asked = [] if self._asked is None or self._asked.name in self._host.spares else [self._asked]
-        return tuple(sorted((*found, *asked), key=lambda engine: engine.name))
+        """The spares."""
+        found = (self._kept(name, one, was) for name, (one, was) in self._host.spares.items())
+        return tuple(sorted(found, key=lambda engine: engine.name))
 
     async def measure_kept(self) -> None:
         """They hold what they held."""
@@ -441,6 +440,8 @@ class SimRunner:
     async def release_spare(self, name: str) -> None:
         """It ends, and takes a moment for that."""
         await asyncio.sleep(END_S)
+        if self._asked == name:
+            self._asked = ""
         if self._host.spares.pop(name, None) is not None:
             self._host.fleet.counts["given_up"] += 1
         self._tell()

@@ -295,10 +295,13 @@ class InferenceWorker:
     async def may_start(self, engine: KeptEngine) -> str:
         """See ``Keeper``."""
         async with self._telling:
+            before = self._kept_told
+            # Before the answer: where nobody waits for it any more, it is told again what is really kept.
+            self._kept_told = tuple(sorted((*self._runner.kept, engine), key=lambda one: one.name))
             answer = await self._report("worker.spare", StartSpare(self.id, engine))
             if isinstance(answer, Accepted):
-                self._kept_told = self._runner.kept
                 return ""
+            self._kept_told = before
             return answer.reason if answer is not None else "the worker stops"
 
     async def _tell_kept(self) -> None:

@@ -49,13 +49,15 @@ class Spares:
         self._kept: dict[str, Running] = {}
         self._ahead: Running | None = None
         self._ahead_shape = ""
+        #: The one that is asked for or started, and whether it may be.
         self._planned: KeptEngine | None = None
+        self._allowed = False
         self._starting: asyncio.Task[None] | None = None
 
     @property
     def kept(self) -> tuple[KeptEngine, ...]:
-        """All of them, as the control plane knows them."""
-        ahead = () if self._planned is None else (self._planned,)
+        """All of them, as the control plane knows them. What is only asked for is not: it would be charged unasked."""
+        ahead = (self._planned,) if self._planned is not None and self._allowed else ()
         return (*ahead, *(one.kept(name, "spare") for name, one in self._kept.items() if not one.exited))
 
     @property
@@ -163,9 +165,10 @@ class Spares:
             if reason := await self._keeper.may_start(self._planned):
                 log.info("no_spare_started", reason=reason, needed=size)
                 return
+            self._allowed = True
             await self._start(name, planned)
         finally:
-            self._planned = None
+            self._planned, self._allowed = None, False
             self._keeper.changed()
 
     async def _start(self, name: str, planned: Planned) -> None:
