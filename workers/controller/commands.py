@@ -45,6 +45,9 @@ ANSWER_S = 1.5
 #: Commands that take turns with the sagas: those that open a switch, because its first step may go with them, the one
 #: that stops an instance, and the one that takes memory for a spare.
 _IN_TURN = frozenset(("switch.start", "switch.retry", "model.undo", "instance.stop", "worker.spare"))
+#: Commands that only the leader answers: its sagas give out memory, and another controller may be a moment behind
+#: what they gave.
+_LEADERS = frozenset(("worker.spare",))
 
 
 class Deposed(Exception):
@@ -106,6 +109,8 @@ class Commands:
 
         try:
             async with asyncio.timeout(ANSWER_S):
+                if verb in _LEADERS and not self._leads():
+                    return Failed("not_leading", f"only the leader answers {verb}", "send it again with the same id")
                 if verb not in _IN_TURN or not self._leads():
                     return await self._settle(request.id, actor, plan, _never)
                 async with self.turn:

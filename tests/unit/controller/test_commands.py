@@ -11,7 +11,7 @@ import pytest
 
 from turnout.core.config import ModelSwitchingConfig
 from turnout.core.decider import Accepted, Failed, Rejected
-from turnout.core.handling import VERBS, Defaults, StartSwitch
+from turnout.core.handling import VERBS, Defaults, StartSpare, StartSwitch
 from turnout.core.instance import DrainInstance, ReportReady, RequestInstance
 from turnout.core.model import AdmitSwitch, DeregisterVersion, RegisterVersion
 from turnout.core.sagas.owed import Owed, Write
@@ -19,6 +19,7 @@ from turnout.core.worker import JoinWorker
 from turnout.events.memory import MemoryStore
 from turnout.events.model import EngineSpec
 from turnout.events.store import StoreFull, Unavailable
+from turnout.events.worker import KeptEngine
 from turnout.workers.controller.commands import Commands, Deposed
 from turnout.workers.controller.log import Log
 from turnout.workers.ports import Request
@@ -367,6 +368,19 @@ def test_what_was_owed_and_stored_without_an_answer_is_found() -> None:
         store.script = ["stored, but no answer"]
         assert await desk.commands.carry_out(owed(), 7)
         assert desk.log.world.models["chat"].switch == "sw-1"
+
+    play(scene)
+
+
+def test_memory_for_a_spare_is_given_out_by_the_leader_alone() -> None:
+    async def scene(store: RoughStore, desk: Desk) -> None:
+        await prepared(desk)
+        spare = StartSpare("w1", KeptEngine("spare-1", "spare"))
+        answer = await desk.ask("worker.spare", spare, role="worker")
+        assert isinstance(answer, Failed), "another one's fold may be a moment behind what the leader has given"
+        assert answer.code == "not_leading"
+        desk.commands.lead(1, lambda: True)
+        assert isinstance(await desk.ask("worker.spare", spare, role="worker"), Accepted)
 
     play(scene)
 
