@@ -295,6 +295,7 @@ class Simulation:
     async def rest(self, timeout_s: float = REST_S) -> None:
         """Stop the faults, wait until nothing runs, and look at what is left."""
         self.heal()
+        manager = self.loop.create_task(self._keep_alive())
         end = self.loop.time() + timeout_s
         since = self.loop.time()
         while self.loop.time() < end and self.loop.time() < since + 3.5:  # a duplicate may still be on its way
@@ -309,6 +310,14 @@ class Simulation:
         await self._wait_a_while(self._projected, 20.0)
         self.checker.invariant_7_every_switch_ends()
         self.checker.invariant_5_views_are_a_fold()
+        manager.cancel()
+
+    async def _keep_alive(self) -> None:
+        """Start again what could not start: its store was away when it began."""
+        while True:
+            await asyncio.sleep(0.2)
+            for name in sorted(self.processes):
+                self.restart(name)
 
     async def _decide_what_is_held(self) -> None:
         """A switch that waits for a person gets one; where it can't go back yet, the person comes again."""
@@ -319,9 +328,6 @@ class Simulation:
                     await self.command("switch.promote", AdvanceSwitch(id, full=True, reason="nothing to go back to"))
 
     def _at_rest(self) -> bool:
-        for name, process in self.processes.items():
-            if not process.alive:
-                self.restart(name)
         return not self.world.running and all(t.done() for t in self.tasks)
 
     def _projected(self) -> bool:
