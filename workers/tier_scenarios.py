@@ -204,8 +204,9 @@ def adapted(spec: EngineSpec, folder: Path, version: str) -> EngineSpec:
     base, adapter = folder / "base", folder / version
     for path in (base, adapter):
         path.mkdir(parents=True, exist_ok=True)
-    (base / "config.json").write_text("{}")
-    _safetensors(base / "model.safetensors", _BASE)
+    if not (base / "config.json").exists():  # a worker reads it by then: what changes meanwhile can't be served
+        _safetensors(base / "model.safetensors", _BASE)
+        (base / "config.json").write_text("{}")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": _RANK}))
     _safetensors(adapter / "adapter_model.safetensors", _ADAPTER)
     return msgspec.structs.replace(spec, path=str(base), adapter=str(adapter))

@@ -30,6 +30,7 @@ def test_a_version_becomes_ready_by_the_tier_that_is_shown(up: Up, name: str) ->
         demo.send_signal(signal.SIGINT)  # it stops what it has started
         out, err = demo.communicate(timeout=LIMIT_S)
     assert out.count("\n") == 1, (out, err)
+    assert '"scenario"' in out, (out, err)
     report = msgspec.json.decode(out, type=TierReport)
     assert (report.outcome, report.tier) == ("completed", TIER_SCENARIOS[name].tier), report
     assert (report.failed, report.cut, report.struck) == (0, 0, ()), report
