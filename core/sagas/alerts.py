@@ -156,6 +156,16 @@ def _troubles(world: World, findings: tuple[Finding, ...], now: datetime, wakes:
     return list(first.values())
 
 
+def _room_for(world: World, state: SwitchState) -> str:
+    """What keeps the source from being ready, and what a person may do where it is the target itself."""
+    ready = world.ready(state.model, state.target)
+    missing = placement.missing(world, state.model, state.source)
+    if not missing or not ready or not (full := placement.no_room(world, state.model, state.source)):
+        return f"; see what keeps it: turnout get {state.model}"
+    end = f"turnout stop {ready[0].instance} --force --reason TEXT"
+    return f", and {full.reason}; start another worker, or give it the room of {state.target}: {end}"
+
+
 def _of_running(world: World, state: SwitchState, now: datetime) -> list[_Trouble]:
     found: list[_Trouble] = []
     model, id = state.model, state.switch
@@ -189,7 +199,7 @@ def _of_running(world: World, state: SwitchState, now: datetime) -> list[_Troubl
                     f"{model}: switch {id} must go back to {state.source} ({why}), "
                     f"and neither {state.source} nor an older version has a ready instance; "
                     f"{state.target} keeps what it has",
-                    f"it goes back as soon as {state.source} is ready; see what keeps it: turnout get {model}",
+                    f"it goes back as soon as {state.source} is ready{_room_for(world, state)}",
                     model,
                     state.source,
                     id,

@@ -215,6 +215,17 @@ def test_a_switch_that_can_not_go_back_is_critical_until_its_source_is_ready() -
     assert ("Resolved", "source_not_ready.chat") in told(story.look())
 
 
+def test_where_the_target_has_the_only_room_of_its_source_the_alert_says_how_to_give_it_back() -> None:
+    story = begun(watch())
+    story.happens(WorkerJoined("w1", "h1", ("fake",), (), 1), InstanceFailed("i1", "serving", "died"))
+    story.happens(
+        VerdictReached("sw-1", 1, "fail", "dead", "5 refused", "dead", 9, 9, 0, 5, 0, 1.0, (), 1, 1, story.now)
+    )
+    (hint,) = (one.hint for one in story.look() if isinstance(one, AlertRaised) and one.kind == "source_not_ready")
+    assert "1 of 1 places taken" in hint
+    assert hint.endswith("give it the room of v2: turnout stop i-v2 --force --reason TEXT")
+
+
 def test_a_way_back_to_an_older_version_is_no_dead_end_and_told_as_critical_when_it_is_over() -> None:
     story = begun(watch())
     story.happens(VersionRegistered("chat", "v0", FAKE, "")).instance("i5", "v0")
