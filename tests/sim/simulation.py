@@ -41,6 +41,7 @@ from turnout.core.handling import (
     StopSwitch,
     UndoModel,
 )
+from turnout.core.judging.judgement import Decision
 from turnout.core.model import DeregisterVersion, RegisterVersion, SetRules
 from turnout.core.residence import PinVersion, SetReplicas, UnpinVersion
 from turnout.events.model import EngineSpec
@@ -65,6 +66,10 @@ class Summary(msgspec.Struct):
     digest: str
     outcomes: dict[str, int]
     counts: dict[str, int]
+
+
+#: How long a person waits for placement to restore a source before deciding without it, seconds.
+PATIENCE_S = 120.0
 
 
 class Simulation:
@@ -300,7 +305,7 @@ class Simulation:
         since = self.loop.time()
         while self.loop.time() < end and self.loop.time() < since + 3.5:  # a duplicate may still be on its way
             await asyncio.sleep(0.2)
-            await self._decide_what_is_held()
+            await self._decide_what_is_held(patient=self.loop.time() < end - timeout_s + PATIENCE_S)
             if not self._at_rest():
                 since = self.loop.time()
         for client in self._clients:
@@ -319,10 +324,18 @@ class Simulation:
             for name in sorted(self.processes):
                 self.restart(name)
 
-    async def _decide_what_is_held(self) -> None:
-        """A switch that waits for a person gets one; where it can't go back yet, the person comes again."""
+    async def _decide_what_is_held(self, *, patient: bool) -> None:
+        """A switch that waits for a person gets one; where it can't go back yet, the person comes again.
+
+        One whose bad target has the source's only room stands still with a critical alert: who is not ``patient`` any
+        more ends the target.
+        """
         for id in sorted(self.world.running):
-            if self.world.switches[id].paused:
+            state = self.world.switches[id]
+            if state.verdict == Decision.FAIL and not patient:
+                for one in self.world.ready(state.model, state.target):
+                    self.crash_engine(one.instance)
+            if state.paused:
                 answer = await self.command("switch.abort", StopSwitch(id, "nobody decided"))
                 if isinstance(answer, Rejected) and answer.code == "source_not_ready":
                     await self.command("switch.promote", AdvanceSwitch(id, full=True, reason="nothing to go back to"))
