@@ -828,6 +828,18 @@ class SimPlane:
             self.loop.call_later(route.drain_s + 0.001, self._sweep)
         return transition
 
+    async def reach(self, model: str) -> None:
+        """Returns once its engines take connections, or after a second."""
+        revision, engines = self.manager.applied().get(model), self.fleet.engines
+        for _ in range(20):
+            reached = (
+                any((engine := engines.get(address)) is not None and engine.state in ("up", "hung") for address in some)
+                for some in self.manager.leads_to(model)
+            )
+            if self.manager.applied().get(model) != revision or all(reached):
+                return
+            await asyncio.sleep(0.05)
+
     def request(self, model: str, duration_s: float, key: bytes = b"", facts: Facts = NOTHING_SAID) -> None:
         """A client's request; ``facts``: what rules may ask of it."""
         self.fleet.counts["requests"] += 1

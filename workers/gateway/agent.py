@@ -67,6 +67,10 @@ class Plane(Protocol):
         """Route by a revision from the next request on; None where it is not newer."""
         ...
 
+    async def reach(self, model: str) -> None:
+        """Returns once its engines take connections, or it has waited long enough."""
+        ...
+
     def in_flight(self) -> dict[str, dict[str, int]]:
         """Model → version → requests in flight."""
         ...
@@ -306,6 +310,7 @@ class GatewayAgent:
         try:
             while outbox.applied or outbox.drained:
                 if outbox.applied:
+                    await self._plane.reach(outbox.model)
                     model, revision = outbox.model, outbox.applied
                     body = ReportApplied(self.id, model, revision)
                     await self._ask("gateway.applied", body, f"{self.id}.applied.{model}.{revision}")

@@ -34,6 +34,8 @@ log = structlog.get_logger(__name__)
 SWEEP_S = 0.1
 #: Seconds between two samples that could not wait: many errors at once are told together.
 HURRY_S = 0.02
+#: How long an acknowledgement waits for an engine to take a connection, seconds: a dead one is reported long before.
+REACH_S = 1.0
 #: Of every so many sweeps one also looks at all connections.
 SLOW_SWEEP = 5
 _PHASES = {CONNECTING: "connecting", SENT: "waiting", HOLDING: "waiting", STREAMING: "streaming", DONE: "done"}
@@ -140,6 +142,23 @@ class DataPlane:
             self._uses.pop(route.model, None)
             context.holding.applied(route)
         return transition
+
+    async def reach(self, model: str) -> None:
+        """Wait until an instance of each version that has traffic takes connections; ``REACH_S`` at most.
+
+        Until a revision is acknowledged, the version before stays in the route and takes what an engine refuses.
+        Without this look, it could leave for an engine that has just died.
+        """
+        manager, pool = self.context.manager, self.context.pool
+        revision = manager.applied().get(model)
+        try:
+            async with asyncio.timeout(REACH_S):
+                while not self.context.stopping and manager.applied().get(model) == revision:
+                    if all(any(map(pool.holds, addresses)) for addresses in manager.leads_to(model)):
+                        return
+                    await pool.moved()
+        except TimeoutError:
+            log.warning("engine_not_reached", model=model, revision=revision)
 
     def on_waiting(self, ask: Callable[[str, int], None]) -> None:
         """Whom to ask, by model and revision, for a model that is loaded on demand and has a request that waits."""

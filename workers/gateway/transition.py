@@ -465,6 +465,12 @@ class TransitionManager:
         """Model → applied revision, of the models that have a route."""
         return {model: table.revision for model, table in self._tables.items() if table.revision}
 
+    def leads_to(self, model: str) -> tuple[tuple[str, ...], ...]:
+        """Where its traffic goes now: the addresses of each version that has a weight and an instance."""
+        table = self._tables.get(model)
+        splits = () if table is None else table.view.splits
+        return tuple(tuple(e.address for e in split.endpoints) for split in splits if split.weight and split.endpoints)
+
     def addresses(self) -> frozenset[str]:
         """Where requests may be sent now. A connection to anywhere else must not be kept."""
         tables = self._tables.values()

@@ -277,6 +277,7 @@ class Pool:
         self._targets: dict[str, Target] = {}
         self._live: Collection[str] = frozenset[str]()
         self._connecting: set[asyncio.Task[None]] = set()
+        self._moved = asyncio.Event()
 
     def target(self, address: str) -> Target:
         """What the address means, read once."""
@@ -338,6 +339,17 @@ class Pool:
                     target.held.transport.close()
         for address in addresses:
             self._hold(address)
+        self._moved.set()
+
+    def holds(self, address: str) -> bool:
+        """Whether the engine there has taken the connection that is held, and not let go of it."""
+        target = self._targets.get(address)
+        return target is not None and target.held is not None and not target.held.transport.is_closing()
+
+    async def moved(self) -> None:
+        """Returns once other addresses are live, or one more connection is held."""
+        self._moved.clear()
+        await self._moved.wait()
 
     def sweep(self, now: float) -> None:
         """Close what has been unused for too long; hold again what the engine has let go."""
@@ -390,6 +402,7 @@ class Pool:
             target.holding = False
         if target.live:
             target.held = connection
+            self._moved.set()
         else:
             connection.transport.close()
 

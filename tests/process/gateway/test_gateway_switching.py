@@ -185,6 +185,21 @@ async def test_a_hundred_switches_under_load_fail_nothing_and_send_nothing_to_th
     assert [report.revision for report in s.drained] == list(range(2, 102))
 
 
+@on_stage()
+async def test_a_revision_counts_as_reached_once_an_engine_of_each_version_takes_a_connection(s: Stage) -> None:
+    one, two = await s.engine("one"), await s.engine("two")
+    s.route(s.split("v1", one))
+    await s.plane.reach("chat")
+    await two.stop()
+    s.route(s.split("v1", one, weight=90.0), s.split("v2", two, weight=10.0))
+    reach = asyncio.create_task(s.plane.reach("chat"))
+    for _ in range(50):  # a living engine takes a connection in a few turns
+        await asyncio.sleep(0)
+    assert not reach.done(), "the candidate's engine is dead"
+    s.route(s.split("v1", one))
+    await reach
+
+
 @on_stage(shutdown_s=20.0)
 async def test_a_stop_lets_running_requests_end_and_takes_no_new_ones(s: Stage) -> None:
     held = Held()

@@ -46,6 +46,8 @@ class Plane:
         self.report: Callable[[Drained], None] = lambda _: None
         self.quiet = asyncio.Event()
         self.quiet.set()
+        self.reached = asyncio.Event()
+        self.reached.set()
 
     def bind(self) -> str:
         self.said.append("bind")
@@ -56,6 +58,9 @@ class Plane:
 
     def apply(self, route: RouteView) -> Transition | None:
         return self.manager.begin_transition(route, 0.0)
+
+    async def reach(self, model: str) -> None:
+        await self.reached.wait()
 
     def in_flight(self) -> dict[str, dict[str, int]]:
         return {"chat": {"v1": 3}}
@@ -269,6 +274,25 @@ def test_while_one_model_waits_for_its_answer_another_is_acknowledged() -> None:
         w.held.clear()
         w.show(102, route(1, "v1"), route(1, "v1", "other"))
         await wait(lambda: w.verbs().count("gateway.applied") == 2)
+
+    play(scenario)
+
+
+def test_a_revision_is_acknowledged_only_when_its_engines_are_reached() -> None:
+    async def scenario(w: World) -> None:
+        await opened(w)
+        w.show(102, route(1, "v1"))
+        await wait(lambda: "gateway.applied" in w.verbs())
+        w.plane.reached.clear()
+        w.show(103, route(2, "v2"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert w.plane.manager.applied() == {"chat": 2}, "requests go by it at once"
+        assert len(w.bodies("gateway.applied")) == 1
+        w.show(104, route(3, "v1"))  # the engine was dead, and this is the way back
+        w.plane.reached.set()
+        await wait(lambda: len(w.bodies("gateway.applied")) == 2)
+        assert w.bodies("gateway.applied")[-1]["revision"] == 3
 
     play(scenario)
 
