@@ -85,12 +85,14 @@ async def _drive(turnout: system.Turnout, path: Path, wanted: int) -> report.Out
         await switches.serve_both(client)
         kills: list[Kill] = []
         done: list[tuple[str, switches.Switch]] = []
+        between = asyncio.Lock()  # an engine is killed while it serves nothing: between two switches
         with busy.Busy(turnout.port, STREAMING, TOKENS, path) as clients:
-            killer = asyncio.create_task(_kill_each_in_turn(turnout, client, kills))
+            killer = asyncio.create_task(_kill_each_in_turn(turnout, client, kills, between))
             phases: Counter[str] = Counter()
             active, other = "v1", "v2"
             for _ in range(wanted):
-                id, one, phase = await _switch(client, other)
+                async with between:
+                    id, one, phase = await _switch(client, other)
                 phases[phase] += 1
                 if phase == "completed":
                     done.append((id, one))
@@ -126,18 +128,22 @@ async def _switch(client: Client, target: str) -> tuple[str, switches.Switch, st
             command = f"chaos-{asked_ns}-{e.answer.code}-{time.monotonic_ns()}"
 
 
-async def _kill_each_in_turn(turnout: system.Turnout, client: Client, kills: list[Kill]) -> None:
+async def _kill_each_in_turn(turnout: system.Turnout, client: Client, kills: list[Kill], between: asyncio.Lock) -> None:
     gateways = itertools.cycle(("gateway-1", "gateway-2"))
     for kind in itertools.cycle(KINDS):
         await asyncio.sleep(EVERY_S)
         if kind == "engine":
-            pid = await _idle_engine(turnout, client)
-        else:
-            name = next(gateways) if kind == "gateway" else kind
-            pid = await _pid(turnout, name)
-        at_ns = time.monotonic_ns()
-        os.kill(pid, signal.SIGKILL)
-        kills.append(Kill(kind, at_ns))
+            async with between:
+                kills.append(_kill(kind, await _idle_engine(turnout, client)))
+            continue
+        name = next(gateways) if kind == "gateway" else kind
+        kills.append(_kill(kind, await _pid(turnout, name)))
+
+
+def _kill(kind: str, pid: int) -> Kill:
+    at_ns = time.monotonic_ns()
+    os.kill(pid, signal.SIGKILL)
+    return Kill(kind, at_ns)
 
 
 async def _pid(turnout: system.Turnout, name: str) -> int:
