@@ -502,13 +502,12 @@ class _Look:
     def _kv_bytes(self) -> int:
         if self._spec.kind != "vllm":
             return 0
+        if self._host.cpu:
+            with contextlib.suppress(ValueError):  # where it is set, it wins over the flag
+                return int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")) * 1024 * _MIB
         if given := _bytes(self._flags.get("--kv-cache-memory-bytes", "")):
             return given
-        if not self._host.cpu:
-            return 0  # a share of the device: what it comes to is not known before
-        with contextlib.suppress(ValueError):
-            return int(float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * 1024) * _MIB
-        return 0
+        return 1024 * _MIB if self._host.cpu else 0  # a share of the device: what it comes to is not known before
 
     def _host_bytes(self, weights: int, kv: int) -> int:
         if self._spec.kind == "fake":

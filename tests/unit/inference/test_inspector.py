@@ -80,6 +80,15 @@ def test_the_size_of_the_kv_cache_is_read_as_the_engine_reads_it(root: Path, arg
     assert inspected(root, *args).inspection.kv_bytes == kv
 
 
+def test_a_size_in_the_workers_environment_wins_over_the_flag_as_it_does_in_the_engine(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert inspected(root, "--kv-cache-memory-bytes=256M").inspection.kv_bytes == 2 << 30
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")  # not set, for the engine too
+    assert inspected(root, "--kv-cache-memory-bytes=256M").inspection.kv_bytes == 256 << 20
+
+
 @pytest.mark.parametrize(
     ("config", "bytes_"),
     [

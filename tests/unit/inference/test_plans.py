@@ -54,6 +54,16 @@ def test_vllm_on_a_gpu_compiles_and_may_listen_on_tcp() -> None:
     assert "VLLM_CPU_KVCACHE_SPACE" not in plan.env_default
 
 
+def test_a_size_of_the_kv_cache_that_a_version_gives_is_not_overruled_by_the_environment() -> None:
+    for args, expected in (
+        ((), "1"),
+        (("--kv-cache-memory-bytes=256M",), None),
+        (("--kv_cache_memory_bytes", "1"), None),
+    ):
+        plan = launched(VllmEngine(CPU).plan(EngineSpec("vllm", path="/m/v1", args=args), "chat", "v1", SITE))
+        assert plan.env_default.get("VLLM_CPU_KVCACHE_SPACE") == expected
+
+
 def test_vllm_started_ahead_reads_no_weights() -> None:
     plan = launched(VllmEngine(CPU).plan(EngineSpec("vllm", path="/m/v1"), "chat", "v1", AHEAD))
     assert plan.argv[plan.argv.index("--load-format") + 1] == "dummy"

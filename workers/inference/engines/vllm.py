@@ -188,7 +188,7 @@ class VllmEngine:
                 **(_hand_environment() if fills else {}),
                 **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if adapters else {}),
             },
-            env_default=self._environment(),
+            env_default=self._environment(spec.args),
             probes=own_probe(spec, (COMPLETIONS, CHAT)),
             fingerprint=version if named else "",
             logprobs=not omni,
@@ -213,17 +213,15 @@ class VllmEngine:
             flags.append("--enforce-eager")  # compiling for the CPU takes minutes and a compiler
         return tuple(flags)
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, args: tuple[str, ...]) -> dict[str, str]:
         """An engine that reads local files needs no network; an operator's own setting wins."""
         env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if self._install and self._install.cpu:
-            # GiB. Without `nobind` two engines bind their threads to the same cores. Threads that spin while they wait
+            # Without `nobind` two engines bind their threads to the same cores. Threads that spin while they wait
             # take the cores from the engine that serves: its p95 beside a starting engine was 6.3 s, and is 0.4 s.
-            env |= {
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "OMP_WAIT_POLICY": "PASSIVE",
-            }
+            env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
+            if "--kv-cache-memory-bytes" not in _names(args):  # the variable (GiB) would win over the flag
+                env["VLLM_CPU_KVCACHE_SPACE"] = "1"
         return env
 
 
