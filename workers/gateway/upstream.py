@@ -389,7 +389,7 @@ class Pool:
             target = self.target(address)
         except ValueError:  # no address: the first request that is sent there says so
             return
-        if not target.holding and (target.held is None or target.held.transport.is_closing()):
+        if not target.holding and not self.holds(address):
             target.holding = True
             self._start(self._open_held(target))
 

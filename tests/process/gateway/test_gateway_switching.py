@@ -193,8 +193,8 @@ async def test_a_revision_counts_as_reached_once_an_engine_of_each_version_takes
     await two.stop()
     s.route(s.split("v1", one, weight=90.0), s.split("v2", two, weight=10.0))
     reach = asyncio.create_task(s.plane.reach("chat"))
-    for _ in range(50):  # a living engine takes a connection in a few turns
-        await asyncio.sleep(0)
+    target = s.plane.context.pool.target(two.address)
+    await s.wait(lambda: not target.holding)  # it was tried
     assert not reach.done(), "the candidate's engine is dead"
     s.route(s.split("v1", one))
     await reach
